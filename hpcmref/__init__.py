@@ -1,0 +1,30 @@
+"""hpcmref: a learned image codec. `encode` an image to bytes, `decode` bytes to an image.
+
+    import hpcmref
+    from PIL import Image
+
+    data = hpcmref.encode(Image.open("photo.png"), quality=32)
+    image = hpcmref.decode(data)
+
+torch is imported on first use, so that importing hpcmref is cheap.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from hpcmref._version import __version__
+from hpcmref.errors import HpcmrefError
+
+if TYPE_CHECKING:
+    from hpcmref.codec import Codec, decode, encode, load
+
+DEFAULT_QUALITY = 32
+
+__all__ = ["DEFAULT_QUALITY", "Codec", "HpcmrefError", "__version__", "decode", "encode", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Codec", "decode", "encode", "load"):
+        from hpcmref import codec
+
+        return getattr(codec, name)
+    raise AttributeError(f"module 'hpcmref' has no attribute {name!r}")

@@ -1,0 +1,42 @@
+"""Which commands does `hpcmref` have? Each lives in its own file; none of them contains codec logic."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hpcmref._version import __version__
+from hpcmref.cli import checkpoints, decode, encode, info, train
+from hpcmref.cli.failures import GuardedGroup
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="hpcmref",
+    cls=GuardedGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # GuardedGroup turns every error into one line
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(encode.encode)
+app.command()(decode.decode)
+app.command()(info.info)
+app.command()(train.train)
+app.add_typer(checkpoints.app, name="checkpoints")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hpcmref {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A learned image codec: small files that decode to the same pixels on every machine."""

@@ -1,0 +1,63 @@
+"""How does a file of ours become an image again?"""
+
+from __future__ import annotations
+
+import functools
+import io
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hpcmref.cli.batch import ENCODED_SUFFIX, Job, plan, run
+from hpcmref.cli.options import Device, DeviceOption, ForceOption, ModelOption, QuietOption
+
+if TYPE_CHECKING:
+    from hpcmref.codec import Codec
+
+
+def decode(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE", help="Encoded files, folders of .bin files, or - for standard input."),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="IMAGE|DIR|-",
+            help="An image for one file (the suffix says the format), a folder of PNGs for several (made if needed), "
+            "- for a PNG on standard output. By default a single file is written next to the input as PNG.",
+        ),
+    ] = None,
+    model: ModelOption = None,
+    device: DeviceOption = Device.auto,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Decode files back to images."""
+
+    @functools.cache
+    def codec(fingerprint: bytes) -> Codec:
+        from hpcmref.codec import codec_for  # torch takes a second: not for a file that turns out to be damaged
+
+        return codec_for(fingerprint, device.value, model)
+
+    def work(job: Job) -> str:
+        from hpcmref.container import parse
+        from hpcmref.imageio import format_of, save_image
+
+        job.make_room(force)
+        if job.target is not None and not job.is_stream:
+            format_of(job.target)  # refuses an unknown suffix now, and not after the decoding
+        data = job.read()
+        image = codec(parse(data).fingerprint).decode(data)
+        if job.target is None or job.is_stream:
+            png = io.BytesIO()
+            image.save(png, "PNG")
+            job.write(png.getvalue())
+        else:
+            save_image(image, job.target)
+        return f"{job.name} -> {job.target_name}: {image.width}x{image.height} {image.mode}"
+
+    run(plan(files, output, {ENCODED_SUFFIX}, ".png"), work, quiet)

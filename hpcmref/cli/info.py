@@ -1,0 +1,67 @@
+"""What does an encoded file say about itself, without being decoded?"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from hpcmref.cli.batch import ENCODED_SUFFIX, Job, expand, run
+
+ARITHMETIC = {0: "float32"}
+
+
+def info(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE", help="Encoded files, folders of .bin files, or - for standard input."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array with one object a file.")] = False,
+) -> None:
+    """Show what encoded files contain, without decoding them."""
+    described: list[dict[str, Any]] = []
+
+    def work(job: Job) -> None:
+        described.append(_facts(job))
+
+    try:
+        run([Job(source, None) for source in expand(files, {ENCODED_SUFFIX})], work, quiet=True)
+    finally:
+        print(json.dumps(described, indent=2) if as_json else "\n".join(map(_text, described)))
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """Sizes are in bytes, bits per pixel are of the whole file."""
+    from hpcmref.checkpoints import name_of
+    from hpcmref.container import parse, part_sizes
+
+    data = job.read()
+    container = parse(data)
+    return {
+        "file": job.name,
+        "width": container.width,
+        "height": container.height,
+        "channels": "grey" if container.grey else "colour",
+        "format": container.version,
+        "model": name_of(container.fingerprint),
+        "fingerprint": container.fingerprint.hex(),
+        "quality": container.quality,
+        "arithmetic": ARITHMETIC.get(container.arithmetic, f"number {container.arithmetic}"),
+        "size": len(data),
+        "parts": part_sizes(container),
+        "bits_per_pixel": 8 * len(data) / (container.width * container.height),
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    parts = ", ".join(f"{name} {size}" for name, size in facts["parts"].items())
+    lines = {
+        "image": f"{facts['width']}x{facts['height']} {facts['channels']}",
+        "format": f"version {facts['format']}, arithmetic {facts['arithmetic']}",
+        "model": f"{facts['model'] or 'unknown here'} (fingerprint {facts['fingerprint']})",
+        "quality": facts["quality"],
+        "size": f"{facts['size']} bytes ({parts})",
+        "rate": f"{facts['bits_per_pixel']:.3f} bits per pixel",
+    }
+    return "\n".join([f"{facts['file']}:", *(f"  {name:8} {value}" for name, value in lines.items())])

@@ -1,0 +1,30 @@
+"""Which options do several commands share, and what do they mean?"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+
+class Device(str, Enum):
+    """Where the networks run; the files are the same."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help="A name from `hpcmref checkpoints list`, or a .safetensors file.",
+    ),
+]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace outputs that exist already.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]

@@ -1,0 +1,63 @@
+"""How is a model trained from the command line?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hpcmref.cli.options import QuietOption
+
+if TYPE_CHECKING:
+    from hpcmref.training import Report
+
+
+def train(
+    data: Annotated[
+        list[Path], typer.Argument(metavar="DATA...", help="Folders, tar files or image files to train on.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="For state, log and weights; a state there is resumed.")
+    ],
+    preset: Annotated[str, typer.Option("--preset", help="The architecture: nano or light.")] = "nano",
+    minutes: Annotated[float, typer.Option("--minutes", help="Wall-clock budget; the schedule follows it.")] = 60.0,
+    batch: Annotated[int, typer.Option("--batch", help="Crops a step.")] = 12,
+    crop: Annotated[int, typer.Option("--crop", help="Side of a crop in pixels, a multiple of 64.")] = 128,
+    last_batch: Annotated[int, typer.Option("--last-batch", help="Crops a step in the last part.")] = 4,
+    last_crop: Annotated[int, typer.Option("--last-crop", help="Side of a crop in the last part.")] = 256,
+    last_part: Annotated[float, typer.Option("--last-part", help="The last part, as a fraction of the budget.")] = 0.15,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak of the schedule.")] = 1e-3,
+    seed: Annotated[int, typer.Option("--seed", help="Of weights, crops, qualities and noise.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    bfloat16: Annotated[bool, typer.Option(help="Compute inside residual blocks and attention in bfloat16.")] = True,
+    compile_: Annotated[bool, typer.Option("--compile", help="Use torch.compile; needs a C++ compiler.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", help="Read only the first images.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many steps instead of minutes.")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a model and export it: DIR/PRESET.safetensors, for use with -m."""
+    from hpcmref import checkpoints
+    from hpcmref.training import TrainingConfig
+    from hpcmref.training import train as run
+
+    config = TrainingConfig(
+        data=tuple(data), output=output, preset=preset, minutes=minutes, batch=batch, crop=crop, last_batch=last_batch,
+        last_crop=last_crop, last_part=last_part, learning_rate=learning_rate, seed=seed, device=device,
+        bfloat16=bfloat16, compile=compile_, limit=limit, steps=steps,
+    )  # fmt: skip
+    trainer = run(config, (lambda _: None) if quiet else _print)
+    with trainer.averaged() as model:
+        made = checkpoints.save(
+            model,
+            output / f"{preset}.safetensors",
+            description=f"{preset}, {trainer.seconds / 60:.0f} minutes of training",
+            provenance={"minutes": trainer.seconds / 60, "steps": trainer.step, "seed": seed},
+        )
+    if not quiet:
+        print(f"{made.path}: {made.parameters} parameters, {made.size} bytes, fingerprint {made.fingerprint.hex()}")
+
+
+def _print(report: Report) -> None:
+    values = "  ".join(f"{name} {value:.3f}" for name, value in report.values.items())
+    print(f"{report.minutes:6.1f} min  step {report.step:6d}  {report.kind:10s}  {values}", flush=True)

@@ -1,0 +1,33 @@
+"""Which errors can hpcmref raise on purpose? One family; each message is a sentence for a person."""
+
+
+class HpcmrefError(Exception):
+    """Base of every error that hpcmref raises on purpose."""
+
+
+class FormatError(HpcmrefError):
+    """The bytes are not an hpcmref file, or a damaged or truncated one."""
+
+
+class UnsupportedError(HpcmrefError):
+    """A well-formed file that this version cannot read: a newer format, an unknown arithmetic or flag."""
+
+
+class ModelMismatchError(HpcmrefError):
+    """The file was made with a model that is not the one at hand."""
+
+
+class DecodeError(HpcmrefError):
+    """The decoder's latents are not the ones that the encoder wrote."""
+
+
+class ImageError(HpcmrefError):
+    """An image that cannot be read, or is outside the limits of the format."""
+
+
+class CheckpointError(HpcmrefError):
+    """A checkpoint that is missing, damaged, or not of the preset it should be."""
+
+
+class ConfigError(HpcmrefError):
+    """A setting out of range, or settings that contradict each other."""

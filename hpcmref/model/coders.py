@@ -1,0 +1,138 @@
+"""What happens to the latents of one step: estimate their bits, write their symbols, or read them.
+
+The context model asks a coder at every step and never knows which one it has; see `context.py`.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcmref.model.entropy import likelihood, quantise, scale_index
+from hpcmref.model.schedule import Step, lattices
+
+
+class Coder(Protocol):
+    """Codes the latents of one step."""
+
+    def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
+        """The quantised latents of `step` (None is the hyper latent z), given its scales and means.
+
+        scales, means: (B, C/G, h, w), for z (B, N, h, w); the result has that shape.
+        """
+
+
+class SymbolSink(Protocol):
+    """Takes the symbols of one image: a range encoder."""
+
+    def put(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
+        """symbols and CDF table rows, both (n,) int32."""
+
+
+class SymbolSource(Protocol):
+    """Gives the symbols of one image: a range decoder."""
+
+    def get(self, indexes: np.ndarray) -> np.ndarray:
+        """The symbols (n,) int32 of the CDF table rows (n,) int32."""
+
+
+class _Target:
+    """The true latents, cut to what each step codes."""
+
+    def __init__(self, y: Tensor, z: Tensor) -> None:
+        self._planes = lattices(y)
+        self._z = z
+
+    def of(self, step: Step | None) -> Tensor:
+        return self._z if step is None else step.select(self._planes[step.scale])
+
+
+class Estimator:
+    """Quantises the true latents and collects likelihoods: training and evaluation.
+
+    With `noise` (training) the likelihoods are of the residual plus uniform noise, and rounding passes gradients;
+    without, of the rounded residual. y: (B, M, H, W), z: (B, N, H/4, W/4).
+    """
+
+    def __init__(self, y: Tensor, z: Tensor, noise: bool) -> None:
+        self._target = _Target(y, z)
+        self._noise = noise
+        self._likelihoods: list[Tensor] = []
+
+    def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
+        """See Coder. Gradients reach y, z, scales and means."""
+        residual = self._target.of(step) - means
+        symbols = quantise(residual.detach())
+        if self._noise:
+            sample = residual + torch.empty_like(residual).uniform_(-0.5, 0.5)
+            symbols = residual + (symbols - residual).detach()
+        else:
+            sample = symbols
+        self._likelihoods.append(likelihood(sample, scales).flatten(1))
+        return symbols + means
+
+    @property
+    def z_likelihoods(self) -> Tensor:
+        """(B, elements of z), in coding order."""
+        return self._likelihoods[0]
+
+    @property
+    def y_likelihoods(self) -> Tensor:
+        """(B, elements of y), in coding order."""
+        return torch.cat(self._likelihoods[1:], dim=1)
+
+
+class _Checksummed:
+    """CRC-32 of the coded symbols of each image, as little-endian 16-bit numbers in coding order."""
+
+    def __init__(self, batch: int) -> None:
+        self.checksums = [0] * batch
+
+    def _add(self, image: int, symbols: np.ndarray) -> None:
+        self.checksums[image] = zlib.crc32(symbols.astype("<i2").tobytes(), self.checksums[image])
+
+
+class SymbolWriter(_Checksummed):
+    """Quantises the true latents and hands the symbols to one range encoder an image."""
+
+    def __init__(self, y: Tensor, z: Tensor, thresholds: Tensor, sinks: Sequence[SymbolSink]) -> None:
+        super().__init__(len(sinks))
+        self._target = _Target(y, z)
+        self._thresholds = thresholds
+        self._sinks = sinks
+
+    def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
+        """See Coder."""
+        symbols = quantise(self._target.of(step) - means)
+        rows = scale_index(scales, self._thresholds)
+        for image, sink in enumerate(self._sinks):
+            flat = _flat(symbols[image])
+            self._add(image, flat)
+            sink.put(flat, _flat(rows[image]))
+        return symbols + means
+
+
+class SymbolReader(_Checksummed):
+    """Asks one range decoder an image for the symbols."""
+
+    def __init__(self, thresholds: Tensor, sources: Sequence[SymbolSource]) -> None:
+        super().__init__(len(sources))
+        self._thresholds = thresholds
+        self._sources = sources
+
+    def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
+        """See Coder."""
+        rows = scale_index(scales, self._thresholds)
+        images = []
+        for image, source in enumerate(self._sources):
+            flat = source.get(_flat(rows[image]))
+            self._add(image, flat)
+            images.append(torch.from_numpy(flat))
+        return torch.stack(images).view(means.shape).to(means) + means
+
+
+def _flat(x: Tensor) -> np.ndarray:
+    return x.to("cpu", torch.int32).numpy().reshape(-1)

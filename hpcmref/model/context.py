@@ -1,0 +1,178 @@
+"""The progressive context model: one pass over the schedule that predicts (scales, means) step by step.
+
+          hyper scales and means (2M)
+                |  on the lattice of s1; its first step uses them as they are
+    s1  [ step 0 ][ prior -> step 1 -> attention ]
+                |  up to s2, hyper parameters on the new positions, 1x1
+    s2  [ prior -> step -> attention ] x 3
+                |  up to s3, hyper parameters on the new positions, 1x1
+    s3  [ prior -> step -> attention ] x 6          (no attention after the last step: nothing reads it)
+
+A prior sees what all steps before it left: context_next (2M) and y_hat so far (M, zero where nothing is coded yet). Its
+output `context` is the scales and means of this step; cross attention over the last context_next makes the next one.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpcmref.model.coders import Coder
+from hpcmref.model.config import HPCMConfig
+from hpcmref.model.layers import DWConvRB, conv1x1
+from hpcmref.model.schedule import S1, S2, STEPS_S1, STEPS_S2, STEPS_S3, Lattice, Step, displaced_source
+
+
+class SpatialPrior(nn.Module):
+    """Predicts the context (2M) of one step: residual blocks, a factor per channel and step, and more blocks."""
+
+    def __init__(self, width: int, outputs: int, depth: tuple[int, int]) -> None:
+        super().__init__()
+        self.branch_1 = nn.Sequential(*(DWConvRB(width) for _ in range(depth[0])))
+        self.branch_2 = nn.Sequential(*(DWConvRB(width) for _ in range(depth[1])), conv1x1(width, outputs))
+
+    def forward(self, x: Tensor, quant_step: Tensor) -> Tensor:
+        """x: (B, width, h, w), quant_step: (B or 1, width, 1, 1) -> (B, outputs, h, w)."""
+        return self.branch_2(self.branch_1(x) * quant_step)
+
+
+class CrossAttentionCell(nn.Module):
+    """Attention inside windows: queries from this step's context, keys and values from the context before it."""
+
+    def __init__(self, channels: int, window: int, heads: int) -> None:
+        super().__init__()
+        self.window = window
+        self.heads = heads
+        self.conv_q = conv1x1(channels, channels)
+        self.conv_k = conv1x1(channels, channels)
+        self.conv_v = conv1x1(channels, channels)
+        self.conv_out = conv1x1(channels, channels)
+
+    def forward(self, context: Tensor, context_prev: Tensor) -> Tensor:
+        """context, context_prev: (B, C, h, w) -> (B, C, h, w). Windows that reach over the edge see what is inside."""
+        height, width = context.shape[2:]
+        query = self._windows(self.conv_q(context))
+        key = self._windows(self.conv_k(context_prev))
+        value = self._windows(self.conv_v(context_prev))
+        inside = self._inside(height, width, context.device)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=inside)
+        return self._plane(attended, height, width) + self.conv_out(context)
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, windows, heads, tokens, C/heads), zero outside of the plane."""
+        side = self.window
+        height, width = x.shape[2:]
+        x = F.pad(x, (0, -width % side, 0, -height % side))
+        x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).unflatten(1, (self.heads, -1))
+        return x.permute(0, 3, 5, 1, 4, 6, 2).flatten(4, 5).flatten(1, 2)
+
+    def _plane(self, x: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of `_windows`."""
+        side = self.window
+        rows = -(-height // side)
+        x = x.unflatten(3, (side, side)).unflatten(1, (rows, -1))
+        return x.permute(0, 3, 6, 1, 4, 2, 5).flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, :, :height, :width]
+
+    def _inside(self, height: int, width: int, device: torch.device) -> Tensor | None:
+        """Which keys of each window lie in the plane: (windows, 1, 1, tokens) bool; None if all do."""
+        side = self.window
+        if height % side == 0 and width % side == 0:
+            return None
+        rows = (torch.arange(height + -height % side, device=device) < height).view(-1, 1, side, 1)
+        cols = (torch.arange(width + -width % side, device=device) < width).view(1, -1, 1, side)
+        return (rows & cols).view(-1, 1, 1, side * side)
+
+
+class ContextModel(nn.Module):
+    """HPCM's hierarchical progressive context model (paper section 3; official HPCM_Base.py, forward_hpcm)."""
+
+    def __init__(self, config: HPCMConfig) -> None:
+        super().__init__()
+        width, both = config.context_width, 2 * config.M
+        self.displaced_s2 = config.displaced_s2
+
+        def adaptors(steps: int) -> nn.ModuleList:
+            return nn.ModuleList(conv1x1(3 * config.M, width) for _ in range(steps))
+
+        def attention(window: int) -> CrossAttentionCell | None:
+            return CrossAttentionCell(both, window, config.heads) if config.heads else None
+
+        self.adaptor_s1, self.adaptor_s2, self.adaptor_s3 = adaptors(1), adaptors(3), adaptors(6)
+        self.prior_s1_s2 = SpatialPrior(width, both, config.prior_s1_s2)
+        self.prior_s3 = SpatialPrior(width, both, config.prior_s3)
+        self.quant_steps = nn.ParameterList(torch.ones(config.anchors, width, 1, 1) for _ in range(10))
+        self.attn_s1, self.attn_s2, self.attn_s3 = map(attention, config.windows)
+        self.context_net = nn.ModuleList(conv1x1(both, both) for _ in range(2))
+
+    def forward(self, hyper: Tensor, rates: Tensor, coder: Coder) -> Tensor:
+        """Walk the schedule once.
+
+        hyper: (B, 2M, H, W), the scales and means that h_s predicts, H and W multiples of 4; rates: (B, anchors), the
+        weights of the rate anchors. Returns y_hat (B, M, H, W).
+        """
+        quant_steps = [torch.einsum("ba,achw->bchw", rates, step) for step in self.quant_steps]
+
+        hyper_s2 = _halves(S2.down, hyper)
+        context = _halves(S1.down, hyper_s2)
+        y_hat = _code(STEPS_S1[0], context, coder)
+        context, y_hat = self._scale(
+            STEPS_S1[1:], context, y_hat, coder, self.adaptor_s1, self.prior_s1_s2, quant_steps[:1], self.attn_s1
+        )
+
+        if self.displaced_s2:
+            hyper_s2 = _displaced(hyper)
+        context = self.context_net[0](_put(S1, hyper_s2, context))
+        context, y_hat = self._scale(
+            STEPS_S2, context, S1.up(y_hat), coder, self.adaptor_s2, self.prior_s1_s2, quant_steps[1:4], self.attn_s2
+        )
+
+        context = self.context_net[1](_put(S2, hyper, context))
+        _, y_hat = self._scale(
+            STEPS_S3, context, S2.up(y_hat), coder, self.adaptor_s3, self.prior_s3, quant_steps[4:], self.attn_s3
+        )
+        return y_hat
+
+    def _scale(
+        self,
+        steps: tuple[Step, ...],
+        context_next: Tensor,
+        y_hat: Tensor,
+        coder: Coder,
+        adaptors: nn.ModuleList,
+        prior: SpatialPrior,
+        quant_steps: list[Tensor],
+        attention: CrossAttentionCell | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The network steps of one scale; returns context_next and y_hat after them."""
+        for step, adaptor, quant_step in zip(steps, adaptors, quant_steps, strict=True):
+            context = prior(adaptor(torch.cat((context_next, y_hat), dim=1)), quant_step)
+            y_hat = y_hat + _code(step, context, coder)
+            if step is STEPS_S3[-1]:
+                break
+            context_next = context if attention is None else attention(context, context_next)
+        return context_next, y_hat
+
+
+def _code(step: Step, context: Tensor, coder: Coder) -> Tensor:
+    """The latents of one step at their places (B, M, h, w), zero elsewhere."""
+    scales, means = context.chunk(2, dim=1)
+    return step.place(coder.code(step, step.select(scales), step.select(means)))
+
+
+def _halves(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`move` applied to the scales and to the means half of x (B, 2M, H, W)."""
+    return torch.cat([move(half) for half in x.chunk(2, dim=1)], dim=1)
+
+
+def _put(lattice: Lattice, hyper: Tensor, context: Tensor) -> Tensor:
+    """Hyper parameters on the finer lattice, with the positions coded so far replaced by their context."""
+    pairs = zip(hyper.chunk(2, dim=1), context.chunk(2, dim=1), strict=True)
+    return torch.cat([lattice.put(fine, coarse) for fine, coarse in pairs], dim=1)
+
+
+def _displaced(hyper: Tensor) -> Tensor:
+    """The official hyper parameters of s2: (B, 2M, H, W) -> (B, 2M, H/2, W/2); see `schedule.displaced_source`."""
+    batch, both, height, width = hyper.shape
+    source = displaced_source(both // 2, height // 2, width // 2, hyper.device).repeat(2, 1)
+    return hyper.flatten(2).gather(2, source.expand(batch, -1, -1)).unflatten(2, (height // 2, width // 2))

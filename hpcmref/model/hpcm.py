@@ -1,0 +1,115 @@
+"""HPCM: the transforms and the entropy path, put together."""
+
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from hpcmref.model.coders import Coder, Estimator
+from hpcmref.model.config import HPCMConfig
+from hpcmref.model.context import ContextModel
+from hpcmref.model.entropy import anchor_weights
+from hpcmref.model.transforms import g_a, g_s, h_a, h_s, start_as_dct
+
+STRIDE = 64
+"""Image sides must be multiples of this: g_a divides them by 16, h_a by 4 more."""
+
+
+class Estimate(TypedDict):
+    """What `HPCM.forward` returns."""
+
+    x_hat: Tensor
+    likelihoods: dict[str, Tensor]
+
+
+class EntropyPath(nn.Module):
+    """Everything that turns decoded symbols into the scales and means of the next symbols: z prior, h_s, context model.
+
+    It must give the same numbers in the encoder and in the decoder; no other part of the model has to.
+    """
+
+    def __init__(self, config: HPCMConfig) -> None:
+        super().__init__()
+        self.N = config.N
+        self.means_hyper = nn.Parameter(torch.zeros(config.anchors, config.N, 1, 1))
+        self.scales_hyper = nn.Parameter(torch.ones(config.anchors, config.N, 1, 1))
+        self.h_s = h_s(config)
+        self.context = ContextModel(config)
+
+    def forward(self, rates: Tensor, size: tuple[int, int], coder: Coder) -> Tensor:
+        """Code one batch: rates (B, anchors), size of z (h, w) -> y_hat (B, M, 4h, 4w)."""
+        scales = torch.einsum("ba,achw->bchw", rates, self.scales_hyper)
+        means = torch.einsum("ba,achw->bchw", rates, self.means_hyper)
+        shape = (len(rates), self.N, *size)
+        z_hat = coder.code(None, scales.expand(shape), means.expand(shape))
+        return self.context(self.h_s(z_hat), rates, coder)
+
+
+class HPCM(nn.Module):
+    """A learned image codec's networks (arXiv 2507.19125), for one rate or for all of them.
+
+    Models with rate anchors (`config.lambdas`) multiply y by a gain per channel before quantisation and y_hat by an
+    inverse gain after it, both interpolated in the log domain between the anchors around the quality.
+    """
+
+    def __init__(self, config: HPCMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.g_a = g_a(config)
+        self.g_s = g_s(config)
+        self.h_a = h_a(config)
+        self.entropy = EntropyPath(config)
+        self.log_gain: nn.Parameter | None = None
+        self.log_inverse_gain: nn.Parameter | None = None
+        if config.lambdas:
+            # Quantiser step 0.47 of the 0..1 pixel range at lambda 0.0018, and the square-root law of rate theory.
+            start = 0.75 + 0.5 * torch.log(torch.tensor(config.lambdas) / 0.0018)
+            self.log_gain = nn.Parameter(start[:, None].repeat(1, config.M))
+            self.log_inverse_gain = nn.Parameter(-start[:, None].repeat(1, config.M))
+
+    def initialise(self) -> "HPCM":
+        """Prepare untrained weights: the DCT start of the dct transforms, scales that begin near 1."""
+        if self.config.transform == "dct":
+            start_as_dct(self.g_a, self.g_s)
+        context = self.entropy.context
+        with torch.no_grad():
+            for part in (self.entropy.h_s, context.prior_s1_s2, context.prior_s3):
+                *_, head = (module for module in part.modules() if isinstance(module, nn.Conv2d))
+                assert head.bias is not None
+                head.weight.mul_(0.1)
+                head.bias[: self.config.M].fill_(1)
+        return self
+
+    def rates(self, quality: Tensor) -> Tensor:
+        """Weights of the rate anchors: quality (B,) float in 0..63 -> (B, anchors)."""
+        return anchor_weights(quality, self.config.anchors, self.config.qualities)
+
+    def analyse(self, x: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
+        """Image x (B, 3, H, W) in 0..1 -> y (B, M, H/16, W/16) and z (B, N, H/64, W/64), both before quantisation."""
+        y = self.g_a(x)
+        if self.log_gain is not None:
+            y = y * (rates @ self.log_gain).exp()[:, :, None, None]
+        return y, self.h_a(y)
+
+    def synthesise(self, y_hat: Tensor, rates: Tensor) -> Tensor:
+        """y_hat (B, M, H/16, W/16) -> image (B, 3, H, W), not clamped."""
+        if self.log_inverse_gain is not None:
+            y_hat = y_hat * (rates @ self.log_inverse_gain).exp()[:, :, None, None]
+        return self.g_s(y_hat)
+
+    def forward(self, x: Tensor, quality: Tensor | None = None) -> Estimate:
+        """Estimate rate and reconstruction.
+
+        x: (B, 3, H, W) in 0..1, H and W multiples of 64; quality: (B,) in 0..63, the middle one by default. Returns
+        {"x_hat": (B, 3, H, W), not clamped, "likelihoods": {"y": (B, elements), "z": (B, elements)}} in coding order.
+        """
+        if quality is None:
+            quality = x.new_full((len(x),), (self.config.qualities - 1) / 2)
+        rates = self.rates(quality)
+        y, z = self.analyse(x, rates)
+        estimator = Estimator(y, z, noise=self.training)
+        y_hat = self.entropy(rates, (z.shape[2], z.shape[3]), estimator)
+        return {
+            "x_hat": self.synthesise(y_hat, rates),
+            "likelihoods": {"y": estimator.y_likelihoods, "z": estimator.z_likelihoods},
+        }

@@ -1,0 +1,138 @@
+"""Which latents are coded when: the lattices s1, s2 and s3 and their 2 + 3 + 6 steps, as data.
+
+y (C, H, W)                       s3: every position of y; 6 steps code the 8 - 2 channel groups left at each position
+  | channel group g of 8 keeps one phase of each 2x2 cell
+s2 (C, H/2, W/2)                  3 steps code the 4 - 1 groups left
+  | channel group g of 4 keeps one phase of each 2x2 cell
+s1 (C, H/4, W/4)                  2 steps
+
+In every step each position of the step's lattice codes exactly one channel group, so a step of G groups is a tensor
+(B, C/G, h, w) and a small table that says which group a position codes. Source: official src/models/base.py
+(get_mask_for_s2, get_mask_for_rec_s2, get_mask_two_parts, get_mask_four_parts, get_mask_eight_parts).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """A sublattice of twice the spacing: group g of the channels lives on the phase (row, column) of every 2x2 cell."""
+
+    phases: tuple[tuple[int, int], ...]
+
+    def down(self, x: Tensor) -> Tensor:
+        """The lattice's values: x (B, C, H, W) -> (B, C, H/2, W/2)."""
+        groups = x.chunk(len(self.phases), dim=1)
+        return torch.cat(
+            [group[:, :, row::2, col::2] for group, (row, col) in zip(groups, self.phases, strict=True)], dim=1
+        )
+
+    def put(self, x: Tensor, values: Tensor) -> Tensor:
+        """x (B, C, H, W) with the lattice's positions replaced by values (B, C, H/2, W/2)."""
+        result = x.clone()
+        size = x.shape[1] // len(self.phases)
+        for group, (row, col) in enumerate(self.phases):
+            channels = slice(group * size, (group + 1) * size)
+            result[:, channels, row::2, col::2] = values[:, channels]
+        return result
+
+    def up(self, values: Tensor) -> Tensor:
+        """Values (B, C, H/2, W/2) on the finer lattice (B, C, H, W), zero elsewhere."""
+        batch, channels, height, width = values.shape
+        return self.put(values.new_zeros(batch, channels, 2 * height, 2 * width), values)
+
+
+S2 = Lattice(((0, 0), (1, 1), (0, 1), (1, 0)) * 2)
+S1 = Lattice(((0, 0), (0, 1), (1, 0), (1, 1)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One coding step on lattice `scale` (1, 2 or 3): position (row, col) codes channel group tile[row][col]."""
+
+    scale: int
+    groups: int
+    tile: tuple[tuple[int, ...], ...]
+
+    def table(self, height: int, width: int, device: torch.device) -> Tensor:
+        """The coded group of every position: (height, width) int64."""
+        tile = torch.tensor(self.tile, device=device)
+        side = len(self.tile)
+        return tile.repeat(-(-height // side), -(-width // side))[:height, :width]
+
+    def select(self, x: Tensor) -> Tensor:
+        """What this step codes of x (B, C, h, w): (B, C/G, h, w)."""
+        grouped = x.unflatten(1, (self.groups, -1))
+        return grouped.gather(1, self._index(grouped.shape, x.device)).squeeze(1)
+
+    def place(self, values: Tensor) -> Tensor:
+        """Values (B, C/G, h, w) at their places in (B, C, h, w), zero elsewhere: the inverse of `select`."""
+        batch, channels, height, width = values.shape
+        shape = torch.Size((batch, self.groups, channels, height, width))
+        return values.new_zeros(shape).scatter(1, self._index(shape, values.device), values.unsqueeze(1)).flatten(1, 2)
+
+    def _index(self, shape: torch.Size, device: torch.device) -> Tensor:
+        batch, _, channels, height, width = shape
+        return self.table(height, width, device).expand(batch, 1, channels, height, width)
+
+
+def _step(scale: int, cells: Sequence[Sequence[tuple[int, int]]], order: Sequence[int], side: int) -> Step:
+    """The step in which group g codes the positions cells[order[g]] of each side x side tile."""
+    tile = [[-1] * side for _ in range(side)]
+    for group, cell in enumerate(order):
+        for row, col in cells[cell]:
+            tile[row][col] = group
+    return Step(scale, len(order), tuple(map(tuple, tile)))
+
+
+_TWO = (((0, 0), (1, 1)), ((0, 1), (1, 0)))
+_FOUR = (((0, 0),), ((0, 1),), ((1, 0),), ((1, 1),))
+_EIGHT = (
+    ((0, 0), (2, 2)), ((0, 2), (2, 0)), ((1, 1), (3, 3)), ((1, 3), (3, 1)),
+    ((0, 1), (2, 3)), ((0, 3), (2, 1)), ((1, 0), (3, 2)), ((1, 2), (3, 0)),
+)  # fmt: skip
+
+STEPS_S1 = tuple(_step(1, _TWO, order, 2) for order in ((0, 1), (1, 0)))
+STEPS_S2 = tuple(_step(2, _FOUR, order, 2) for order in ((3, 2, 1, 0), (2, 3, 0, 1), (1, 0, 3, 2)))
+STEPS_S3 = tuple(
+    _step(3, _EIGHT, order, 4)
+    for order in (
+        (2, 4, 6, 0, 3, 5, 7, 1), (3, 5, 7, 1, 2, 4, 6, 0), (4, 6, 0, 2, 5, 7, 1, 3),
+        (5, 7, 1, 3, 4, 6, 0, 2), (6, 0, 2, 4, 7, 1, 3, 5), (7, 1, 3, 5, 6, 0, 2, 4),
+    )
+)  # fmt: skip
+STEPS = (*STEPS_S1, *STEPS_S2, *STEPS_S3)
+
+
+def lattices(y: Tensor) -> dict[int, Tensor]:
+    """y (B, C, H, W) on the lattices of the scales 1, 2 and 3."""
+    s2 = S2.down(y)
+    return {1: S1.down(s2), 2: s2, 3: y}
+
+
+def displaced_source(channels: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Where the official models read the hyper parameters of s2 that s1 has not used.
+
+    Returns (C, h * w) int64 for an s2 plane of h x w: for each position, the flat position in the y plane (2h x 2w)
+    whose value it gets; the positions that s1 holds read position 0 and are meant to be overwritten. The official masks
+    of s1 do not describe what s1 really holds (base.py: get_mask_for_s1, get_s2_hyper_with_mask), so most of these
+    values come from beside the position they are used at; the networks were trained with that.
+    """
+    # The official masks say that s1 took, of channel group g, the cell (row, col) of each 4x4 tile of y.
+    claimed = ((0, 0), (1, 1), (0, 1), (1, 0), (0, 2), (1, 3), (0, 3), (1, 2))
+    group = channels // 8
+    source = torch.zeros(channels, height * width, dtype=torch.int64)
+    plane = torch.arange(4 * height * width).view(2 * height, 2 * width)
+    for g, ((row, col), (claimed_row, claimed_col)) in enumerate(zip(S2.phases, claimed, strict=True)):
+        taken = torch.zeros(2 * height, 2 * width, dtype=torch.bool)
+        taken[row::2, col::2] = True
+        taken[claimed_row::4, claimed_col::4] = False
+        free = torch.ones(height, width, dtype=torch.bool)
+        free_row, free_col = S1.phases[g // 2]
+        free[free_row::2, free_col::2] = False
+        source[g * group : (g + 1) * group, free.flatten()] = plane[taken]
+    return source.to(device)

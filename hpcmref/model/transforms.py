@@ -1,0 +1,138 @@
+"""g_a, g_s, h_a and h_s, and the DCT that our own transforms start from."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hpcmref.model.config import HPCMConfig
+from hpcmref.model.layers import PConvRB, conv1x1, down, up
+
+BLOCK = 8
+"""Pixels a side that the dct transform folds into channels before its first convolution."""
+
+
+def g_a(config: HPCMConfig) -> nn.Sequential:
+    """Analysis transform: (B, 3, H, W) image in 0..1 -> (B, M, H/16, W/16)."""
+    if config.transform == "dct":
+        ((width, blocks),) = config.stages
+        return nn.Sequential(
+            nn.PixelUnshuffle(BLOCK),
+            conv1x1(3 * BLOCK**2, width),
+            *(PConvRB(width, config.ratio) for _ in range(blocks)),
+            down(width, config.M),
+        )
+    layers: list[nn.Module] = []
+    inputs = 3
+    for width, blocks in config.stages:
+        layers.append(down(inputs, width, kernel=4 if inputs == 3 else 2))
+        layers += [PConvRB(width, config.ratio) for _ in range(blocks)]
+        inputs = width
+    return nn.Sequential(*layers, down(inputs, config.M))
+
+
+def g_s(config: HPCMConfig) -> nn.Sequential:
+    """Synthesis transform: (B, M, H/16, W/16) -> (B, 3, H, W), not clamped."""
+    if config.transform == "dct":
+        ((width, blocks),) = config.synthesis
+        return nn.Sequential(
+            up(config.M, width),
+            *(PConvRB(width, config.ratio) for _ in range(blocks)),
+            conv1x1(width, 3 * BLOCK**2),
+            nn.PixelShuffle(BLOCK),
+        )
+    layers: list[nn.Module] = []
+    inputs = config.M
+    for width, blocks in config.synthesis:
+        layers.append(up(inputs, width))
+        layers += [PConvRB(width, config.ratio) for _ in range(blocks)]
+        inputs = width
+    return nn.Sequential(*layers, up(inputs, 3, kernel=4))
+
+
+def h_a(config: HPCMConfig) -> nn.Sequential:
+    """Hyper analysis: (B, M, h, w) -> (B, N, h/4, w/4)."""
+    return nn.Sequential(
+        PConvRB(config.M, config.hyper_ratio),
+        down(config.M, config.N),
+        *(PConvRB(config.N, config.hyper_ratio) for _ in range(config.hyper_blocks)),
+        down(config.N, config.N),
+    )
+
+
+def h_s(config: HPCMConfig) -> nn.Sequential:
+    """Hyper synthesis: (B, N, h/4, w/4) -> (B, 2 M, h, w), the hyper scales and means."""
+    return nn.Sequential(
+        up(config.N, config.N),
+        *(PConvRB(config.N, config.hyper_ratio) for _ in range(config.hyper_blocks)),
+        up(config.N, 2 * config.M),
+        PConvRB(2 * config.M, config.hyper_ratio),
+    )
+
+
+def start_as_dct(analysis: nn.Sequential, synthesis: nn.Sequential) -> None:
+    """Make untrained dct transforms a real transform: g_a an orthonormal DCT of decorrelated colour, g_s its inverse.
+
+    The 1x1 convolution becomes the 8x8 DCT, the 2x2 one a Haar step that keeps the lowest frequencies, and the residual
+    branches nearly nothing. The output of g_a is then in units of the 0..1 pixel range.
+    """
+    frequencies, dct = _dct_basis()
+    to_channels, to_latents, from_latents, to_pixels = (
+        module for module in (*analysis, *synthesis) if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+    )
+    kept, haar = _haar_basis(frequencies, len(to_latents.weight))
+    with torch.no_grad():
+        _set_leading(to_channels.weight[:, :, 0, 0], dct)
+        _set_leading(_bias(to_channels), -0.5 * dct.sum(1))
+        _set_leading(to_pixels.weight[:, :, 0, 0].T, dct)
+        _bias(to_pixels).fill_(0.5)
+        for convolution in (to_latents, from_latents):
+            convolution.weight.zero_()
+            convolution.weight[torch.arange(len(kept)), kept] = haar
+            _bias(convolution).zero_()
+        for block in (*analysis, *synthesis):
+            if isinstance(block, PConvRB):
+                block.project.weight.mul_(0.02)
+                _bias(block.project).zero_()
+
+
+def _bias(convolution: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
+    assert convolution.bias is not None
+    return convolution.bias
+
+
+def _set_leading(target: Tensor, values: Tensor) -> None:
+    """Overwrite the first channels of `target`; channels that the transform does not need start small."""
+    target.mul_(0.1)
+    target[: len(values)] = values
+
+
+def _dct_basis() -> tuple[Tensor, Tensor]:
+    """The 192 frequencies (u, v, cost) in the order of rising cost, and the basis (192, 192) on unshuffled pixels."""
+    position = torch.arange(BLOCK, dtype=torch.float64)
+    cosines = torch.cos(math.pi * (position + 0.5) * position[:, None] / BLOCK) * math.sqrt(2 / BLOCK)
+    cosines[0] /= math.sqrt(2)
+    colours = torch.tensor([[1, 1, 1], [-1, -1, 2], [1, -1, 0]], dtype=torch.float64)
+    colours /= colours.norm(dim=1, keepdim=True)
+    basis = torch.einsum("kc,ur,vs->kuvcrs", colours, cosines, cosines).reshape(3 * BLOCK**2, 3 * BLOCK**2)
+    colour, u, v = torch.meshgrid(position[:3], position, position, indexing="ij")
+    frequencies = torch.stack((u.flatten(), v.flatten(), colour.flatten()), dim=1)
+    order = _cost(frequencies).argsort(stable=True)
+    return frequencies[order], basis[order].float()
+
+
+def _haar_basis(frequencies: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The cheapest `count` of the Haar steps of all frequencies: source channel (count,) and kernel (count, 2, 2)."""
+    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    kernels = torch.einsum("ar,bs->abrs", signs, signs).reshape(4, 2, 2) / 2
+    shift = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=torch.float64)
+    doubled = frequencies[:, None].repeat(1, 4, 1)
+    doubled[:, :, :2] = 2 * doubled[:, :, :2] + shift
+    kept = _cost(doubled.reshape(-1, 3)).argsort(stable=True)[:count]
+    return kept // 4, kernels[kept % 4]
+
+
+def _cost(frequencies: Tensor) -> Tensor:
+    """How little a frequency matters: its radius; chroma counts as higher (2.2 times, plus 1.5: a prototype)."""
+    radius = frequencies[:, :2].norm(dim=1)
+    return torch.where(frequencies[:, 2] == 0, radius, 2.2 * radius + 1.5)

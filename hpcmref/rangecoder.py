@@ -1,0 +1,228 @@
+"""How do integer symbols become bytes, and bytes symbols again? CompressAI's rANS behind two small classes.
+
+Every symbol is coded with one of 60 stored tables, the cumulative frequencies (16 bits) of a generalized Gaussian
+(beta = 1.5) at the scales of `scale_table()`. The last symbol of a table is its escape: it stands for every value
+outside the table's range, and the value follows as two bytes.
+
+Why a hostile file cannot make the decoder read outside its buffer
+------------------------------------------------------------------
+CompressAI's decoder neither knows where its buffer ends nor bounds its own escapes, which read as many words as the
+stream tells them to. Three things make that harmless:
+
+1. Its escape is the last entry of a table. Here every table is given one more entry, equal to the total 65536: the new
+   escape has frequency 0, and as the decoder takes the first entry above a number below 65536 it is never decoded.
+   The table's own escape becomes an ordinary symbol. (A debug build of CompressAI asserts that entries grow, and would
+   stop at this; the published wheels and every default build are without asserts.)
+2. Ordinary symbols then read at most one 32-bit word each, and at most one word for two symbols. Decoding maps a state
+   x to f * (x >> 16) + r, with frequency f >= 1 and 0 <= r < f, and reads a word if the result is below 2^31. From
+   2^31 <= x < 2^63 (checked for the first state, which is the first 8 bytes) the result is at least 2^15 and below
+   2^63; if it is below 2^31 the word makes it 2^47..2^63; and from 2^47 on the result is at least 2^31, so the next
+   symbol reads nothing.
+3. The number of symbols is known: those the caller asks for, and two bytes for each escape. Take the encoder's state
+   and the words it has written as one number: no symbol lowers it, a byte multiplies it by 256, and an escape
+   (frequency at most 422 of 65536) by more than 100, both but for a factor of 1 - 2^-14. So each escape takes more
+   than 16 bits of the payload, and a decoder that meets more of them than that is decoding a forgery and stops.
+
+So a payload is filled up with zeros to the state and a word for every two symbols, and no read leaves that.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.resources
+import importlib.util
+import sys
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+
+from hpcmref.errors import ConfigError, FormatError, HpcmrefError
+
+_TOTAL = 1 << 16  # of the frequencies in a table
+_STATE_BYTES = 8
+_WORD_BYTES = 4
+
+
+class _Tables(NamedTuple):
+    """The 60 tables and, after them, the uniform table of bytes, as the extension takes them.
+
+    cdfs: cumulative frequencies from 0 to 65536, then 65536 again (see the top of the file).
+    lengths: number of entries of each.
+    offsets: symbol that entry 0 of each stands for.
+    lowest, escapes: int32 (61,). Table i codes lowest[i] <= symbol < escapes[i]; escapes[i] itself is the escape.
+    """
+
+    cdfs: list[list[int]]
+    lengths: list[int]
+    offsets: list[int]
+    lowest: np.ndarray
+    escapes: np.ndarray
+
+    @property
+    def of_bytes(self) -> int:
+        """Index of the uniform table, and so the number of the others."""
+        return len(self.cdfs) - 1
+
+
+class SymbolEncoder:
+    """Collects symbols with `put`; `finish` turns them into bytes."""
+
+    def __init__(self) -> None:
+        self._coder = _ans().BufferedRansEncoder()
+        self._empty = True
+
+    def put(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
+        """Appends `symbols`, and after them the values of those that were escaped.
+
+        symbols: (n,) integers from -32768 to 32767.
+        indexes: (n,) integers from 0 to 59, the table of each symbol.
+
+        Raises ConfigError if shapes or ranges are others.
+        """
+        tables = _tables()
+        _check_indexes(indexes)
+        if symbols.shape != indexes.shape:
+            raise ConfigError(f"symbols of shape {symbols.shape} do not go with table indexes of {indexes.shape}")
+        if symbols.size == 0:
+            return
+        if symbols.min() < -(1 << 15) or symbols.max() >= 1 << 15:
+            raise ConfigError("a symbol does not fit into 16 bits")
+        escapes = tables.escapes[indexes]
+        escaped = (symbols < tables.lowest[indexes]) | (symbols >= escapes)
+        self._append(np.where(escaped, escapes, symbols), indexes)
+        if escaped.any():
+            values = symbols[escaped].astype("<i2").view(np.uint8)
+            self._append(values, np.full(values.size, tables.of_bytes))
+
+    def finish(self) -> bytes:
+        """The bytes of all symbols: empty without any, else a multiple of 4, at least 8. Ends the encoder's life."""
+        if self._empty:
+            return b""
+        # CompressAI allocates one word per symbol and writes up to one per two symbols and two for the state: too many
+        # for one or two symbols. Two more make room; the decoder never asks for them, and as the likeliest symbol of
+        # table 0 they cost 0.0002 bits.
+        self._append(np.zeros(2, np.int32), np.zeros(2, np.int32))
+        return self._coder.flush()
+
+    def _append(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
+        # As lists: the extension converts arrays three times slower, element by element.
+        tables = _tables()
+        self._coder.encode_with_indexes(symbols.tolist(), indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
+        self._empty = False
+
+
+class SymbolDecoder:
+    """Returns the symbols of a payload in the order in which they were put.
+
+    Every payload that passes the constructor decodes to something: damage must be found by the caller's checksums.
+    """
+
+    def __init__(self, payload: bytes, count: int) -> None:
+        """
+        payload: what `SymbolEncoder.finish` returned.
+        count: number of symbols that will be asked for, all calls of `get` together.
+
+        Raises FormatError if no encoder can have written the payload.
+        """
+        self._coder = _ans().RansDecoder()
+        self._symbols_left = count
+        self._escapes_left = min(count, len(payload) // 2)
+        if count == 0:
+            return
+        if len(payload) < _STATE_BYTES or len(payload) % _WORD_BYTES:
+            raise FormatError(f"a payload of {len(payload)} bytes is not one that the range coder writes")
+        if not 1 << 31 <= int.from_bytes(payload[:_STATE_BYTES], "little") < 1 << 63:
+            raise FormatError("the payload does not begin with a state of the range coder")
+        most_symbols = count + 2 * self._escapes_left
+        self._coder.set_stream(payload.ljust(_STATE_BYTES + _WORD_BYTES * ((most_symbols + 1) // 2), b"\0"))
+
+    def get(self, indexes: np.ndarray) -> np.ndarray:
+        """The next symbols, int32 (n,).
+
+        indexes: (n,) integers from 0 to 59, the tables that the symbols were put with, n as in that call of `put`.
+
+        Raises ConfigError if shape or range are others or more symbols are asked for than announced, FormatError if the
+        payload holds more escapes than fit into it.
+        """
+        tables = _tables()
+        _check_indexes(indexes)
+        if indexes.size > self._symbols_left:
+            raise ConfigError(f"{indexes.size} symbols asked for where {self._symbols_left} are left")
+        if indexes.size == 0:
+            return np.empty(0, np.int32)
+        self._symbols_left -= indexes.size
+        symbols = self._take(indexes)
+        escaped = symbols == tables.escapes[indexes]
+        escapes = np.count_nonzero(escaped)
+        if escapes:
+            if escapes > self._escapes_left:
+                raise FormatError("the payload is damaged: it has more escapes than fit into it")
+            self._escapes_left -= escapes
+            values = self._take(np.full(2 * escapes, tables.of_bytes))
+            symbols[escaped] = values.astype(np.uint8).view("<i2")
+        return symbols
+
+    def _take(self, indexes: np.ndarray) -> np.ndarray:
+        tables = _tables()
+        symbols = self._coder.decode_stream(indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
+        return np.array(symbols, np.int32)
+
+
+def scale_table() -> np.ndarray:
+    """The scale of each table, ascending from 0.12 to 64: (60,) float32."""
+    return _stored()["scale_table"].copy()
+
+
+def _check_indexes(indexes: np.ndarray) -> None:
+    # The extension takes every index on trust.
+    if indexes.ndim != 1:
+        raise ConfigError(f"table indexes have shape {indexes.shape}, and must be flat")
+    count = _tables().of_bytes
+    if indexes.size and (indexes.min() < 0 or indexes.max() >= count):
+        raise ConfigError(f"a table index is outside 0 to {count - 1}")
+
+
+@cache
+def _stored() -> dict[str, np.ndarray]:
+    """tables.npz: scale_table (60,) float32, cdf (60, 699) int32, cdf_length (60,) and offset (60,) int32."""
+    with (importlib.resources.files("hpcmref") / "tables.npz").open("rb") as file, np.load(file) as arrays:
+        return dict(arrays)
+
+
+@cache
+def _tables() -> _Tables:
+    stored = _stored()
+    cdfs = [row[:length].tolist() for row, length in zip(stored["cdf"], stored["cdf_length"], strict=True)]
+    cdfs.append(list(range(0, _TOTAL + 1, _TOTAL // 256)))
+    offset = np.append(stored["offset"], 0).astype(np.int32)
+    symbols = np.array([len(cdf) - 1 for cdf in cdfs], np.int32)
+    return _Tables(
+        cdfs=[[*cdf, _TOTAL] for cdf in cdfs],
+        lengths=[len(cdf) + 1 for cdf in cdfs],
+        offsets=offset.tolist(),
+        lowest=offset,
+        escapes=offset + symbols - 1,
+    )
+
+
+@cache
+def _ans() -> ModuleType:
+    """The module `compressai.ans` without the package around it, which takes seconds to import and needs torchvision.
+
+    Raises HpcmrefError if CompressAI is not installed.
+    """
+    name = "compressai.ans"
+    if name in sys.modules:
+        return sys.modules[name]
+    package = importlib.util.find_spec("compressai")  # finds, without importing
+    folders = package.submodule_search_locations if package else None
+    spec = importlib.machinery.PathFinder.find_spec(name, list(folders or ()))
+    if spec is None or spec.loader is None:
+        raise HpcmrefError("the range coder needs the package compressai with its extension module ans: install it")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # Its types can be registered only once in a process: a later import of the package must find this module.
+    sys.modules[name] = module
+    return module

@@ -1,0 +1,237 @@
+"""Is a file exactly the bytes of FORMAT.md, and is anything else refused?"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import zlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpcmref.container import MAGIC, MAX_PIXELS, MAX_SIDE, Container, parse, part_sizes, write
+from hpcmref.errors import ConfigError, FormatError, HpcmrefError, UnsupportedError
+
+SMALL = Container(
+    arithmetic=0,
+    fingerprint=b"\xde\xad\xbe\xef",
+    quality=32,
+    width=768,
+    height=5,
+    grey=False,
+    latent_checksum=0x01020304,
+    payload=b"payload",
+)
+SMALL_BODY = bytes.fromhex("01 00 00 deadbeef 20 8006 05 04030201 07") + b"payload"
+
+CHUNKED = Container(
+    arithmetic=3,
+    fingerprint=b"abcd",
+    quality=0,
+    width=1,
+    height=1,
+    grey=True,
+    latent_checksum=0,
+    payload=b"",
+    chunks=((1, b""), (255, b"x" * 200), (1, b"again")),
+)
+CHUNKED_BODY = b"".join(
+    (
+        bytes.fromhex("01 03 03 61626364 00 01 01 00000000"),
+        bytes.fromhex("01 00"),
+        bytes.fromhex("ff c801") + b"x" * 200,
+        bytes.fromhex("01 05") + b"again",
+        bytes.fromhex("00"),
+        bytes.fromhex("00"),
+    )
+)
+
+
+def sealed(body: bytes) -> bytes:
+    """A file with this body and a checksum that is right."""
+    return b"\x89HPC" + body + struct.pack("<I", zlib.crc32(body))
+
+
+def body(
+    version: int = 1,
+    flags: int = 0,
+    quality: int = 0,
+    width: bytes = b"\x01",
+    height: bytes = b"\x01",
+    rest: bytes = b"\x00",
+) -> bytes:
+    """The body of a file of one pixel, or of something near to one. rest: chunks, payload length and payload."""
+    return bytes([version, 0, flags]) + b"abcd" + bytes([quality]) + width + height + bytes(4) + rest
+
+
+@pytest.mark.parametrize(("container", "expected"), [(SMALL, SMALL_BODY), (CHUNKED, CHUNKED_BODY)])
+def test_literal_bytes(container: Container, expected: bytes) -> None:
+    assert write(container) == sealed(expected)
+    assert parse(sealed(expected)) == container
+
+
+def test_the_fixed_part_of_a_photograph_is_small() -> None:
+    photograph = Container(0, b"abcd", 30, 768, 512, False, 0, bytes(4900))
+    assert len(write(photograph)) - 4900 == 26
+    largest = Container(0, b"abcd", 30, 1 << 14, 1 << 14, False, 0, bytes(1 << 21))
+    assert len(write(largest)) - (1 << 21) == 30
+
+
+@pytest.mark.parametrize("container", [SMALL, CHUNKED])
+def test_part_sizes_add_up_to_the_file(container: Container) -> None:
+    sizes = part_sizes(container)
+    assert list(sizes) == ["header", "chunks", "payload", "crc"]
+    assert sum(sizes.values()) == len(write(container))
+    assert sizes["payload"] == len(container.payload)
+    assert bool(sizes["chunks"]) == bool(container.chunks)
+
+
+dimensions = st.tuples(st.integers(1, MAX_SIDE), st.integers(1, MAX_SIDE)).filter(lambda s: s[0] * s[1] <= MAX_PIXELS)
+containers = st.builds(
+    lambda size, **fields: Container(width=size[0], height=size[1], **fields),
+    dimensions,
+    arithmetic=st.integers(0, 255),
+    fingerprint=st.binary(min_size=4, max_size=4),
+    quality=st.integers(0, 63),
+    grey=st.booleans(),
+    latent_checksum=st.integers(0, 2**32 - 1),
+    payload=st.binary(max_size=300),
+    chunks=st.lists(st.tuples(st.integers(1, 255), st.binary(max_size=200)), max_size=4).map(tuple),
+)
+
+
+@settings(deadline=None)
+@given(containers)
+def test_round_trip(container: Container) -> None:
+    assert parse(write(container)) == container
+
+
+@pytest.mark.parametrize("container", [SMALL, CHUNKED])
+def test_every_truncation_is_refused(container: Container) -> None:
+    data = write(container)
+    for length in range(len(data)):
+        with pytest.raises(FormatError):
+            parse(data[:length])
+
+
+@pytest.mark.parametrize("container", [SMALL, CHUNKED])
+def test_every_truncated_body_is_refused_though_its_checksum_is_right(container: Container) -> None:
+    whole = write(container)[4:-4]
+    for length in range(len(whole)):
+        with pytest.raises(FormatError):
+            parse(sealed(whole[:length]))
+
+
+@pytest.mark.parametrize("container", [SMALL, CHUNKED])
+def test_every_flipped_bit_is_refused(container: Container) -> None:
+    data = write(container)
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises((FormatError, UnsupportedError)):
+            parse(bytes(damaged))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_forgery_is_refused_or_is_the_one_file_of_what_it_says(data: st.DataObject) -> None:
+    forged = bytearray(data.draw(st.sampled_from([SMALL_BODY, CHUNKED_BODY])))
+    for _ in range(data.draw(st.integers(1, 4))):
+        forged[data.draw(st.integers(0, min(40, len(forged)) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        container = parse(sealed(bytes(forged)))
+    except HpcmrefError:
+        return
+    assert write(container) == sealed(bytes(forged))
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=60))
+def test_random_bytes_raise_no_other_error(data: bytes) -> None:
+    for hostile in (data, MAGIC + data, sealed(data)):
+        with contextlib.suppress(HpcmrefError):
+            parse(hostile)
+
+
+HOSTILE = {
+    "an empty file": b"",
+    "half of the magic": b"\x89H",
+    "a PNG": b"\x89PNG\r\n\x1a\n" + bytes(40),
+    "the magic after a transfer as text": b"\xef\xbf\xbdHPC" + SMALL_BODY,
+    "only the magic": MAGIC,
+    "the magic and a checksum of nothing": sealed(b""),
+    "a checksum that also covers the magic": MAGIC + SMALL_BODY + struct.pack("<I", zlib.crc32(MAGIC + SMALL_BODY)),
+    "a checksum in the other byte order": MAGIC + SMALL_BODY + struct.pack(">I", zlib.crc32(SMALL_BODY)),
+    "a byte after the checksum": sealed(SMALL_BODY) + b"\0",
+    "a byte after the payload": sealed(SMALL_BODY + b"\0"),
+    "a version that never was": sealed(body(version=0)),
+    "a quality above the highest": sealed(body(quality=64)),
+    "no columns": sealed(body(width=b"\x00")),
+    "no rows": sealed(body(height=b"\x00")),
+    "a side one above the limit": sealed(body(width=b"\x81\x80\x02")),
+    "the largest side a varint can say": sealed(body(width=b"\xff\xff\xff\xff\x0f")),
+    "sides that are allowed with a product that is not": sealed(body(width=b"\x80\x80\x02", height=b"\x81\x40")),
+    "a width that needs more than 32 bits": sealed(body(width=b"\x81\x80\x80\x80\x10")),
+    "a width of six bytes": sealed(body(width=b"\x81\x80\x80\x80\x80\x00")),
+    "a width that never ends": sealed(body(width=b"\xff" * 1000)),
+    "a width of 1 in two bytes": sealed(body(width=b"\x81\x00")),
+    "a width of 0 in two bytes": sealed(body(width=b"\x80\x00")),
+    "a payload of 4 GiB in an empty file": sealed(body(rest=b"\xff\xff\xff\xff\x0f")),
+    "a payload one byte longer than the file": sealed(body(rest=b"\x04abc")),
+    "a payload one byte shorter than the file": sealed(body(rest=b"\x02abc")),
+    "a payload length of 3 in two bytes": sealed(body(rest=b"\x83\x00abc")),
+    "chunks announced, and none there": sealed(body(flags=1, rest=b"\x00\x00")),
+    "chunks that never end": sealed(body(flags=1, rest=b"\x01\x00" * 50)),
+    "a chunk of 4 GiB": sealed(body(flags=1, rest=b"\x01\xff\xff\xff\xff\x0f" + bytes(20))),
+    "a chunk that swallows the end of the chunks": sealed(body(flags=1, rest=b"\x01\x02\x00\x00")),
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_file(data: bytes) -> None:
+    with pytest.raises(FormatError):
+        parse(data)
+
+
+def test_the_near_miss_of_the_hostile_files_is_a_file() -> None:
+    assert parse(sealed(body())).width == 1
+    assert parse(sealed(body(width=b"\x80\x80\x02", height=b"\x80\x40"))).height == MAX_PIXELS // MAX_SIDE
+
+
+def test_a_newer_version_is_named() -> None:
+    with pytest.raises(UnsupportedError, match="version 7"):
+        parse(MAGIC + b"\x07whatever follows")
+
+
+@pytest.mark.parametrize("flag", range(2, 8))
+def test_an_unknown_flag_is_not_ignored(flag: int) -> None:
+    with pytest.raises(UnsupportedError, match="feature"):
+        parse(sealed(body(flags=1 << flag)))
+
+
+def test_a_file_of_something_else_is_called_that() -> None:
+    with pytest.raises(FormatError, match="not an hpcmref file"):
+        parse(b"\xff\xd8\xff\xe0 JFIF")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"arithmetic": 256},
+        {"fingerprint": b"abc"},
+        {"quality": -1},
+        {"width": 0},
+        {"height": MAX_SIDE + 1},
+        {"width": MAX_SIDE, "height": MAX_PIXELS // MAX_SIDE + 1},
+        {"latent_checksum": 1 << 32},
+        {"chunks": ((0, b""),)},
+        {"chunks": ((256, b""),)},
+    ],
+    ids=str,
+)
+def test_a_container_that_the_format_cannot_hold_is_not_made(change: dict) -> None:
+    fields = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}
+    with pytest.raises(ConfigError):
+        Container(**fields | change)

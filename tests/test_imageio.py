@@ -1,0 +1,329 @@
+"""Do images come in upright and unharmed, and do files go out whole or not at all?"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
+
+from hpcmref.container import MAX_SIDE
+from hpcmref.errors import HpcmrefError, ImageError
+from hpcmref.imageio import atomic_write, format_of, image_of, open_image, pixels_of, save_image
+
+RNG = np.random.default_rng(0)
+COLOUR = RNG.integers(0, 256, (4, 6, 3), np.uint8)
+GREY = RNG.integers(0, 256, (4, 6), np.uint8)
+
+
+def reopened(image: Image.Image, form: str, **options: object) -> Image.Image:
+    """The image after a save in Pillow's format `form`."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    file.seek(0)
+    return open_image(file)
+
+
+def bare_png(width: int, height: int) -> io.BytesIO:
+    """A PNG that announces a size and has no pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+
+# In
+
+
+def test_colour_and_grey_come_in_unchanged_and_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        colour, is_grey = pixels_of(reopened(Image.fromarray(COLOUR), "PNG"))
+        assert not is_grey
+        grey, is_grey = pixels_of(reopened(Image.fromarray(GREY), "PNG"))
+        assert is_grey
+    np.testing.assert_array_equal(colour, COLOUR)
+    np.testing.assert_array_equal(grey, GREY[..., None].repeat(3, axis=2))
+    assert colour.dtype == grey.dtype == np.uint8
+    assert colour.flags.writeable
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_comes_in_upright(orientation: int, form: str) -> None:
+    """Stored is what the camera saw; EXIF says which side of it the first row and the first column are."""
+    upright = np.zeros((32, 64), np.uint8)
+    upright[:16, :32] = 255  # white at the top left
+    upright[16:, :32] = 128  # grey below it
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    pixels, _ = pixels_of(reopened(Image.fromarray(np.ascontiguousarray(stored)), form, exif=exif))
+    assert pixels.shape == (32, 64, 3)
+    assert np.abs(pixels[..., 0].astype(int) - upright).mean() < 2
+
+
+def test_damaged_exif_does_not_cost_the_image() -> None:
+    with pytest.warns(UserWarning, match="EXIF"):
+        pixels, _ = pixels_of(reopened(Image.fromarray(COLOUR), "PNG", exif=b"Exif\0\0garbage"))
+    np.testing.assert_array_equal(pixels, COLOUR)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bit_grey_is_scaled_and_rounded(form: str) -> None:
+    values = np.array([[0, 128, 129, 257, 32768, 65406, 65407, 65535]], np.uint16)
+    image = reopened(Image.fromarray(values), form)
+    with pytest.warns(UserWarning, match="16-bit"):
+        pixels, grey = pixels_of(image)
+    assert grey
+    assert pixels[0, :, 0].tolist() == [0, 0, 1, 1, 128, 254, 255, 255]
+
+
+def test_alpha_is_dropped_and_not_blended() -> None:
+    alpha = np.full((4, 6, 1), 7, np.uint8)
+    with pytest.warns(UserWarning, match="transparency"):
+        pixels, grey = pixels_of(Image.fromarray(np.concatenate([COLOUR, alpha], axis=2)))
+    assert not grey
+    np.testing.assert_array_equal(pixels, COLOUR)
+    with pytest.warns(UserWarning, match="transparency"):
+        pixels, grey = pixels_of(Image.fromarray(np.concatenate([GREY[..., None], alpha], axis=2)))
+    assert grey
+    np.testing.assert_array_equal(pixels[..., 0], GREY)
+
+
+def test_alpha_that_says_nothing_is_dropped_silently() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels, _ = pixels_of(Image.fromarray(COLOUR).convert("RGBA"))
+    np.testing.assert_array_equal(pixels, COLOUR)
+
+
+def test_palette() -> None:
+    image = Image.fromarray(np.array([[0, 1], [1, 2]], np.uint8)).convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    with pytest.warns(UserWarning, match="palette"):
+        pixels, grey = pixels_of(reopened(image, "PNG"))
+    assert not grey
+    assert pixels.tolist() == [[[10, 20, 30], [40, 50, 60]], [[40, 50, 60], [70, 80, 90]]]
+    with pytest.warns(UserWarning, match="transparency") as caught:
+        transparent, _ = pixels_of(reopened(image, "PNG", transparency=b"\x00\x80\xff"))
+    assert len(caught) == 1
+    np.testing.assert_array_equal(transparent, pixels)
+
+
+@pytest.mark.parametrize("mode", ["1", "CMYK", "YCbCr", "LAB", "HSV"])
+def test_other_modes_are_converted_with_a_warning(mode: str) -> None:
+    with pytest.warns(UserWarning, match="kept as grey|colours are converted"):
+        pixels, grey = pixels_of(Image.new(mode, (6, 4)))
+    assert pixels.shape == (4, 6, 3)
+    assert grey == (mode == "1")
+
+
+def test_floating_point_is_refused() -> None:
+    with pytest.raises(ImageError, match="floating-point"):
+        pixels_of(Image.new("F", (6, 4)))
+
+
+def test_only_the_first_frame_is_used_and_the_user_is_told(tmp_path: Path) -> None:
+    frames = [Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)]
+    for suffix in ("tif", "png", "webp"):
+        path = tmp_path / f"frames.{suffix}"
+        frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+        with pytest.warns(UserWarning, match="first frame of .*frames"):
+            pixels, _ = pixels_of(open_image(path))
+        np.testing.assert_array_equal(pixels, COLOUR)
+
+
+def test_an_image_larger_than_pillow_would_allow_is_ours_to_judge() -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ImageError, match="cannot read"):  # it got as far as the missing pixels
+            open_image(bare_png(MAX_SIDE, 6000))
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("size", [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1), (MAX_SIDE, 8193), (2**31 - 1, 2**31 - 1)])
+def test_a_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageError, match=f"{size[0]} x {size[1]} pixels"):
+        open_image(bare_png(*size))
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    image = tmp_path / "photo.png"
+    with pytest.raises(ImageError, match=r"photo\.png: No such file"):
+        open_image(image)
+    image.write_text("text")
+    with pytest.raises(ImageError, match=r"photo\.png is not an image"):
+        open_image(image)
+    save_image(Image.fromarray(COLOUR), image)
+    image.write_bytes(image.read_bytes()[:60])
+    with pytest.raises(ImageError, match=r"cannot read .*photo\.png"):
+        open_image(image)
+    with pytest.raises(ImageError, match="the image is not an image"):
+        open_image(io.BytesIO(b""))
+    with pytest.raises(ImageError):
+        open_image(tmp_path)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_damaged_image_raises_no_other_error(data: st.DataObject) -> None:
+    file = io.BytesIO()
+    Image.fromarray(COLOUR).save(file, data.draw(st.sampled_from(["PNG", "JPEG", "TIFF", "WEBP", "GIF", "PPM"])))
+    damaged = bytearray(file.getvalue())
+    for _ in range(data.draw(st.integers(1, 8))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            pixels, _ = pixels_of(open_image(io.BytesIO(damaged)))
+        except ImageError:
+            return
+    assert pixels.dtype == np.uint8
+
+
+# Out
+
+
+def test_image_of_is_the_inverse_of_pixels_of() -> None:
+    for pixels, grey in (COLOUR, False), (GREY[..., None].repeat(3, axis=2), True):
+        again, is_grey = pixels_of(image_of(pixels, grey))
+        assert is_grey == grey
+        np.testing.assert_array_equal(again, pixels)
+
+
+def test_a_grey_image_is_the_rounded_mean_of_its_channels() -> None:
+    pixels = np.array([[[0, 0, 1], [0, 1, 1], [255, 255, 255], [254, 255, 255]]], np.uint8)
+    assert np.asarray(image_of(pixels, grey=True)).tolist() == [[0, 1, 255, 255]]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif", ".TIFF", ".ppm"])
+@pytest.mark.parametrize("grey", [False, True])
+def test_lossless_formats(tmp_path: Path, suffix: str, grey: bool) -> None:
+    pixels = GREY[..., None].repeat(3, axis=2) if grey else COLOUR
+    path = tmp_path / f"image{suffix}"
+    save_image(image_of(pixels, grey), path)
+    np.testing.assert_array_equal(pixels_of(open_image(path))[0], pixels)
+    assert open_image(path).format == format_of(path)
+
+
+def test_jpeg_keeps_the_colours_of_every_pixel(tmp_path: Path) -> None:
+    stripes = np.zeros((16, 16, 3), np.uint8)
+    stripes[:, ::2] = (255, 0, 0)
+    stripes[:, 1::2] = (0, 0, 255)
+    save_image(Image.fromarray(stripes), tmp_path / "stripes.jpg")
+    pixels, _ = pixels_of(open_image(tmp_path / "stripes.jpg"))
+    assert np.abs(pixels.astype(int) - stripes).mean() < 10  # 4:2:0 would make them all purple
+
+
+def test_an_unknown_suffix_names_the_known_ones(tmp_path: Path) -> None:
+    for name in ("image.xyz", "image", ".png"):
+        with pytest.raises(ImageError, match=r"\.png.*\.ppm"):
+            save_image(Image.fromarray(COLOUR), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_image_that_its_format_cannot_hold_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="WEBP"):
+        save_image(Image.new("L", (20000, 1)), tmp_path / "wide.webp")
+    assert not list(tmp_path.iterdir())
+
+
+def test_atomic_write_makes_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for data in (b"first", b"second", b""):
+        atomic_write(path, data)
+        assert path.read_bytes() == data
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions and links of POSIX")
+def test_atomic_write_makes_an_ordinary_file_and_follows_links(tmp_path: Path) -> None:
+    ordinary, link = tmp_path / "ordinary", tmp_path / "link"
+    ordinary.write_bytes(b"old")
+    link.symlink_to(ordinary)
+    expected = ordinary.stat().st_mode
+    atomic_write(link, b"new")
+    assert link.is_symlink()
+    assert ordinary.read_bytes() == b"new"
+    assert ordinary.stat().st_mode == expected
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_atomic_write_writes_to_a_pipe_and_does_not_replace_it(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        atomic_write(pipe, b"data")
+        assert os.read(reader, 10) == b"data"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_atomic_write_says_why_it_cannot(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(HpcmrefError, match=r"cannot write .*image: No such file"):
+        atomic_write(tmp_path / "missing" / "image", b"data")
+    with pytest.raises(HpcmrefError, match=r"cannot write .*image: Not a directory"):
+        atomic_write(tmp_path / "file" / "image", b"data")
+    with pytest.raises(HpcmrefError, match=r"cannot write .*: Is a directory"):
+        atomic_write(tmp_path, b"data")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_atomic_write_into_a_folder_that_is_read_only(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(HpcmrefError, match="Permission denied"):
+        atomic_write(tmp_path / "file", b"data")
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("moment", ["write", "replace"])
+def test_a_write_that_is_cut_short_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, fault: BaseException
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    real = Path.write_bytes
+
+    def half(self: Path, data: bytes) -> int:
+        real(self, data[: len(data) // 2])
+        raise fault
+
+    def never(source: Path, target: Path) -> None:
+        raise fault
+
+    with monkeypatch.context() as patch:
+        if moment == "write":
+            patch.setattr(Path, "write_bytes", half)
+        else:
+            patch.setattr(os, "replace", never)
+        with pytest.raises(HpcmrefError if isinstance(fault, OSError) else KeyboardInterrupt):
+            save_image(Image.fromarray(COLOUR), path.with_suffix(".png"))
+        with pytest.raises(HpcmrefError if isinstance(fault, OSError) else KeyboardInterrupt):
+            atomic_write(path, b"new data")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
