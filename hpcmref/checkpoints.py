@@ -78,7 +78,7 @@ def info(path: Path) -> CheckpointInfo:
             fingerprint=bytes.fromhex(metadata["fingerprint"]),
             parameters=int(metadata["parameters"]),
             size=path.stat().st_size,
-            default=path.parent == _WEIGHTS and path.stem == DEFAULT_MODEL,
+            default=path.resolve().parent == _WEIGHTS.resolve() and path.stem == DEFAULT_MODEL,
             description=str(metadata["description"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -222,6 +222,7 @@ _RENAMES = (
     (r"\.project\.", ".branch.3."),
     (r"^prior_", "y_spatial_prior_"),
     (r"^quant_steps\.", "adaptive_params_list."),
+    (r"\.values$", ""),
 )
 
 

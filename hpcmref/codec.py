@@ -47,10 +47,10 @@ class Codec:
         height, width = pixels.shape[:2]
         encoder = SymbolEncoder()
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            rates = self._rates(quality)
-            y, z = self.model.analyse(_padded(pixels, self.device), rates)
+            rate = self._rate(quality)
+            y, z = self.model.analyse(_padded(pixels, self.device), rate)
             writer = SymbolWriter(y, z, self._thresholds, [encoder])
-            self.model.entropy(rates, (z.shape[2], z.shape[3]), writer)
+            self.model.entropy(rate, (z.shape[2], z.shape[3]), writer)
         return container.write(
             Container(
                 arithmetic=FLOAT32,
@@ -81,15 +81,15 @@ class Codec:
         size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
         symbols = size[0] * size[1] * (config.N + 16 * config.M)
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            rates = self._rates(file.quality)
+            rate = self._rate(file.quality)
             reader = SymbolReader(self._thresholds, [SymbolDecoder(file.payload, symbols)])
-            y_hat = self.model.entropy(rates, size, reader)
+            y_hat = self.model.entropy(rate, size, reader)
             if reader.checksums[0] != file.latent_checksum:
                 raise DecodeError(
                     "the decoded latents are not the encoded ones: the file is damaged, or was made on a machine whose "
                     "arithmetic differs from this one's"
                 )
-            x_hat = self.model.synthesise(y_hat, rates)
+            x_hat = self.model.synthesise(y_hat, rate)
         return imageio.image_of(_pixels(x_hat[:, :, : file.height, : file.width]), file.grey)
 
     def _checked(self, quality: int | None) -> int:
@@ -102,8 +102,8 @@ class Codec:
             raise ConfigError(f"the quality is {quality}, and must be 0 to {qualities - 1}")
         return quality
 
-    def _rates(self, quality: int) -> Tensor:
-        return self.model.rates(torch.tensor([float(quality)], device=self.device))
+    def _rate(self, quality: int) -> Tensor:
+        return torch.tensor([float(quality)], device=self.device)
 
 
 @lru_cache(maxsize=2)

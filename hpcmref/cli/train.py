@@ -18,7 +18,7 @@ def train(
         list[Path], typer.Argument(metavar="DATA...", help="Folders, tar files or image files to train on.")
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="For state, log and weights; a state there is resumed.")
+        Path, typer.Option("-o", "--output", metavar="DIR", help="For state, log and weights; resumes a state.")
     ],
     preset: Annotated[str, typer.Option("--preset", help="The architecture: nano or light.")] = "nano",
     minutes: Annotated[float, typer.Option("--minutes", help="Wall-clock budget; the schedule follows it.")] = 60.0,

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from hpcmref.model.coders import Coder
 from hpcmref.model.config import HPCMConfig
-from hpcmref.model.layers import DWConvRB, conv1x1
+from hpcmref.model.layers import DWConvRB, RateTable, conv1x1
 from hpcmref.model.schedule import S1, S2, STEPS_S1, STEPS_S2, STEPS_S3, Lattice, Step, displaced_source
 
 
@@ -37,6 +37,14 @@ class SpatialPrior(nn.Module):
         return self.branch_2(self.branch_1(x) * quant_step)
 
 
+class Attend(nn.Module):
+    """softmax(query key^T / sqrt(channels)) value."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
+        """All (B, windows, heads, tokens, channels); inside: which keys count, (windows, 1, 1, tokens) bool, or all."""
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=inside)
+
+
 class CrossAttentionCell(nn.Module):
     """Attention inside windows: queries from this step's context, keys and values from the context before it."""
 
@@ -48,6 +56,7 @@ class CrossAttentionCell(nn.Module):
         self.conv_k = conv1x1(channels, channels)
         self.conv_v = conv1x1(channels, channels)
         self.conv_out = conv1x1(channels, channels)
+        self.attend = Attend()
 
     def forward(self, context: Tensor, context_prev: Tensor) -> Tensor:
         """context, context_prev: (B, C, h, w) -> (B, C, h, w). Windows that reach over the edge see what is inside."""
@@ -56,8 +65,7 @@ class CrossAttentionCell(nn.Module):
         key = self._windows(self.conv_k(context_prev))
         value = self._windows(self.conv_v(context_prev))
         inside = self._inside(height, width, context.device)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=inside)
-        return self._plane(attended, height, width) + self.conv_out(context)
+        return self._plane(self.attend(query, key, value, inside), height, width) + self.conv_out(context)
 
     def _windows(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, windows, heads, tokens, C/heads), zero outside of the plane."""
@@ -101,17 +109,17 @@ class ContextModel(nn.Module):
         self.adaptor_s1, self.adaptor_s2, self.adaptor_s3 = adaptors(1), adaptors(3), adaptors(6)
         self.prior_s1_s2 = SpatialPrior(width, both, config.prior_s1_s2)
         self.prior_s3 = SpatialPrior(width, both, config.prior_s3)
-        self.quant_steps = nn.ParameterList(torch.ones(config.anchors, width, 1, 1) for _ in range(10))
+        self.quant_steps = nn.ModuleList(RateTable(torch.ones(config.anchors), width) for _ in range(10))
         self.attn_s1, self.attn_s2, self.attn_s3 = map(attention, config.windows)
         self.context_net = nn.ModuleList(conv1x1(both, both) for _ in range(2))
 
-    def forward(self, hyper: Tensor, rates: Tensor, coder: Coder) -> Tensor:
+    def forward(self, hyper: Tensor, quality: Tensor, coder: Coder) -> Tensor:
         """Walk the schedule once.
 
-        hyper: (B, 2M, H, W), the scales and means that h_s predicts, H and W multiples of 4; rates: (B, anchors), the
-        weights of the rate anchors. Returns y_hat (B, M, H, W).
+        hyper: (B, 2M, H, W), the scales and means that h_s predicts, H and W multiples of 4; quality: (B,). Returns
+        y_hat (B, M, H, W).
         """
-        quant_steps = [torch.einsum("ba,achw->bchw", rates, step) for step in self.quant_steps]
+        quant_steps = [table(quality) for table in self.quant_steps]
 
         hyper_s2 = _halves(S2.down, hyper)
         context = _halves(S1.down, hyper_s2)

@@ -1,4 +1,4 @@
-"""How many bits does a symbol cost? The generalized Gaussian of y and z, and the rate anchors."""
+"""How many bits does a symbol cost? The generalized Gaussian of y and z."""
 
 import math
 
@@ -81,12 +81,3 @@ def scale_index(scales: Tensor, thresholds: Tensor) -> Tensor:
 def quantise(residual: Tensor) -> Tensor:
     """The symbol of a residual: rounded half to even, within what the file format holds."""
     return residual.round().clamp_(SYMBOL_MIN, SYMBOL_MAX)
-
-
-def anchor_weights(quality: Tensor, anchors: int, qualities: int) -> Tensor:
-    """Weights (B, anchors) that interpolate linearly between the two rate anchors around each quality (B,)."""
-    if anchors == 1:
-        return quality.new_ones(len(quality), 1)
-    position = quality * ((anchors - 1) / (qualities - 1))
-    distance = (position[:, None] - torch.arange(anchors, device=quality.device)).abs()
-    return (1 - distance).clamp_(min=0)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hpcmref.model.coders import Coder, Estimator
 from hpcmref.model.config import HPCMConfig
 from hpcmref.model.context import ContextModel
-from hpcmref.model.entropy import anchor_weights
+from hpcmref.model.layers import RateTable
 from hpcmref.model.transforms import g_a, g_s, h_a, h_s, start_as_dct
 
 STRIDE = 64
@@ -31,18 +31,16 @@ class EntropyPath(nn.Module):
     def __init__(self, config: HPCMConfig) -> None:
         super().__init__()
         self.N = config.N
-        self.means_hyper = nn.Parameter(torch.zeros(config.anchors, config.N, 1, 1))
-        self.scales_hyper = nn.Parameter(torch.ones(config.anchors, config.N, 1, 1))
+        self.means_hyper = RateTable(torch.zeros(config.anchors), config.N)
+        self.scales_hyper = RateTable(torch.ones(config.anchors), config.N)
         self.h_s = h_s(config)
         self.context = ContextModel(config)
 
-    def forward(self, rates: Tensor, size: tuple[int, int], coder: Coder) -> Tensor:
-        """Code one batch: rates (B, anchors), size of z (h, w) -> y_hat (B, M, 4h, 4w)."""
-        scales = torch.einsum("ba,achw->bchw", rates, self.scales_hyper)
-        means = torch.einsum("ba,achw->bchw", rates, self.means_hyper)
-        shape = (len(rates), self.N, *size)
-        z_hat = coder.code(None, scales.expand(shape), means.expand(shape))
-        return self.context(self.h_s(z_hat), rates, coder)
+    def forward(self, quality: Tensor, size: tuple[int, int], coder: Coder) -> Tensor:
+        """Code one batch: quality (B,), size of z (h, w) -> y_hat (B, M, 4h, 4w)."""
+        shape = (len(quality), self.N, *size)
+        z_hat = coder.code(None, self.scales_hyper(quality).expand(shape), self.means_hyper(quality).expand(shape))
+        return self.context(self.h_s(z_hat), quality, coder)
 
 
 class HPCM(nn.Module):
@@ -59,13 +57,13 @@ class HPCM(nn.Module):
         self.g_s = g_s(config)
         self.h_a = h_a(config)
         self.entropy = EntropyPath(config)
-        self.log_gain: nn.Parameter | None = None
-        self.log_inverse_gain: nn.Parameter | None = None
+        self.log_gain: RateTable | None = None
+        self.log_inverse_gain: RateTable | None = None
         if config.lambdas:
             # Quantiser step 0.47 of the 0..1 pixel range at lambda 0.0018, and the square-root law of rate theory.
             start = 0.75 + 0.5 * torch.log(torch.tensor(config.lambdas) / 0.0018)
-            self.log_gain = nn.Parameter(start[:, None].repeat(1, config.M))
-            self.log_inverse_gain = nn.Parameter(-start[:, None].repeat(1, config.M))
+            self.log_gain = RateTable(start, config.M)
+            self.log_inverse_gain = RateTable(-start, config.M)
 
     def initialise(self) -> "HPCM":
         """Prepare untrained weights: the DCT start of the dct transforms, scales that begin near 1."""
@@ -80,21 +78,17 @@ class HPCM(nn.Module):
                 head.bias[: self.config.M].fill_(1)
         return self
 
-    def rates(self, quality: Tensor) -> Tensor:
-        """Weights of the rate anchors: quality (B,) float in 0..63 -> (B, anchors)."""
-        return anchor_weights(quality, self.config.anchors, self.config.qualities)
-
-    def analyse(self, x: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
-        """Image x (B, 3, H, W) in 0..1 -> y (B, M, H/16, W/16) and z (B, N, H/64, W/64), both before quantisation."""
+    def analyse(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """Image x (B, 3, H, W) in 0..1, quality (B,) -> y (B, M, H/16, W/16), z (B, N, H/64, W/64), not quantised."""
         y = self.g_a(x)
         if self.log_gain is not None:
-            y = y * (rates @ self.log_gain).exp()[:, :, None, None]
+            y = y * self.log_gain(quality).exp()
         return y, self.h_a(y)
 
-    def synthesise(self, y_hat: Tensor, rates: Tensor) -> Tensor:
-        """y_hat (B, M, H/16, W/16) -> image (B, 3, H, W), not clamped."""
+    def synthesise(self, y_hat: Tensor, quality: Tensor) -> Tensor:
+        """y_hat (B, M, H/16, W/16), quality (B,) -> image (B, 3, H, W), not clamped."""
         if self.log_inverse_gain is not None:
-            y_hat = y_hat * (rates @ self.log_inverse_gain).exp()[:, :, None, None]
+            y_hat = y_hat * self.log_inverse_gain(quality).exp()
         return self.g_s(y_hat)
 
     def forward(self, x: Tensor, quality: Tensor | None = None) -> Estimate:
@@ -105,11 +99,10 @@ class HPCM(nn.Module):
         """
         if quality is None:
             quality = x.new_full((len(x),), (self.config.qualities - 1) / 2)
-        rates = self.rates(quality)
-        y, z = self.analyse(x, rates)
+        y, z = self.analyse(x, quality)
         estimator = Estimator(y, z, noise=self.training)
-        y_hat = self.entropy(rates, (z.shape[2], z.shape[3]), estimator)
+        y_hat = self.entropy(quality, (z.shape[2], z.shape[3]), estimator)
         return {
-            "x_hat": self.synthesise(y_hat, rates),
+            "x_hat": self.synthesise(y_hat, quality),
             "likelihoods": {"y": estimator.y_likelihoods, "z": estimator.z_likelihoods},
         }

@@ -1,7 +1,9 @@
-"""The building blocks of every network: convolutions and the two residual blocks."""
+"""The building blocks of every network: convolutions, the two residual blocks, and what depends on the rate."""
 
 import torch
 from torch import Tensor, nn
+
+from hpcmref.model.config import QUALITIES
 
 SLOPE = 0.01
 """Negative slope of every LeakyReLU (official src/layers)."""
@@ -63,3 +65,25 @@ class DWConvRB(ResidualBlock):
 
     def __init__(self, channels: int, ratio: int = 2) -> None:
         super().__init__(channels, nn.Conv2d(channels, channels, 3, padding=1, groups=channels), ratio)
+
+
+def anchor_weights(quality: Tensor, anchors: int) -> Tensor:
+    """Weights (B, anchors) that interpolate linearly between the two rate anchors around each quality (B,) in 0..63."""
+    if anchors == 1:
+        return torch.ones_like(quality)[:, None]
+    position = quality * ((anchors - 1) / (QUALITIES - 1))
+    distance = (position[:, None] - torch.arange(anchors, device=quality.device)).abs()
+    return (1 - distance).clamp_(min=0)
+
+
+class RateTable(nn.Module):
+    """One number per channel that depends on the quality: learned at the rate anchors, linear between them."""
+
+    def __init__(self, anchors: Tensor, channels: int) -> None:
+        """anchors: (A,), where the numbers of every channel start."""
+        super().__init__()
+        self.values = nn.Parameter(anchors.view(-1, 1, 1, 1).repeat(1, channels, 1, 1))
+
+    def forward(self, quality: Tensor) -> Tensor:
+        """quality: (B,) in 0..63 -> (B, channels, 1, 1)."""
+        return torch.einsum("ba,achw->bchw", anchor_weights(quality, len(self.values)), self.values)

@@ -1,5 +1,5 @@
 """Training: data, loss and loop. Needs torch, numpy and Pillow alone."""
 
-from hpcmref.training.loop import TrainingConfig, train
+from hpcmref.training.loop import Report, TrainingConfig, train
 
-__all__ = ["TrainingConfig", "train"]
+__all__ = ["Report", "TrainingConfig", "train"]

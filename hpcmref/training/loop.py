@@ -17,7 +17,7 @@ from hpcmref.model import HPCM, PRESETS
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.entropy import bits
 from hpcmref.model.hpcm import Estimate
-from hpcmref.model.layers import ResidualBlock
+from hpcmref.model.layers import ResidualBlock, anchor_weights
 from hpcmref.training.data import Tiles
 
 
@@ -136,7 +136,7 @@ class Trainer:
         pixels = x.shape[2] * x.shape[3]
         bpp = _total_bits(out) / pixels
         mse = (out["x_hat"] - x).square().flatten(1).mean(1)
-        log_lambda = self.model.rates(quality) @ self.log_lambdas
+        log_lambda = anchor_weights(quality, len(self.log_lambdas)) @ self.log_lambdas
         weight = (-0.4 * (log_lambda - self.log_lambdas.mean())).exp()
         return ((bpp + log_lambda.exp() * 255**2 * mse) * weight).mean(), bpp.detach(), mse.detach()
 
