@@ -20,6 +20,7 @@ from hpcmref.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from hpcmref.exact.convert import Grids
     from hpcmref.model import HPCM
 
 DEFAULT_MODEL = "nano"
@@ -28,6 +29,8 @@ DEFAULT_MODEL = "nano"
 _WEIGHTS = Path(__file__).parent / "weights"
 _METADATA = "hpcmref"
 _ENTROPY = "entropy."
+_GRID = "exact."
+_TILES = Path(__file__).parent / "exact" / "tiles"
 
 
 @dataclass(frozen=True)
@@ -96,27 +99,65 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def save(model: HPCM, path: Path, description: str, provenance: Mapping[str, Any], half: bool = True) -> CheckpointInfo:
-    """Write a checkpoint, whole or not at all; in float16 where `half`, which is then what the fingerprint is of."""
+    """Write a checkpoint with its exact grids, whole or not at all.
+
+    half: weights in float16, grids for sums in float32 (fast); else float32, and sums in float64 (for models that need
+    more bits than float32 has room for: see `hpcmref.exact`).
+    """
     import torch
     from safetensors.torch import save as to_bytes
 
     from hpcmref.imageio import atomic_write
+    from hpcmref.model import HPCM
 
     dtype = torch.float16 if half else torch.float32
     tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        stored = HPCM(model.config)
+    stored.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    for module, grids in _calibrated(stored.eval(), torch.float32 if half else torch.float64).items():
+        tensors |= {f"{_GRID}{module}.{name}": grid for name, grid in grids.items()}
     metadata = {
         "config": model.config.to_dict(),
         "description": description,
         "fingerprint": _fingerprint(model.config.to_dict(), tensors).hex(),
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "provenance": dict(provenance),
     }
     atomic_write(path, to_bytes(tensors, {_METADATA: json.dumps(metadata)}))
     return info(path)
 
 
-def load(path: Path) -> tuple[HPCM, bytes]:
-    """The model of a checkpoint, float32, in eval mode, and its fingerprint. Raises CheckpointError."""
+def _calibrated(model: HPCM, dtype: torch.dtype) -> Grids:
+    """Exact grids of a model, from the calibration tiles and a quality at each end and two between."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from hpcmref.exact import calibrate
+
+    tiles = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(_TILES.glob("*.webp"))]
+    images = [torch.from_numpy(tile.copy()).permute(2, 0, 1)[None].float() / 255 for tile in tiles]
+
+    def run() -> None:
+        for image in images:
+            for quality in sorted({part * (model.config.qualities - 1) // 3 for part in range(4)}):
+                model(image, torch.tensor([float(quality)]))
+
+    return calibrate(model.entropy, run, dtype)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds: the model (float32, in eval mode), its exact grids and its fingerprint."""
+
+    model: HPCM
+    grids: Grids
+    fingerprint: bytes
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint. Raises CheckpointError."""
     import torch
     from safetensors.torch import load_file
 
@@ -133,9 +174,13 @@ def load(path: Path) -> tuple[HPCM, bytes]:
         raise CheckpointError(f"{path} is damaged: its weights are not those of fingerprint {fingerprint.hex()}.")
     with torch.device("meta"):
         model = HPCM(config)
+    grids: Grids = {}
+    for key in [key for key in tensors if key.startswith(_GRID)]:
+        module, name = key.removeprefix(_GRID).rsplit(".", 1)
+        grids.setdefault(module, {})[name] = tensors.pop(key)
     keys = {name: name for name in model.state_dict()}
     model = _filled(model, {name: tensor.float() for name, tensor in tensors.items()}, keys, str(path))
-    return model.eval(), fingerprint
+    return Checkpoint(model.eval(), grids, fingerprint)
 
 
 def load_official(state_dict: Mapping[str, torch.Tensor], preset: str) -> HPCM:
@@ -193,10 +238,10 @@ def _filled(model: HPCM, tensors: Mapping[str, torch.Tensor], keys: Mapping[str,
 
 
 def _fingerprint(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """The first 4 bytes of the SHA-256 of the entropy path: its configuration, and its weights as float32."""
+    """The first 4 bytes of the SHA-256 of the entropy path: its configuration, weights (as float32) and exact grids."""
     relevant = {name: value for name, value in config.items() if name not in ("preset", *_TRANSFORM_SETTINGS)}
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode())
-    for name in sorted(name for name in tensors if name.startswith(_ENTROPY)):
+    for name in sorted(name for name in tensors if name.startswith((_ENTROPY, _GRID))):
         tensor = tensors[name].float().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.numpy().astype("<f4", copy=False).tobytes())

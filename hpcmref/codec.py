@@ -12,26 +12,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpcmref import DEFAULT_QUALITY, checkpoints, container, imageio
+from hpcmref.checkpoints import Checkpoint
 from hpcmref.container import Container
 from hpcmref.errors import ConfigError, DecodeError, ModelMismatchError, UnsupportedError
-from hpcmref.model import HPCM
+from hpcmref.exact import attach, exactly
 from hpcmref.model.coders import SymbolReader, SymbolWriter
 from hpcmref.model.hpcm import STRIDE
 from hpcmref.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
 
-FLOAT32 = 0
-"""Arithmetic id of an entropy path that ran in float32."""
+EXACT = 1
+"""Arithmetic id of an entropy path on integers (`hpcmref.exact`). 0 was float32, which no release has written."""
 
 
 class Codec:
     """One model, ready to encode and decode. Keeps no state between images."""
 
-    def __init__(self, model: HPCM, fingerprint: bytes, name: str, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str, device: torch.device) -> None:
+        """Raises CheckpointError if the checkpoint's entropy path cannot be made exact."""
         self.name = name
-        self.fingerprint = fingerprint
+        self.fingerprint = checkpoint.fingerprint
         self.device = device
-        self.model = model.to(device).eval()
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = checkpoint.model.to(device).eval()
+        self.entropy = attach(checkpoint.model.entropy, checkpoint.grids).to(device)
+        for part in (self.model, self.entropy):
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # A scale takes the table whose scale is nearest to it in ratio.
         scales = torch.from_numpy(scale_table())
         self._thresholds = (scales[1:] * scales[:-1]).sqrt().to(device)
@@ -46,14 +50,14 @@ class Codec:
         pixels, grey = imageio.pixels_of(image)
         height, width = pixels.shape[:2]
         encoder = SymbolEncoder()
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        with torch.inference_mode(), exactly(self.device):
             rate = self._rate(quality)
             y, z = self.model.analyse(_padded(pixels, self.device), rate)
             writer = SymbolWriter(y, z, self._thresholds, [encoder])
-            self.model.entropy(rate, (z.shape[2], z.shape[3]), writer)
+            self.entropy(rate, (z.shape[2], z.shape[3]), writer)
         return container.write(
             Container(
-                arithmetic=FLOAT32,
+                arithmetic=EXACT,
                 fingerprint=self.fingerprint,
                 quality=quality,
                 width=width,
@@ -71,7 +75,7 @@ class Codec:
         model, and DecodeError where the decoded latents are not those that were encoded.
         """
         file = container.parse(data)
-        if file.arithmetic != FLOAT32:
+        if file.arithmetic != EXACT:
             raise UnsupportedError(f"the file uses arithmetic {file.arithmetic}, which this hpcmref does not know")
         if file.fingerprint != self.fingerprint:
             raise ModelMismatchError(_mismatch(file.fingerprint, self.name, self.fingerprint))
@@ -80,15 +84,12 @@ class Codec:
         config = self.model.config
         size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
         symbols = size[0] * size[1] * (config.N + 16 * config.M)
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        with torch.inference_mode(), exactly(self.device):
             rate = self._rate(file.quality)
             reader = SymbolReader(self._thresholds, [SymbolDecoder(file.payload, symbols)])
-            y_hat = self.model.entropy(rate, size, reader)
+            y_hat = self.entropy(rate, size, reader)
             if reader.checksums[0] != file.latent_checksum:
-                raise DecodeError(
-                    "the decoded latents are not the encoded ones: the file is damaged, or was made on a machine whose "
-                    "arithmetic differs from this one's"
-                )
+                raise DecodeError("the decoded latents are not the encoded ones: the file is damaged or forged")
             x_hat = self.model.synthesise(y_hat, rate)
         return imageio.image_of(_pixels(x_hat[:, :, : file.height, : file.width]), file.grey)
 
@@ -114,8 +115,7 @@ def load(model: str | Path | None = None, device: str = "auto") -> Codec:
     longer than encoding a small image. Raises CheckpointError, ConfigError.
     """
     path = checkpoints.find(model)
-    network, fingerprint = checkpoints.load(path)
-    return Codec(network, fingerprint, path.stem, _device(device))
+    return Codec(checkpoints.load(path), path.stem, _device(device))
 
 
 def codec_for(fingerprint: bytes, device: str = "auto", model: str | Path | None = None) -> Codec:

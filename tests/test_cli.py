@@ -43,7 +43,7 @@ class FakeCodec:
         image.save(png, "PNG")
         return write(
             Container(
-                arithmetic=0,
+                arithmetic=1,
                 fingerprint=FINGERPRINT,
                 quality=quality,
                 width=image.width,
@@ -325,7 +325,7 @@ class TestInfo:
         call("encode", picture("a.png"), "-q", "5")
         result = call("info", "a.bin")
         assert result.exit_code == 0
-        for text in ("8x4 colour", "version 1", "float32", FINGERPRINT.hex(), "quality  5", "header", "payload"):
+        for text in ("8x4 colour", "version 1", "exact integers", FINGERPRINT.hex(), "quality  5", "header", "payload"):
             assert text in result.stdout
 
     def test_json(self) -> None:
@@ -409,7 +409,7 @@ def test_help_is_fast_and_plain() -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["encode", "--help"], ["info", "a.bin"], ["checkpoints", "list"]])
 def test_torch_is_not_imported(folder: Path, arguments: list[str]) -> None:
     container = Container(
-        arithmetic=0,
+        arithmetic=1,
         fingerprint=FINGERPRINT,
         quality=0,
         width=1,

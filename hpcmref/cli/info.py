@@ -9,7 +9,7 @@ import typer
 
 from hpcmref.cli.batch import ENCODED_SUFFIX, Job, expand, run
 
-ARITHMETIC = {0: "float32"}
+ARITHMETIC = {1: "exact integers"}
 
 
 def info(

@@ -1,0 +1,185 @@
+"""How does a trained entropy path become an exact one? Images give ranges, ranges give grids, grids give twins."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hpcmref.errors import CheckpointError
+from hpcmref.exact.layers import (
+    BOUNDS,
+    EXP_TABLE,
+    ExactAttend,
+    ExactConv,
+    ExactRateTable,
+    integer_weights,
+    output_peaks,
+    output_sums,
+)
+from hpcmref.model.context import Attend, CrossAttentionCell
+from hpcmref.model.hpcm import EntropyPath
+from hpcmref.model.layers import RateTable, ResidualBlock
+
+Grids = dict[str, dict[str, Tensor]]
+"""Module name -> name -> integers: what `ExactConv` and `ExactAttend` need."""
+
+Convolution = nn.Conv2d | nn.ConvTranspose2d
+
+MARGIN = 1.25
+"""Ranges are this much wider than the largest value seen."""
+
+BALANCE = 0.75
+"""How much of the difference between input channels is evened out by their ranges, rather than by their weights."""
+
+FINENESS = 8
+"""Inputs get this many times the levels of weights."""
+
+_FINE = 40
+"""The finest output exponent."""
+
+FLOAT64_LEVELS = 2**15
+"""Levels of inputs and weights where float64 leaves more room than is of use."""
+
+
+def calibrate(entropy: EntropyPath, run: Callable[[], None], dtype: torch.dtype = torch.float32) -> Grids:
+    """Choose the grids of every layer.
+
+    run: passes typical images through `entropy` (in its float form); dtype: the type whose bound convolutions are to
+    keep, float32 for speed or float64 for more bits. Attention is always float32.
+    """
+    ranges: dict[str, tuple[Tensor, ...]] = {}
+    hooks = []
+    for name, module in entropy.named_modules():
+        if isinstance(module, Convolution | Attend):
+            hooks.append(module.register_forward_pre_hook(_recorder(ranges, name)))
+    try:
+        with torch.inference_mode():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    grids: Grids = {}
+    for name, module in entropy.named_modules():
+        if isinstance(module, Convolution):
+            grids[name] = _convolution_grids(module, ranges[name][0], dtype)
+        elif isinstance(module, CrossAttentionCell):
+            attend = f"{name}.attend"
+            # An attention that never runs (the last one of a model without s3 steps) has no ranges and needs none.
+            grids[attend] = _attention_grids(module, *ranges[attend])
+    return grids
+
+
+def attach(entropy: EntropyPath, grids: Grids) -> EntropyPath:
+    """The exact twin of `entropy`, which stays as it is. Raises CheckpointError if a grid is missing or no sum fits."""
+    entropy = copy.deepcopy(entropy).cpu().float()
+    for name, module in list(entropy.named_modules()):
+        if isinstance(module, Convolution):
+            entropy.set_submodule(name, ExactConv(module, _grids_of(name, grids, "input", "output", "limit"), name))
+        elif isinstance(module, RateTable):
+            entropy.set_submodule(name, ExactRateTable(module))
+    for name, module in list(entropy.named_modules()):
+        if isinstance(module, CrossAttentionCell):
+            attend = f"{name}.attend"
+            grid = _grids_of(attend, grids, "query", "key", "value", "limits")
+            module.attend = ExactAttend(module.heads, grid, module.window**2, attend)  # type: ignore[assignment]
+            for layer, exponents in (("q", "query"), ("k", "key"), ("v", "value")):
+                convolution = getattr(module, f"conv_{layer}")
+                convolution.take_over(_column(grid[exponents]))
+        elif isinstance(module, ResidualBlock):
+            # LeakyReLU commutes with powers of two, so a layer can scale its output for the next one.
+            _hand_over(module.expand, module.project)
+            _hand_over(module.spatial, module.expand)
+    return entropy.eval()
+
+
+def _hand_over(before: nn.Module, after: nn.Module) -> None:
+    if isinstance(before, ExactConv) and isinstance(after, ExactConv) and after.input_scale is not None:
+        before.take_over(after.input_scale)
+        after.input_scale = None
+
+
+def _column(exponents: Tensor) -> Tensor:
+    return torch.ldexp(torch.ones(len(exponents)), exponents.int()).view(1, -1, 1, 1)
+
+
+def _grids_of(name: str, grids: Grids, *wanted: str) -> dict[str, Tensor]:
+    found = grids.get(name, {})
+    if missing := sorted(set(wanted) - set(found)):
+        raise CheckpointError(f"The checkpoint lacks the grid {missing[0]} of {name}.")
+    return found
+
+
+def _recorder(ranges: dict[str, tuple[Tensor, ...]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that keeps the largest magnitude of every channel of every input tensor."""
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(module, Attend):  # (B, windows, heads, tokens, channels)
+            seen = tuple(x.abs().amax((0, 1, 3)).flatten() for x in inputs[:3])
+        else:
+            seen = (inputs[0].abs().amax((0, 2, 3)),)
+        old = ranges.get(name, seen)
+        ranges[name] = tuple(torch.maximum(x, y) for x, y in zip(seen, old, strict=True))
+
+    return record
+
+
+def _convolution_grids(layer: Convolution, ranges: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Exponents per channel such that the sums stay below the bound of `dtype`."""
+    bound = BOUNDS[dtype] - 1
+    ranges = _usable(ranges)
+    weight = layer.weight.detach().cpu().double()
+    if layer.groups > 1:
+        shift = torch.floor(ranges.log2())  # a channel that is alone in its sum needs no balance
+    else:
+        by_input = _usable(weight.abs().amax((1, 2, 3) if _is_input_first(layer) else (0, 2, 3)))
+        shift = torch.round(BALANCE * ranges.log2() - (1 - BALANCE) * by_input.log2())
+    even = weight * torch.exp2(shift).view((-1, 1, 1, 1) if _is_input_first(layer) else (1, -1, 1, 1))
+    terms = float((output_sums(layer, even) / output_peaks(layer, even).clamp(min=1e-12)).max())
+    levels = min((bound * FINENESS / terms) ** 0.5, float(FLOAT64_LEVELS))
+    spread = float((ranges * torch.exp2(-shift)).max())
+    finest = int(torch.floor(torch.log2(torch.tensor(levels / spread))))
+    inputs = (finest - shift).clamp(-100, 100).to(torch.int8)
+    limit = int(spread * 2.0**finest) + 1
+    most = min(float(bound), FLOAT64_LEVELS * limit * terms)
+    # Every output channel gets the finest weights that keep its sums below the bound: first estimated, then counted.
+    unscaled, bias = integer_weights(layer, inputs, torch.full((layer.out_channels,), _FINE))
+    outputs = (_FINE + 1 + torch.floor((most / _magnitudes(layer, unscaled, bias, limit)).log2())).clamp(max=_FINE)
+    while True:
+        over = _magnitudes(layer, *integer_weights(layer, inputs, outputs), limit) > most
+        if not over.any():
+            return {"input": inputs, "output": outputs.to(torch.int8), "limit": torch.tensor(limit, dtype=torch.int32)}
+        outputs = outputs - over.double()
+
+
+def _attention_grids(cell: CrossAttentionCell, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """Exponents per channel; those of query and key add up to one number per head, the grid of its scores."""
+    bound = BOUNDS[torch.float32] - 1
+    query, key, value = (_usable(x).view(cell.heads, -1) for x in (query, key, value))
+    limit = int((bound / query.shape[1]) ** 0.5)
+    value_limit = bound // (cell.window**2 * max(EXP_TABLE))
+    scores = torch.floor((limit**2 / (query * key)).log2().amin(1, keepdim=True))
+    of_query = torch.round((scores + (key / query).log2()) / 2)
+    of_value = torch.floor((value_limit / value).log2())
+    return {
+        "query": of_query.flatten().to(torch.int8),
+        "key": (scores - of_query).flatten().to(torch.int8),
+        "value": of_value.flatten().to(torch.int8),
+        "limits": torch.tensor([limit, value_limit], dtype=torch.int32),
+    }
+
+
+def _magnitudes(layer: Convolution, weight: Tensor, bias: Tensor, limit: int) -> Tensor:
+    """The largest sum that each output channel can reach: (C_out,) float64."""
+    return (output_sums(layer, weight) * limit + bias.abs()).clamp(min=1)
+
+
+def _usable(magnitudes: Tensor) -> Tensor:
+    """Magnitudes with a margin, as float64; channels that are (nearly) always zero get a thousandth of the largest."""
+    magnitudes = magnitudes.detach().cpu().double()
+    return (magnitudes * MARGIN).clamp(min=max(float(magnitudes.max()) * 1e-3, 1e-9))
+
+
+def _is_input_first(layer: Convolution) -> bool:
+    """The first dimension of the weight is the input channel."""
+    return isinstance(layer, nn.ConvTranspose2d) or layer.groups > 1
