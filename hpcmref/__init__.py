@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from hpcmref._version import __version__
 from hpcmref.errors import HpcmrefError
+from hpcmref.plugin import register as _register
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec, decode, encode, load
 
 DEFAULT_QUALITY = 32
+
+_register()
 
 __all__ = ["DEFAULT_QUALITY", "Codec", "HpcmrefError", "__version__", "decode", "encode", "load"]
 

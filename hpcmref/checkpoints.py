@@ -102,7 +102,7 @@ def save(model: HPCM, path: Path, description: str, provenance: Mapping[str, Any
     """Write a checkpoint with its exact grids, whole or not at all.
 
     half: weights in float16, grids for sums in float32 (fast); else float32, and sums in float64 (for models that need
-    more bits than float32 has room for: see `hpcmref.exact`).
+    more bits than float32 has room for: see `hpcmref.exact`). Raises CheckpointError for weights that are not finite.
     """
     import torch
     from safetensors.torch import save as to_bytes
@@ -112,6 +112,8 @@ def save(model: HPCM, path: Path, description: str, provenance: Mapping[str, Any
 
     dtype = torch.float16 if half else torch.float32
     tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"The model cannot be stored: {bad[0]} is not finite as {dtype}.")
     with torch.device("meta"):
         stored = HPCM(model.config)
     stored.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
@@ -167,13 +169,13 @@ def load(path: Path) -> Checkpoint:
     try:
         config = HPCMConfig.from_dict(metadata["config"])
         fingerprint = bytes.fromhex(metadata["fingerprint"])
+        with torch.device("meta"):
+            model = HPCM(config)
         tensors = load_file(path)
-    except (ConfigError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+    except (ConfigError, AttributeError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
     if _fingerprint(config.to_dict(), tensors) != fingerprint:
         raise CheckpointError(f"{path} is damaged: its weights are not those of fingerprint {fingerprint.hex()}.")
-    with torch.device("meta"):
-        model = HPCM(config)
     grids: Grids = {}
     for key in [key for key in tensors if key.startswith(_GRID)]:
         module, name = key.removeprefix(_GRID).rsplit(".", 1)
@@ -206,18 +208,20 @@ def load_official(state_dict: Mapping[str, torch.Tensor], preset: str) -> HPCM:
 
 def convert_official(source: Path, target: Path, preset: str) -> CheckpointInfo:
     """Convert a .pth.tar of the official code to a checkpoint of ours (float32). Raises CheckpointError."""
-    import pickle
-
     import torch
 
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler raises whatever damaged bytes lead it to
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{source} cannot be read as a PyTorch checkpoint: {reason}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise CheckpointError(f"{source} does not hold a state_dict: names with their tensors.")
     model = load_official(state, preset)
     return save(model, target, f"Official HPCM {preset}", {"source": source.name}, half=False)
@@ -230,9 +234,12 @@ def _filled(model: HPCM, tensors: Mapping[str, torch.Tensor], keys: Mapping[str,
     if unknown := sorted(set(tensors) - set(keys.values())):
         raise CheckpointError(f"{owner} has {unknown[0]}, which the model has not ({len(unknown)} tensors in all).")
     for name, parameter in model.state_dict().items():
-        if tensors[keys[name]].shape != parameter.shape:
-            found, expected = tuple(tensors[keys[name]].shape), tuple(parameter.shape)
+        tensor = tensors[keys[name]]
+        if tensor.shape != parameter.shape:
+            found, expected = tuple(tensor.shape), tuple(parameter.shape)
             raise CheckpointError(f"{owner} has {keys[name]} of shape {found}, not {expected}.")
+        if not tensor.is_floating_point() or tensor.is_sparse:
+            raise CheckpointError(f"{owner} has {keys[name]} of {tensor.dtype}, not floating-point numbers.")
     model.load_state_dict({name: tensors[key] for name, key in keys.items()}, assign=True)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,19 +10,37 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from hpcmref import DEFAULT_QUALITY, checkpoints, container, imageio
 from hpcmref.checkpoints import Checkpoint
 from hpcmref.container import Container
-from hpcmref.errors import ConfigError, DecodeError, ModelMismatchError, UnsupportedError
+from hpcmref.errors import ConfigError, DecodeError, HpcmrefError, ModelMismatchError, TruncatedError, UnsupportedError
 from hpcmref.exact import attach, exactly
+from hpcmref.extras import extras_of
 from hpcmref.model.coders import SymbolReader, SymbolWriter
 from hpcmref.model.hpcm import STRIDE
 from hpcmref.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
 
 EXACT = 1
 """Arithmetic id of an entropy path on integers (`hpcmref.exact`). 0 was float32, which no release has written."""
+
+
+@dataclass(frozen=True)
+class _Analysed:
+    """An image after g_a: pixels (H, W, 3) uint8, whether it is grey, chunks, and features (1, M, H/16, W/16)."""
+
+    pixels: np.ndarray
+    grey: bool
+    chunks: tuple[tuple[int, bytes], ...]
+    features: Tensor
+
+    @property
+    def height(self) -> int:
+        return self.pixels.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.pixels.shape[1]
 
 
 class Codec:
@@ -37,8 +56,8 @@ class Codec:
         for part in (self.model, self.entropy):
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # A scale takes the table whose scale is nearest to it in ratio.
-        scales = torch.from_numpy(scale_table())
-        self._thresholds = (scales[1:] * scales[:-1]).sqrt().to(device)
+        scales = scale_table().astype(np.float64)
+        self._thresholds = torch.from_numpy(np.sqrt(scales[1:] * scales[:-1]).astype(np.float32)).to(device)
 
     def encode(self, image: Image.Image, quality: int | None = None) -> bytes:
         """The file of an image.
@@ -46,13 +65,50 @@ class Codec:
         quality: 0 (smallest) to 63 (best); None is the default. A model of one rate knows only None. Raises ConfigError
         for another quality and ImageError for an image that the format cannot hold.
         """
-        quality = self._checked(quality)
-        pixels, grey = imageio.pixels_of(image)
-        height, width = pixels.shape[:2]
+        return self._encoded(self._analysed(image), self._checked(quality))
+
+    def encode_to(
+        self, image: Image.Image, *, size: int | None = None, bpp: float | None = None, psnr: float | None = None
+    ) -> bytes:
+        """The file of an image at the quality that comes closest to one target, in at most seven trials.
+
+        size: bytes, or bpp: bits per pixel, that the file does not exceed; psnr: dB of RGB that the picture has at
+        least. Rate and PSNR rise with quality, so the trials halve the range of qualities; g_a runs once. Raises
+        ConfigError unless there is exactly one target, and HpcmrefError if no quality reaches it.
+        """
+        if sum(target is not None for target in (size, bpp, psnr)) != 1:
+            raise ConfigError("exactly one of size, bits per pixel and PSNR can be the target")
+        picture = self._analysed(image)
+        limit = size if bpp is None else bpp * picture.width * picture.height / 8
+        low, high = 0, self.model.config.qualities - 1
+        best: bytes | None = None
+        while low <= high:
+            quality = (low + high) // 2
+            data = self._encoded(picture, quality)
+            if limit is not None:  # the largest file within the limit
+                reached = len(data) <= limit
+                low, high = (quality + 1, high) if reached else (low, quality - 1)
+            else:  # the smallest file that is good enough
+                assert psnr is not None
+                reached = _psnr(self._pixels_of(data), picture.pixels) >= psnr
+                low, high = (low, quality - 1) if reached else (quality + 1, high)
+            best = data if reached else best
+        if best is None:
+            wanted = f"{psnr} dB" if psnr is not None else f"{limit:.0f} bytes"
+            raise HpcmrefError(f"no quality of the model {self.name} reaches {wanted} with this image")
+        return best
+
+    def _analysed(self, image: Image.Image) -> _Analysed:
+        picture = imageio.picture_of(image)
+        with torch.inference_mode(), exactly(self.device):
+            features = self.model.features(_padded(picture.pixels, self.device), _to_unit)
+        return _Analysed(picture.pixels, picture.grey, picture.extras.chunks(), features)
+
+    def _encoded(self, picture: _Analysed, quality: int) -> bytes:
         encoder = SymbolEncoder()
         with torch.inference_mode(), exactly(self.device):
             rate = self._rate(quality)
-            y, z = self.model.analyse(_padded(pixels, self.device), rate)
+            y, z = self.model.latents(picture.features, rate)
             writer = SymbolWriter(y, z, self._thresholds, [encoder])
             self.entropy(rate, (z.shape[2], z.shape[3]), writer)
         return container.write(
@@ -60,21 +116,32 @@ class Codec:
                 arithmetic=EXACT,
                 fingerprint=self.fingerprint,
                 quality=quality,
-                width=width,
-                height=height,
-                grey=grey,
+                width=picture.width,
+                height=picture.height,
+                grey=picture.grey,
                 latent_checksum=writer.checksums[0],
                 payload=encoder.finish(),
+                chunks=picture.chunks,
             )
         )
 
-    def decode(self, data: bytes) -> Image.Image:
-        """The image of a file: RGB, or L where the original was grey.
+    def decode(self, data: bytes, upto: int = 3, partial: bool = False) -> Image.Image:
+        """The image of a file, in the mode of the original (see `hpcmref.imageio`), with its metadata in `info`.
+
+        upto: the last scale (1, 2 or 3) whose latents are read; those of later scales are taken as predicted.
+        partial: decode a truncated file up to the last scale that is whole.
 
         Raises FormatError or UnsupportedError for what is not such a file, ModelMismatchError for the file of another
         model, and DecodeError where the decoded latents are not those that were encoded.
         """
-        file = container.parse(data)
+        file = container.parse(data, partial)
+        return imageio.image_of(self._decoded(file, upto, partial), file.grey, extras_of(file))
+
+    def _pixels_of(self, data: bytes) -> np.ndarray:
+        return self._decoded(container.parse(data))
+
+    def _decoded(self, file: Container, upto: int = 3, partial: bool = False) -> np.ndarray:
+        """Pixels (H, W, 3) uint8."""
         if file.arithmetic != EXACT:
             raise UnsupportedError(f"the file uses arithmetic {file.arithmetic}, which this hpcmref does not know")
         if file.fingerprint != self.fingerprint:
@@ -86,12 +153,24 @@ class Codec:
         symbols = size[0] * size[1] * (config.N + 16 * config.M)
         with torch.inference_mode(), exactly(self.device):
             rate = self._rate(file.quality)
-            reader = SymbolReader(self._thresholds, [SymbolDecoder(file.payload, symbols)])
-            y_hat = self.entropy(rate, size, reader)
-            if reader.checksums[0] != file.latent_checksum:
-                raise DecodeError("the decoded latents are not the encoded ones: the file is damaged or forged")
-            x_hat = self.model.synthesise(y_hat, rate)
-        return imageio.image_of(_pixels(x_hat[:, :, : file.height, : file.width]), file.grey)
+            while True:
+                source = SymbolDecoder(file.payload, symbols)
+                reader = SymbolReader(self._thresholds, [source], upto)
+                try:
+                    y_hat = self.entropy(rate, size, reader)
+                except TruncatedError:
+                    if not partial:
+                        raise
+                else:
+                    if reader.checksums[0] == file.latent_checksum if upto == 3 else not partial or source.is_whole:
+                        break
+                if not partial:
+                    raise DecodeError("the decoded latents are not the encoded ones: the file is damaged or forged")
+                upto -= 1
+                if not upto:
+                    raise DecodeError("the file ends before its first scale does: nothing of it can be shown")
+            pixels = self.model.synthesise(y_hat, rate, _to_bytes)
+        return pixels[0, :, : file.height, : file.width].permute(1, 2, 0).contiguous().cpu().numpy()
 
     def _checked(self, quality: int | None) -> int:
         qualities = self.model.config.qualities
@@ -165,13 +244,23 @@ def _device(name: str) -> torch.device:
 
 
 def _padded(pixels: np.ndarray, device: torch.device) -> Tensor:
-    """Pixels (H, W, 3) uint8 -> (1, 3, H', W') in 0..1, the last row and column repeated up to multiples of 64."""
-    x = torch.tensor(pixels, device=device).permute(2, 0, 1)[None].float() / 255
+    """Pixels (H, W, 3) uint8 -> (1, 3, H', W') uint8, the last row and column repeated up to multiples of 64."""
     height, width = pixels.shape[:2]
-    x = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
-    return x.contiguous(memory_format=torch.channels_last)
+    pixels = np.pad(pixels, ((0, -height % STRIDE), (0, -width % STRIDE), (0, 0)), mode="edge")
+    return torch.from_numpy(pixels).to(device).permute(2, 0, 1)[None]
 
 
-def _pixels(x: Tensor) -> np.ndarray:
-    """(1, 3, H, W) in 0..1 -> (H, W, 3) uint8."""
-    return x[0].clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+def _to_unit(x: Tensor) -> Tensor:
+    """0..255 uint8 -> 0..1."""
+    return x.float().div_(255)
+
+
+def _to_bytes(x: Tensor) -> Tensor:
+    """0..1 -> 0..255 uint8."""
+    return x.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def _psnr(pixels: np.ndarray, reference: np.ndarray) -> float:
+    """dB, of uint8 arrays of one shape; infinite for equal ones."""
+    error = np.square(pixels.astype(np.float32) - reference).mean(dtype=np.float64)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))

@@ -8,9 +8,13 @@ Every accepted file has exactly one meaning and every meaning exactly one file: 
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import IO, Any
 
 from hpcmref.errors import ConfigError, FormatError, UnsupportedError
 
@@ -21,6 +25,7 @@ VERSION = 1
 MAX_SIDE = 1 << 15
 MAX_PIXELS = 1 << 28
 MAX_QUALITY = 63
+MAX_CHUNKS = 64
 
 _FIXED = struct.Struct(
     "<"
@@ -35,6 +40,17 @@ _U32 = struct.Struct("<I")
 _HAS_CHUNKS = 1 << 0
 _GREY = 1 << 1
 _END_OF_CHUNKS = 0
+_PIECE = 1 << 20
+
+
+class Tag(IntEnum):
+    """The chunks that this version knows; `hpcmref/extras.py` makes and reads their contents."""
+
+    ICC = 1
+    EXIF = 2
+    XMP = 3
+    ALPHA = 4
+    MODE = 5
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,8 @@ class Container:
     grey: the image has one channel.
     latent_checksum: unsigned 32 bits over the decoded latents.
     payload: the range coder's bytes.
-    chunks: (tag 1..255, bytes) in file order; a reader skips the tags it does not know.
+    chunks: (tag 1..255, bytes) in file order, at most 64, each tag of `Tag` at most once; a reader skips the tags that
+        it does not know.
     version: of the format.
     """
 
@@ -76,6 +93,14 @@ class Container:
         for tag, content in self.chunks:
             _check_range("tag of a chunk", tag, 1, 255)
             _check_range("length of a chunk", len(content), 0, 2**32 - 1)
+        _check_range("number of chunks", len(self.chunks), 0, MAX_CHUNKS)
+        tags = [tag for tag, _ in self.chunks]
+        for known in Tag:
+            _check_range(f"number of {known.name} chunks", tags.count(known), 0, 1)
+
+    def chunk(self, tag: Tag) -> bytes | None:
+        """The content of the chunk with this tag, if there is one."""
+        return next((content for each, content in self.chunks if each == tag), None)
 
 
 def write(container: Container) -> bytes:
@@ -94,45 +119,81 @@ def part_sizes(container: Container) -> dict[str, int]:
     }
 
 
-def parse(data: bytes) -> Container:
+def parse(data: bytes, partial: bool = False) -> Container:
     """The container that was written as `data`.
 
     Raises FormatError if the bytes are not a file of this format or are damaged, and UnsupportedError if the file needs
     a newer version. Nothing larger than `data` is ever allocated.
+
+    partial: accept a file that ends within its payload, as it is after an interrupted transfer; the payload is then
+    what there is of it, in whole words of the range coder.
     """
     if data[: len(MAGIC)] != MAGIC:
         raise FormatError("this is not an hpcmref file")
     body = data[len(MAGIC) : -_U32.size]
-    # Before the checksum: a later version may place its checksum elsewhere.
-    if body and body[0] > VERSION:
-        raise UnsupportedError(f"the file has format version {body[0]}, newer than version {VERSION} of this hpcmref")
+    if body:
+        _refuse_newer(body[0])  # before the checksum: a later version may place its checksum elsewhere
     if zlib.crc32(body).to_bytes(_U32.size, "little") != data[-_U32.size :]:
+        if partial and (truncated := _parse_truncated(data[len(MAGIC) :])):
+            return truncated
         raise FormatError("the file is damaged or truncated: its checksum does not match")
 
-    reader = _Reader(body)
+    file = io.BytesIO(body)
+    reader = _Reader(file)
+    fields = _fields(reader, skip=())
+    payload = reader.take(reader.varint())
+    if left := len(body) - file.tell():
+        raise FormatError(f"the file is damaged: {left} bytes follow the payload")
+    return _checked(fields, payload)
+
+
+def _parse_truncated(body: bytes) -> Container | None:
+    """The container of a body without its end; None if it is all there."""
+    file = io.BytesIO(body)
+    reader = _Reader(file)
+    fields = _fields(reader, skip=())
+    announced = reader.varint()
+    left = len(body) - file.tell()
+    return _checked(fields, file.read(left // 4 * 4)) if left < announced + _U32.size else None
+
+
+def peek(file: IO[bytes]) -> Container:
+    """The container that begins in an open file, without reading what may be long: payload and alpha come out empty.
+
+    No checksum is compared. Raises as `parse` does.
+    """
+    if file.read(len(MAGIC)) != MAGIC:
+        raise FormatError("this is not an hpcmref file")
+    return _checked(_fields(_Reader(file), skip={Tag.ALPHA}), b"")
+
+
+def _fields(reader: _Reader, skip: Collection[int]) -> dict[str, Any]:
+    """What stands before the payload, as arguments of Container; chunks with a tag in `skip` come out empty."""
     version, arithmetic, flags, fingerprint, quality = reader.unpack(_FIXED)
+    _refuse_newer(version)
     if unknown := flags & ~(_HAS_CHUNKS | _GREY):
         raise UnsupportedError(f"the file uses a feature that this hpcmref does not know (flags {unknown:#04x})")
-    width = reader.varint()
-    height = reader.varint()
-    (latent_checksum,) = reader.unpack(_U32)
-    chunks = reader.chunks() if flags & _HAS_CHUNKS else ()
-    payload = reader.take(reader.varint())
-    if reader.left:
-        raise FormatError(f"the file is damaged: {reader.left} bytes follow the payload")
+    return {
+        "version": version,
+        "arithmetic": arithmetic,
+        "fingerprint": fingerprint,
+        "quality": quality,
+        "grey": bool(flags & _GREY),
+        "width": reader.varint(),
+        "height": reader.varint(),
+        "latent_checksum": reader.unpack(_U32)[0],
+        "chunks": reader.chunks(skip) if flags & _HAS_CHUNKS else (),
+    }
+
+
+def _refuse_newer(version: int) -> None:
+    if version > VERSION:
+        raise UnsupportedError(f"the file has format version {version}, newer than version {VERSION} of this hpcmref")
+
+
+def _checked(fields: dict[str, Any], payload: bytes) -> Container:
     try:
-        return Container(
-            arithmetic=arithmetic,
-            fingerprint=fingerprint,
-            quality=quality,
-            width=width,
-            height=height,
-            grey=bool(flags & _GREY),
-            latent_checksum=latent_checksum,
-            payload=payload,
-            chunks=chunks,
-            version=version,
-        )
+        return Container(payload=payload, **fields)
     except ConfigError as error:
         raise FormatError(f"the file is damaged: {error}") from None
 
@@ -165,21 +226,21 @@ def _varint(value: int) -> bytes:
 
 
 class _Reader:
-    """Takes bytes from the front of a body; every method raises FormatError if too few are left."""
+    """Takes bytes from the front of a file; every method raises FormatError if too few are left."""
 
-    def __init__(self, body: bytes) -> None:
-        self._body = body
-        self._position = 0
-
-    @property
-    def left(self) -> int:
-        return len(self._body) - self._position
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
 
     def take(self, length: int) -> bytes:
-        if length > self.left:
-            raise FormatError(f"the file is damaged: {length} bytes are announced where {self.left} are left")
-        self._position += length
-        return self._body[self._position - length : self._position]
+        pieces = []
+        while length:
+            # In pieces, because a file makes room for all that it is asked for before it looks at what it has.
+            piece = self._file.read(min(length, _PIECE))
+            if not piece:
+                raise FormatError(f"the file is damaged: it ends {length} bytes too early")
+            pieces.append(piece)
+            length -= len(piece)
+        return b"".join(pieces)
 
     def unpack(self, form: struct.Struct) -> tuple:
         return form.unpack(self.take(form.size))
@@ -196,10 +257,16 @@ class _Reader:
             raise FormatError("the file is damaged: a size or length is too large or not in its shortest form")
         return value
 
-    def chunks(self) -> tuple[tuple[int, bytes], ...]:
-        found = []
+    def chunks(self, skip: Collection[int]) -> tuple[tuple[int, bytes], ...]:
+        found: list[tuple[int, bytes]] = []
         while (tag := self.take(1)[0]) != _END_OF_CHUNKS:
-            found.append((tag, self.take(self.varint())))
+            if len(found) == MAX_CHUNKS:  # now, as empty chunks take far more memory than file
+                raise FormatError(f"the file is damaged: it has more than {MAX_CHUNKS} chunks")
+            length = self.varint()
+            if tag in skip:
+                self._file.seek(length, io.SEEK_CUR)
+                length = 0
+            found.append((tag, self.take(length)))
         if not found:
             raise FormatError("the file is damaged: it announces chunks and has none")
         return tuple(found)

@@ -9,6 +9,10 @@ class FormatError(HpcmrefError):
     """The bytes are not an hpcmref file, or a damaged or truncated one."""
 
 
+class TruncatedError(FormatError):
+    """The file ends too early."""
+
+
 class UnsupportedError(HpcmrefError):
     """A well-formed file that this version cannot read: a newer format, an unknown arithmetic or flag."""
 

@@ -1,25 +1,41 @@
 """How do image files become arrays of pixels, and arrays image files? Pillow in and out.
 
-file -- open_image --> Image -- pixels_of --> (H, W, 3) uint8 -- image_of --> Image -- save_image --> file
+file -- open_image --> Image -- picture_of --> (H, W, 3) uint8 and extras -- image_of --> Image -- save_image --> file
+
+| image | coded as | given back as |
+| --- | --- | --- |
+| L, RGB | themselves | themselves |
+| LA, RGBA, or any with transparency | L or RGB, and alpha without loss | LA or RGBA |
+| 1 | L | 1, black below 128 |
+| I;16 and other 16-bit grey | the nearest 8 bits, L | I;16, times 257 |
+| CMYK | RGB | CMYK, with as much black as possible |
+| P, YCbCr, LAB, HSV, 16 bits a channel | RGB or RGBA of 8 bits | RGB or RGBA |
+
+Colours under transparent pixels are coded as they are. A palette is not given back: the decoded colours are near to its
+colours, not among them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
+import re
 import secrets
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from hpcmref import exif
 from hpcmref.container import MAX_PIXELS, MAX_SIDE
 from hpcmref.errors import HpcmrefError, ImageError
+from hpcmref.extras import MAX_METADATA, Extras, info_of
+from hpcmref.render import render
 
 _FORMATS = {
     ".png": "PNG",
@@ -30,11 +46,7 @@ _FORMATS = {
     ".tiff": "TIFF",
     ".ppm": "PPM",
 }
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "JPEG": {"quality": 95, "subsampling": "4:4:4"},
-    "WEBP": {"lossless": True},
-    "TIFF": {"compression": "tiff_lzw"},
-}
+_XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:\s*=\s*[\"']|>)\s*)[0-9]")
 
 # EXIF orientation -> what turns the stored image upright; 1, or anything else, is upright already.
 _TURNS = {
@@ -71,22 +83,69 @@ def open_image(source: Path | BinaryIO) -> Image.Image:
         raise ImageError(f"cannot read {name}: {reason}") from error
 
 
-def pixels_of(image: Image.Image) -> tuple[np.ndarray, bool]:
-    """Upright pixels (H, W, 3) uint8, and whether the image is grey (its three channels are then equal).
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An upright image, ready to be coded.
 
-    Warns if anything is lost: transparency, more than 8 bits, colours that are not RGB. Raises ImageError for images of
-    floating-point numbers, whose range is unknown.
+    pixels: (H, W, 3) uint8; the three channels are equal if `grey`.
+    extras: everything else that is kept of it.
     """
-    pixels = np.array(_eight_bit(_upright(image)))
+
+    pixels: np.ndarray
+    grey: bool
+    extras: Extras
+
+
+def picture_of(image: Image.Image) -> Picture:
+    """What a file of ours holds of an image. Warns if anything is lost: more than 8 bits, colours that are not RGB,
+    damaged or huge metadata. Raises ImageError for images of floating-point numbers, whose range is unknown.
+    """
+    metadata = _metadata(image)
+    colours, alpha, mode = _split(_upright(image))
+    if colours.mode != image.mode and image.mode in ("LAB", "YCbCr", "HSV") and metadata.icc is not None:
+        metadata = replace(metadata, icc=None)  # it describes colours that are no more
+    pixels = np.array(colours)
     grey = pixels.ndim == 2
-    return (np.repeat(pixels[..., None], 3, axis=2) if grey else pixels), grey
+    if grey:
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    return Picture(pixels, grey, replace(metadata, alpha=alpha, mode=mode))
 
 
-def image_of(pixels: np.ndarray, grey: bool) -> Image.Image:
-    """An RGB image of pixels (H, W, 3) uint8, or an L image of the rounded mean of the three channels."""
+def pixels_of(image: Image.Image) -> tuple[np.ndarray, bool]:
+    """The pixels of `picture_of`, and whether they are grey; warns if the image has transparency."""
+    picture = picture_of(image)
+    if picture.extras.alpha is not None and picture.extras.alpha.min() < 255:
+        _warn("transparency is not kept")
+    return picture.pixels, picture.grey
+
+
+def image_of(pixels: np.ndarray, grey: bool, extras: Extras | None = None) -> Image.Image:
+    """The image of pixels (H, W, 3) uint8, which for a grey one are averaged, in the mode that `extras` asks for.
+
+    Its `info` has the metadata under Pillow's names: icc_profile, exif and xmp.
+    """
+    extras = extras or Extras()
     if grey:
         pixels = ((pixels.sum(axis=2, dtype=np.uint16) + 1) // 3).astype(np.uint8)
-    return Image.fromarray(pixels)
+    if extras.mode == "1":
+        image = Image.fromarray(pixels >= 128)
+    elif extras.mode == "I;16":
+        image = Image.fromarray(pixels.astype(np.uint16) * 257)
+    elif extras.mode == "CMYK":
+        image = _cmyk(pixels)
+    else:
+        image = Image.fromarray(pixels)
+    if extras.alpha is not None:
+        image.putalpha(Image.fromarray(extras.alpha))
+    image.info.update(info_of(extras))
+    return image
+
+
+def strip(image: Image.Image) -> Image.Image:
+    """The image, upright, without ICC profile, EXIF and XMP data."""
+    bare = _upright(image).copy()
+    bare.info = {name: value for name, value in image.info.items() if name == "transparency"}
+    return bare
 
 
 def format_of(path: Path) -> str:
@@ -99,17 +158,16 @@ def format_of(path: Path) -> str:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write the image whole or not at all, in the format of the suffix; all but JPEG (quality 95) are lossless.
+    """Write the image whole or not at all, in the format of the suffix; warns as `render`.
 
     Raises ImageError if the suffix is unknown or the format cannot hold the image, HpcmrefError as `atomic_write`.
     """
     form = format_of(path)
-    rendered = io.BytesIO()
     try:
-        image.save(rendered, form, **_OPTIONS.get(form, {}))
-    except (OSError, ValueError) as error:
+        data = render(image, form)
+    except ImageError as error:
         raise ImageError(f"cannot save {path} as {form}: {error}") from error
-    atomic_write(path, rendered.getvalue())
+    atomic_write(path, data)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -145,8 +203,15 @@ def _first_frame(file: BinaryIO, name: str) -> Image.Image:
     # The later images of an MPO are thumbnails and gain maps that cameras append to a JPEG, not frames.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         _warn(f"only the first frame of {name} is used")
+    # Pillow has no mode for colours of 16 bits and drops the lower 8 while it reads them.
+    if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not image.mode.startswith("I"):
+        _warn(f"{name} has 16 bits a channel, and 8 are kept")
     image.load()
-    _exif(image)  # TIFF reads it from the file, which is closed soon; Pillow remembers it
+    # TIFF reads EXIF from the file, which is closed soon; Pillow remembers it.
+    found = _exif(image)
+    for directory in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+        with contextlib.suppress(Exception):  # damaged; the rest may be of use
+            found.get_ifd(directory)
     return image
 
 
@@ -174,26 +239,69 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """The image in mode RGB or L, with warnings about what that loses."""
+def _split(image: Image.Image) -> tuple[Image.Image, np.ndarray | None, str | None]:
+    """The colours of an image in mode RGB or L, its alpha (H, W), and the mode to restore; warns of what that loses."""
     if image.mode == "F":
         raise ImageError("an image of floating-point numbers cannot be encoded; convert it to 8 bits first")
     if image.mode.startswith("I"):
-        _warn("16-bit grey is reduced to 8 bits")
+        _warn("16-bit grey is reduced to 8 bits" + " without transparency" * image.has_transparency_data)
         sixteen = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((sixteen + 128) // 257).astype(np.uint8))  # rounds: white is 65535 = 255 * 257
+        # rounds: white is 65535 = 255 * 257
+        return Image.fromarray(((sixteen + 128) // 257).astype(np.uint8)), None, "I;16"
     if image.has_transparency_data:
+        if image.mode in ("P", "PA"):
+            _warn("palette colours are converted to RGBA")
         image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
-        if image.getchannel("A").getextrema() != (255, 255):
-            _warn("transparency is not kept")
-        return image.convert(image.mode.removesuffix("A"))
+        return image.convert(image.mode.removesuffix("A")), np.array(image.getchannel("A")), None
     if image.mode == "1":
-        _warn("black and white is kept as grey")
-        return image.convert("L")
+        return image.convert("L"), None, "1"
+    if image.mode == "CMYK":
+        _warn("CMYK is coded as RGB; how much of a colour was black ink is not kept")
+        return image.convert("RGB"), None, "CMYK"
     if image.mode in ("RGB", "L"):
-        return image
+        return image, None, None
     _warn(f"{'palette' if image.mode == 'P' else image.mode} colours are converted to RGB")
-    return image.convert("RGB")
+    return image.convert("RGB"), None, None
+
+
+def _cmyk(pixels: np.ndarray) -> Image.Image:
+    """The inverse of Pillow's CMYK to RGB, which is r = (1 - c) (1 - k), with as much black as there can be."""
+    light = pixels.max(axis=2, keepdims=True)
+    inks = 255 - (pixels * np.float32(255) / np.maximum(light, 1) + np.float32(0.5)).astype(np.uint8)
+    inks[light[..., 0] == 0] = 0
+    height, width = pixels.shape[:2]
+    return Image.frombytes("CMYK", (width, height), np.concatenate([inks, 255 - light], axis=2).tobytes())
+
+
+def _metadata(image: Image.Image) -> Extras:
+    """ICC, EXIF and XMP data of an image, as they are when it is upright."""
+    icc, xmp = (_bounded(image.info.get(name), name) for name in ("icc_profile", "xmp"))
+    if xmp is not None:
+        xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
+    return Extras(icc=icc, exif=_bounded(_upright_exif(image), "exif"), xmp=xmp)
+
+
+def _bounded(content: Any, name: str) -> bytes | None:
+    if not isinstance(content, bytes) or not content:
+        return None
+    if len(content) > MAX_METADATA:
+        _warn(f"its {name} is not kept: {len(content)} bytes are more than {MAX_METADATA}")
+        return None
+    return content
+
+
+def _upright_exif(image: Image.Image) -> bytes | None:
+    raw = image.info.get("exif")
+    try:
+        if not isinstance(raw, bytes):  # TIFF, and PNG as ImageMagick writes it
+            tags = _exif(image)
+            for tag in set(tags) - exif.TAGS:
+                del tags[tag]
+            raw = tags.tobytes() if tags else b""
+        return exif.upright(raw) if raw else None
+    except Exception:  # whatever damaged bytes lead Pillow to
+        _warn("its EXIF data is damaged and not kept")
+        return None
 
 
 def _warn(text: str) -> None:

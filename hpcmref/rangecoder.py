@@ -24,6 +24,12 @@ stream tells them to. Three things make that harmless:
    than 16 bits of the payload, and a decoder that meets more of them than that is decoding a forgery and stops.
 
 So a payload is filled up with zeros to the state and a word for every two symbols, and no read leaves that.
+
+That is much where a forged header announces a large image and nothing follows. So the decoder also counts what its
+symbols cost, and stops soon after the end of the payload. Decoding a symbol of frequency f lowers log2(state) by
+16 - log2(f), but for a rounding of less than 2^-14, and a word adds 32 to it. With 31 <= log2(state) < 63 this tells
+how many words have been read, but for two and the rounding. After each block of symbols the decoder goes on only if
+they can have come from the payload, and so the zeros must last for one more block.
 """
 
 from __future__ import annotations
@@ -38,11 +44,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpcmref.errors import ConfigError, FormatError, HpcmrefError
+from hpcmref.errors import ConfigError, FormatError, HpcmrefError, TruncatedError
 
 _TOTAL = 1 << 16  # of the frequencies in a table
 _STATE_BYTES = 8
 _WORD_BYTES = 4
+_BLOCK = 1 << 16  # symbols between two looks at what is left of the payload
+_ROUNDING = 2.0**-14  # bits; above that of one symbol
 
 
 class _Tables(NamedTuple):
@@ -116,7 +124,7 @@ class SymbolEncoder:
 class SymbolDecoder:
     """Returns the symbols of a payload in the order in which they were put.
 
-    Every payload that passes the constructor decodes to something: damage must be found by the caller's checksums.
+    Damage must be found by the caller's checksums; what is noticed here is a payload that is too short for its symbols.
     """
 
     def __init__(self, payload: bytes, count: int) -> None:
@@ -129,22 +137,33 @@ class SymbolDecoder:
         self._coder = _ans().RansDecoder()
         self._symbols_left = count
         self._escapes_left = min(count, len(payload) // 2)
+        self._bits_left = 0.0
+        self._rounding = 0.0
         if count == 0:
             return
         if len(payload) < _STATE_BYTES or len(payload) % _WORD_BYTES:
             raise FormatError(f"a payload of {len(payload)} bytes is not one that the range coder writes")
-        if not 1 << 31 <= int.from_bytes(payload[:_STATE_BYTES], "little") < 1 << 63:
+        state = int.from_bytes(payload[:_STATE_BYTES], "little")
+        if not 1 << 31 <= state < 1 << 63:
             raise FormatError("the payload does not begin with a state of the range coder")
+        self._bits_left = 8.0 * (len(payload) - _STATE_BYTES) + state.bit_length()
         most_symbols = count + 2 * self._escapes_left
-        self._coder.set_stream(payload.ljust(_STATE_BYTES + _WORD_BYTES * ((most_symbols + 1) // 2), b"\0"))
+        before_the_end = len(payload) // _WORD_BYTES + int(most_symbols * _ROUNDING / 16) + 4
+        most_words = min((most_symbols + 1) // 2, before_the_end + _BLOCK // 2 + 1)
+        self._coder.set_stream(payload.ljust(_STATE_BYTES + _WORD_BYTES * most_words, b"\0"))
+
+    @property
+    def is_whole(self) -> bool:
+        """All symbols so far certainly came from the payload, rather than from behind the end of a truncated one."""
+        return self._bits_left - self._rounding >= 64
 
     def get(self, indexes: np.ndarray) -> np.ndarray:
         """The next symbols, int32 (n,).
 
         indexes: (n,) integers from 0 to 59, the tables that the symbols were put with, n as in that call of `put`.
 
-        Raises ConfigError if shape or range are others or more symbols are asked for than announced, FormatError if the
-        payload holds more escapes than fit into it.
+        Raises ConfigError if shape or range are others or more symbols are asked for than announced, TruncatedError if
+        the payload ends before its symbols do, FormatError if it holds more escapes than fit into it.
         """
         tables = _tables()
         _check_indexes(indexes)
@@ -165,9 +184,19 @@ class SymbolDecoder:
         return symbols
 
     def _take(self, indexes: np.ndarray) -> np.ndarray:
+        blocks = [self._take_block(indexes[i : i + _BLOCK]) for i in range(0, indexes.size, _BLOCK)]
+        return np.concatenate(blocks)
+
+    def _take_block(self, indexes: np.ndarray) -> np.ndarray:
         tables = _tables()
-        symbols = self._coder.decode_stream(indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
-        return np.array(symbols, np.int32)
+        decoded = self._coder.decode_stream(indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
+        symbols = np.array(decoded, np.int32)
+        bits = _costs()[indexes, symbols - tables.lowest[indexes]]
+        self._bits_left -= float(bits.sum(dtype=np.float64))
+        self._rounding += _ROUNDING * indexes.size
+        if self._bits_left + self._rounding < 31:
+            raise TruncatedError("the payload is damaged: it ends before its symbols do")
+        return symbols
 
 
 def scale_table() -> np.ndarray:
@@ -205,6 +234,17 @@ def _tables() -> _Tables:
         lowest=offset,
         escapes=offset + symbols - 1,
     )
+
+
+@cache
+def _costs() -> np.ndarray:
+    """Bits of entry j of table i: (61, entries) float32, infinite where there is none."""
+    cdfs = _tables().cdfs
+    frequencies = np.zeros((len(cdfs), max(map(len, cdfs))))
+    for row, cdf in zip(frequencies, cdfs, strict=True):
+        row[: len(cdf) - 1] = np.diff(cdf)
+    with np.errstate(divide="ignore"):
+        return (16 - np.log2(frequencies)).astype(np.float32)
 
 
 @cache

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from hpcmref import DEFAULT_QUALITY
 from hpcmref.cli import app
 from hpcmref.container import Container, parse, write
 from hpcmref.errors import CheckpointError, ModelMismatchError
@@ -33,7 +34,7 @@ class FakeCodec:
 
     name = "fake"
 
-    def encode(self, image: Image.Image, quality: int = 32) -> bytes:
+    def encode(self, image: Image.Image, quality: int | None = None) -> bytes:
         failure = FAILURES.get(image.convert("RGB").getpixel((0, 0)))
         if isinstance(failure, Warning):
             warnings.warn(failure, stacklevel=2)
@@ -45,7 +46,7 @@ class FakeCodec:
             Container(
                 arithmetic=1,
                 fingerprint=FINGERPRINT,
-                quality=quality,
+                quality=DEFAULT_QUALITY if quality is None else quality,
                 width=image.width,
                 height=image.height,
                 grey=image.mode == "L",
@@ -54,7 +55,7 @@ class FakeCodec:
             )
         )
 
-    def decode(self, data: bytes) -> Image.Image:
+    def decode(self, data: bytes, upto: int = 3, partial: bool = False) -> Image.Image:
         image = Image.open(io.BytesIO(parse(data).payload))
         image.load()
         return image
@@ -287,7 +288,7 @@ class TestRun:
         result = call("encode", picture("a.png", size=(100, 50)), "-q", "7")
         size = Path("a.bin").stat().st_size
         assert result.stdout == (
-            f"a.png -> a.bin: {size} bytes, {8 * size / 5000:.3f} bpp, {15000 / size:.1f}:1 to raw, "
+            f"a.png -> a.bin: {size} bytes, {8 * size / 5000:.3f} bpp, {15000 / size:.1f}:1 to raw, quality 7, "
             f"{Path('a.png').stat().st_size / size:.1f}:1 to the input file\n"
         )
         assert parse(Path("a.bin").read_bytes()).quality == 7

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import struct
 import zlib
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcmref.container import MAGIC, MAX_PIXELS, MAX_SIDE, Container, parse, part_sizes, write
+from hpcmref.container import MAGIC, MAX_PIXELS, MAX_SIDE, Container, Tag, parse, part_sizes, peek, write
 from hpcmref.errors import ConfigError, FormatError, HpcmrefError, UnsupportedError
 
 SMALL = Container(
@@ -34,14 +36,14 @@ CHUNKED = Container(
     grey=True,
     latent_checksum=0,
     payload=b"",
-    chunks=((1, b""), (255, b"x" * 200), (1, b"again")),
+    chunks=((100, b""), (255, b"x" * 200), (100, b"again")),
 )
 CHUNKED_BODY = b"".join(
     (
         bytes.fromhex("01 03 03 61626364 00 01 01 00000000"),
-        bytes.fromhex("01 00"),
+        bytes.fromhex("64 00"),
         bytes.fromhex("ff c801") + b"x" * 200,
-        bytes.fromhex("01 05") + b"again",
+        bytes.fromhex("64 05") + b"again",
         bytes.fromhex("00"),
         bytes.fromhex("00"),
     )
@@ -97,7 +99,7 @@ containers = st.builds(
     grey=st.booleans(),
     latent_checksum=st.integers(0, 2**32 - 1),
     payload=st.binary(max_size=300),
-    chunks=st.lists(st.tuples(st.integers(1, 255), st.binary(max_size=200)), max_size=4).map(tuple),
+    chunks=st.lists(st.tuples(st.integers(100, 255), st.binary(max_size=200)), max_size=4).map(tuple),
 )
 
 
@@ -105,6 +107,28 @@ containers = st.builds(
 @given(containers)
 def test_round_trip(container: Container) -> None:
     assert parse(write(container)) == container
+
+
+def test_a_glance_reads_the_header_and_the_small_chunks() -> None:
+    chunks = ((Tag.ICC, b"profile"), (Tag.ALPHA, bytes(10**6)), (Tag.MODE, b"\1"))
+    file = io.BytesIO(write(replace(SMALL, chunks=chunks, payload=bytes(10**6))))
+    seen = peek(file)
+    assert seen == replace(SMALL, chunks=((Tag.ICC, b"profile"), (Tag.ALPHA, b""), (Tag.MODE, b"\1")), payload=b"")
+    assert file.tell() == 4 + 8 + 3 + 4 + (2 + 7) + (4 + 10**6) + (2 + 1) + 1  # the end of the chunks
+    assert peek(io.BytesIO(write(SMALL)[:-11])) == replace(SMALL, payload=b"")
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=60))
+def test_a_glance_raises_no_other_error(data: bytes) -> None:
+    for hostile in (data, MAGIC + data, MAGIC + b"\x01\x01\x01abcd\x00" + data):
+        with contextlib.suppress(HpcmrefError):
+            peek(io.BytesIO(hostile))
+
+
+def test_a_chunk_is_found_by_its_tag() -> None:
+    container = replace(SMALL, chunks=((200, b"x"), (Tag.XMP, b""), (Tag.ICC, b"y")))
+    assert [container.chunk(tag) for tag in (Tag.ICC, Tag.EXIF, Tag.XMP)] == [b"y", None, b""]
 
 
 @pytest.mark.parametrize("container", [SMALL, CHUNKED])
@@ -185,6 +209,12 @@ HOSTILE = {
     "chunks that never end": sealed(body(flags=1, rest=b"\x01\x00" * 50)),
     "a chunk of 4 GiB": sealed(body(flags=1, rest=b"\x01\xff\xff\xff\xff\x0f" + bytes(20))),
     "a chunk that swallows the end of the chunks": sealed(body(flags=1, rest=b"\x01\x02\x00\x00")),
+    "two ICC profiles": sealed(body(flags=1, rest=b"\x01\x01a\x01\x01b\x00\x00")),
+    "alpha twice, the same and not next to each other": sealed(body(flags=1, rest=b"\x04\x00\x64\x00\x04\x00\x00\x00")),
+    "more chunks than there may be, of tags that nobody knows": sealed(
+        body(flags=1, rest=b"\xc8\x00" * 65 + b"\x00\x00")
+    ),
+    "a million empty chunks, which would be 100 MB of tuples": sealed(body(flags=1, rest=b"\xc8\x00" * 10**6)),
 }
 
 
@@ -197,6 +227,7 @@ def test_hostile_file(data: bytes) -> None:
 def test_the_near_miss_of_the_hostile_files_is_a_file() -> None:
     assert parse(sealed(body())).width == 1
     assert parse(sealed(body(width=b"\x80\x80\x02", height=b"\x80\x40"))).height == MAX_PIXELS // MAX_SIDE
+    assert len(parse(sealed(body(flags=1, rest=b"\xc8\x00" * 64 + b"\x00\x00"))).chunks) == 64
 
 
 def test_a_newer_version_is_named() -> None:
@@ -228,6 +259,8 @@ def test_a_file_of_something_else_is_called_that() -> None:
         {"latent_checksum": 1 << 32},
         {"chunks": ((0, b""),)},
         {"chunks": ((256, b""),)},
+        {"chunks": ((Tag.EXIF, b"a"), (Tag.ICC, b""), (Tag.EXIF, b"a"))},
+        {"chunks": ((200, b""),) * 65},
     ],
     ids=str,
 )

@@ -18,7 +18,17 @@ from PIL import ExifTags, Image
 
 from hpcmref.container import MAX_SIDE
 from hpcmref.errors import HpcmrefError, ImageError
-from hpcmref.imageio import atomic_write, format_of, image_of, open_image, pixels_of, save_image
+from hpcmref.extras import Extras
+from hpcmref.imageio import (
+    atomic_write,
+    format_of,
+    image_of,
+    open_image,
+    picture_of,
+    pixels_of,
+    save_image,
+    strip,
+)
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (4, 6, 3), np.uint8)
@@ -41,6 +51,30 @@ def bare_png(width: int, height: int) -> io.BytesIO:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+
+def sixteen_bit_png() -> io.BytesIO:
+    """Two pixels of three 16-bit channels."""
+    file = bare_png(2, 1)
+    row = b"\0" + struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0xFFFF, 0x00FF, 0x8000)
+    content = zlib.compress(row)
+    chunk = struct.pack(">I", len(content)) + b"IDAT" + content + struct.pack(">I", zlib.crc32(b"IDAT" + content))
+    data = file.getvalue()
+    header = data[:16] + struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    header += struct.pack(">I", zlib.crc32(header[12:]))
+    return io.BytesIO(header + chunk + data[-12:])
+
+
+def sixteen_bit_tiff() -> io.BytesIO:
+    """The same as a TIFF."""
+    pixels = struct.pack("<6H", 0x1234, 0x5678, 0x9ABC, 0xFFFF, 0x00FF, 0x8000)
+    tags = [(256, 4, 1, 2), (257, 4, 1, 1), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2)]
+    tags += [(273, 4, 1, 14), (277, 3, 1, 3), (278, 4, 1, 1), (279, 4, 1, 12)]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return io.BytesIO(b"II*\0" + struct.pack("<I", 26) + struct.pack("<3H", 16, 16, 16) + pixels + directory)
+
+
+SIXTEEN_BITS = {"PNG": sixteen_bit_png, "TIFF": sixteen_bit_tiff}
 
 
 # In
@@ -84,7 +118,7 @@ def test_every_orientation_comes_in_upright(orientation: int, form: str) -> None
 
 
 def test_damaged_exif_does_not_cost_the_image() -> None:
-    with pytest.warns(UserWarning, match="EXIF"):
+    with pytest.warns(UserWarning, match="EXIF data is damaged"):
         pixels, _ = pixels_of(reopened(Image.fromarray(COLOUR), "PNG", exif=b"Exif\0\0garbage"))
     np.testing.assert_array_equal(pixels, COLOUR)
 
@@ -125,18 +159,22 @@ def test_palette() -> None:
         pixels, grey = pixels_of(reopened(image, "PNG"))
     assert not grey
     assert pixels.tolist() == [[[10, 20, 30], [40, 50, 60]], [[40, 50, 60], [70, 80, 90]]]
-    with pytest.warns(UserWarning, match="transparency") as caught:
-        transparent, _ = pixels_of(reopened(image, "PNG", transparency=b"\x00\x80\xff"))
-    assert len(caught) == 1
-    np.testing.assert_array_equal(transparent, pixels)
+    with pytest.warns(UserWarning, match="palette"):
+        picture = picture_of(reopened(image, "PNG", transparency=b"\x00\x80\xff"))
+    np.testing.assert_array_equal(picture.pixels, pixels)
+    assert picture.extras.alpha is not None
+    assert picture.extras.alpha.tolist() == [[0, 128], [128, 255]]
 
 
-@pytest.mark.parametrize("mode", ["1", "CMYK", "YCbCr", "LAB", "HSV"])
-def test_other_modes_are_converted_with_a_warning(mode: str) -> None:
-    with pytest.warns(UserWarning, match="kept as grey|colours are converted"):
-        pixels, grey = pixels_of(Image.new(mode, (6, 4)))
-    assert pixels.shape == (4, 6, 3)
-    assert grey == (mode == "1")
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "HSV"])
+def test_other_colours_are_converted_with_a_warning(mode: str) -> None:
+    image = Image.new(mode, (6, 4))
+    image.info["icc_profile"] = b"profile"
+    with pytest.warns(UserWarning, match="is coded as RGB|colours are converted"):
+        picture = picture_of(image)
+    assert picture.pixels.shape == (4, 6, 3)
+    assert not picture.grey
+    assert (picture.extras.icc is not None) == (mode == "CMYK")  # a profile of colours that are no more says nothing
 
 
 def test_floating_point_is_refused() -> None:
@@ -201,6 +239,116 @@ def test_a_damaged_image_raises_no_other_error(data: st.DataObject) -> None:
         except ImageError:
             return
     assert pixels.dtype == np.uint8
+
+
+# Through: what `image_of` makes of what `picture_of` found
+
+
+def through(image: Image.Image) -> Image.Image:
+    """The image after coding, if coding lost nothing."""
+    picture = picture_of(image)
+    return image_of(picture.pixels, picture.grey, picture.extras)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA"])
+def test_modes_that_come_back_unchanged(mode: str) -> None:
+    image = Image.fromarray(RNG.integers(0, 256, (5, 7, 4), np.uint8)).convert(mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = through(image)
+    assert again.mode == mode
+    assert again.tobytes() == image.tobytes()
+
+
+def test_black_and_white_comes_back_from_a_blurred_image() -> None:
+    grey = np.repeat(np.array([[0, 127, 128, 255]], np.uint8)[..., None], 3, axis=2)
+    image = image_of(grey, True, Extras(mode="1"))
+    assert image.mode == "1"
+    assert [image.getpixel((x, 0)) for x in range(4)] == [0, 0, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_sixteen_bits_come_back_as_sixteen_bits_with_the_value_of_eight(mode: str) -> None:
+    values = np.array([[0, 257, 300, 40000, 65535]], np.uint16)
+    image = Image.frombytes("I;16", (5, 1), values.astype("<u2").tobytes())
+    if mode != "I;16":
+        image = Image.frombytes(mode, (5, 1), values.astype(">u2" if mode == "I;16B" else "<i4").tobytes())
+    with pytest.warns(UserWarning, match="16-bit"):
+        again = through(image)
+    assert again.mode == "I;16"
+    assert np.asarray(again).tolist() == [[0, 257, 257, 40092, 65535]]
+    assert np.abs(np.asarray(again).astype(int) - values).max() <= 129
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_sixteen_bits_a_channel_are_reduced_with_a_warning(form: str) -> None:
+    with pytest.warns(UserWarning, match="16 bits a channel"):
+        image = open_image(SIXTEEN_BITS[form]())
+    picture = picture_of(image)
+    assert picture.pixels.tolist() == [[[0x12, 0x56, 0x9A], [0xFF, 0x00, 0x80]]]
+    assert picture.extras.alpha is None
+    assert picture.extras.mode is None
+
+
+def test_cmyk_comes_back_with_the_same_colours_and_as_much_black_as_there_can_be() -> None:
+    image = Image.frombytes("CMYK", (4, 1), bytes([0, 0, 0, 255, 0, 0, 0, 0, 255, 0, 255, 0, 40, 80, 120, 60]))
+    with pytest.warns(UserWarning, match="CMYK"):
+        again = through(image)
+    assert again.mode == "CMYK"
+    assert again.getpixel((0, 0)) == (0, 0, 0, 255)
+    assert again.getpixel((1, 0)) == (0, 0, 0, 0)
+    assert again.getpixel((2, 0)) == (255, 0, 255, 0)
+    assert np.abs(np.asarray(again.convert("RGB")).astype(int) - np.asarray(image.convert("RGB"))).max() <= 1
+
+
+@settings(deadline=None)
+@given(st.binary(min_size=3, max_size=300))
+def test_any_colour_survives_cmyk(data: bytes) -> None:
+    pixels = np.frombuffer(data[: len(data) // 3 * 3], np.uint8).reshape(1, -1, 3)
+    again = np.asarray(image_of(pixels, False, Extras(mode="CMYK")).convert("RGB"))
+    assert np.abs(again.astype(int) - pixels).max() <= 1
+
+
+def test_transparency_of_every_kind_becomes_alpha() -> None:
+    """A colour that is transparent, in PNG: the pixels stay, and alpha says which they were."""
+    rgb = reopened(Image.fromarray(COLOUR), "PNG", transparency=tuple(COLOUR[1, 2].tolist()))
+    again = through(rgb)
+    assert again.mode == "RGBA"
+    np.testing.assert_array_equal(np.asarray(again)[..., :3], COLOUR)
+    assert np.asarray(again)[1, 2, 3] == 0
+    assert np.count_nonzero(np.asarray(again)[..., 3] == 0) == (COLOUR[1, 2] == COLOUR).all(axis=2).sum()
+    assert through(reopened(Image.new("1", (4, 3)), "PNG", transparency=0)).mode == "LA"
+    assert through(reopened(Image.fromarray(GREY), "PNG", transparency=int(GREY[0, 0]))).mode == "LA"
+
+
+def test_alpha_is_turned_upright_with_the_image() -> None:
+    pixels = RNG.integers(0, 256, (3, 5, 4), np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    again = through(reopened(Image.fromarray(pixels), "PNG", exif=exif))
+    np.testing.assert_array_equal(np.asarray(again), np.rot90(pixels, -1))
+
+
+def test_the_original_is_left_alone() -> None:
+    image = reopened(Image.fromarray(COLOUR), "PNG", exif=b"Exif\0\0garbage", icc_profile=b"profile")
+    info = dict(image.info)
+    strip(image)
+    with pytest.warns(UserWarning, match="EXIF"):
+        picture_of(image)
+    assert image.info == info
+
+
+def test_strip_leaves_upright_pixels_and_nothing_else() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    image = reopened(Image.fromarray(COLOUR), "JPEG", exif=exif, icc_profile=b"profile", xmp=b"xmp", quality=100)
+    picture = picture_of(strip(image))
+    assert (picture.extras.icc, picture.extras.exif, picture.extras.xmp) == (None, None, None)
+    np.testing.assert_array_equal(picture.pixels, np.asarray(image)[::-1, ::-1])
+    palette = Image.fromarray(GREY).convert("P")
+    palette.info["transparency"] = 7
+    with pytest.warns(UserWarning, match="palette"):
+        assert picture_of(strip(palette)).extras.alpha is not None
 
 
 # Out

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcmref import rangecoder
-from hpcmref.errors import ConfigError, FormatError
+from hpcmref.errors import ConfigError, FormatError, TruncatedError
 from hpcmref.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
 
 DATA = Path(__file__).parent / "data"
@@ -243,14 +243,37 @@ def test_honest_escapes_are_never_refused() -> None:
         assert_survives((symbols, np.full(300, index)))
 
 
-def test_a_truncated_payload_decodes_to_the_right_symbols_and_then_to_anything() -> None:
+def test_a_truncated_payload_decodes_to_the_right_symbols_and_then_to_an_error() -> None:
     rng = np.random.default_rng(0)
     indexes = rng.integers(0, 60, 2000)
     symbols = np.round(rng.normal(size=2000) * scale_table()[indexes] * 0.7).astype(np.int32)
     payload = encode((symbols, indexes))
-    decoded = SymbolDecoder(payload[: len(payload) // 8 * 4], 2000).get(indexes)
-    assert (decoded[:800] == symbols[:800]).all()
-    assert (decoded != symbols).any()
+    half = payload[: len(payload) // 8 * 4]
+    decoder = SymbolDecoder(half, 2000)
+    assert (decoder.get(indexes[:800]) == symbols[:800]).all()
+    assert decoder.is_whole
+    with pytest.raises(TruncatedError):
+        decoder.get(indexes[800:])
+    assert not decoder.is_whole
+
+
+def test_a_payload_is_neither_refused_too_early_nor_padded_to_what_it_is_said_to_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Small blocks: every look at what is left must let an honest payload pass, and stop a short one soon."""
+    monkeypatch.setattr(rangecoder, "_BLOCK", 8)
+    rng = np.random.default_rng(0)
+    for count in range(1, 400, 7):
+        indexes = rng.integers(0, 60, count)
+        symbols = np.round(rng.normal(size=count) * scale_table()[indexes]).astype(np.int32)
+        assert_survives((symbols, indexes))
+
+    class Stream:
+        def set_stream(self, stream: bytes) -> None:
+            self.size = len(stream)
+
+    monkeypatch.setattr(rangecoder._ans(), "RansDecoder", Stream)
+    assert SymbolDecoder(bytes(4) + b"\1" + bytes(7), 10**9)._coder.size < 20_000 + 12
 
 
 @pytest.mark.parametrize(

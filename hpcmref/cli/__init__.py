@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hpcmref._version import __version__
-from hpcmref.cli import checkpoints, decode, encode, info, train
+from hpcmref.cli import bench, checkpoints, decode, encode, info, train
 from hpcmref.cli.failures import GuardedGroup
 
 __all__ = ["app"]
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command()(encode.encode)
 app.command()(decode.decode)
 app.command()(info.info)
+app.command()(bench.bench)
 app.command()(train.train)
 app.add_typer(checkpoints.app, name="checkpoints")
 

@@ -175,12 +175,77 @@ def run(jobs: Sequence[Job], work: Callable[[Job], str | None], quiet: bool = Fa
                 report(error, job.name)
                 failed = True
             else:
-                if outcome and not quiet:
-                    # Where the output goes to stdout, that stream is data and nothing else.
-                    print(outcome, file=sys.stderr if job.target is None else sys.stdout)
+                _print_outcome(job, outcome, quiet)
             advance()
     if failed:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker sends back: bytes to write, and the warnings on the way."""
+
+    data: bytes
+    warnings: list[str]
+
+
+def run_spread(
+    jobs: Sequence[Job],
+    prepare: Callable[[Job], bytes],
+    work: Callable[[str, bytes], bytes],
+    finish: Callable[[Job, bytes], str | None],
+    quiet: bool = False,
+    processes: int = 1,
+    ray: str | None = None,
+) -> None:
+    """`run` for work that other processes or machines can do: only bytes travel.
+
+    prepare and finish read and write files in this process. `work` gets the name and content of an input, in one of
+    `processes` or on a Ray cluster (see `hpcmref.executor.execute`); it must be picklable for that. Ends as `run` does.
+    """
+    from hpcmref.executor import execute
+
+    failed = False
+    with _progress(len(jobs), quiet) as advance:
+
+        def inputs() -> Iterator[tuple[Job, bytes]]:
+            nonlocal failed
+            for job in jobs:
+                try:
+                    yield job, prepare(job)
+                except (CheckpointError, ConfigError):
+                    raise
+                except Exception as error:
+                    report(error, job.name)
+                    failed = True
+                    advance()
+
+        for (job, _), result in execute(_Worker(work), inputs(), processes, ray):
+            try:
+                if isinstance(result, Exception):
+                    raise result
+                _print_warnings(job, result.warnings, quiet)
+                outcome = finish(job, result.data)
+            except (CheckpointError, ConfigError, BrokenPipeError):
+                raise
+            except Exception as error:
+                report(error, job.name)
+                failed = True
+            else:
+                _print_outcome(job, outcome, quiet)
+            advance()
+    if failed:
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class _Worker:
+    work: Callable[[str, bytes], bytes]
+
+    def __call__(self, item: tuple[Job, bytes]) -> Outcome:
+        with warnings.catch_warnings(record=True) as caught:
+            data = self.work(item[0].name, item[1])
+        return Outcome(data, [str(warning.message) for warning in caught])
 
 
 @contextlib.contextmanager
@@ -207,6 +272,16 @@ def _warnings_as_lines(job: Job, quiet: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            if not quiet:
-                for warning in caught:
-                    print(f"hpcmref: {job.name}: {' '.join(str(warning.message).split())}", file=sys.stderr)
+            _print_warnings(job, [str(warning.message) for warning in caught], quiet)
+
+
+def _print_warnings(job: Job, texts: Sequence[str], quiet: bool) -> None:
+    if not quiet:
+        for text in texts:
+            print(f"hpcmref: {job.name}: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _print_outcome(job: Job, outcome: str | None, quiet: bool) -> None:
+    if outcome and not quiet:
+        # Where the output goes to stdout, that stream is data and nothing else.
+        print(outcome, file=sys.stderr if job.target is None else sys.stdout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,6 +29,15 @@ def decode(
             "- for a PNG on standard output. By default a single file is written next to the input as PNG.",
         ),
     ] = None,
+    upto: Annotated[
+        int,
+        typer.Option(
+            "--upto", metavar="1|2|3", min=1, max=3, help="A preview: read scales 1 to N alone, and predict the rest."
+        ),
+    ] = 3,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Decode a truncated file as far as it goes.")
+    ] = False,
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     force: ForceOption = False,
@@ -46,16 +54,15 @@ def decode(
     def work(job: Job) -> str:
         from hpcmref.container import parse
         from hpcmref.imageio import format_of, save_image
+        from hpcmref.render import render
 
         job.make_room(force)
         if job.target is not None and not job.is_stream:
             format_of(job.target)  # refuses an unknown suffix now, and not after the decoding
         data = job.read()
-        image = codec(parse(data).fingerprint).decode(data)
+        image = codec(parse(data, allow_partial).fingerprint).decode(data, upto, allow_partial)
         if job.target is None or job.is_stream:
-            png = io.BytesIO()
-            image.save(png, "PNG")
-            job.write(png.getvalue())
+            job.write(render(image, "PNG"))
         else:
             save_image(image, job.target)
         return f"{job.name} -> {job.target_name}: {image.width}x{image.height} {image.mode}"

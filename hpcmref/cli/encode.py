@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import io
-from typing import TYPE_CHECKING, Annotated
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpcmref import DEFAULT_QUALITY
-from hpcmref.cli.batch import ENCODED_SUFFIX, Job, plan, run
-from hpcmref.cli.options import Device, DeviceOption, ForceOption, ModelOption, QuietOption
+from hpcmref.cli.batch import ENCODED_SUFFIX, Job, plan, run_spread
+from hpcmref.cli.options import Device, DeviceOption, ForceOption, ModelOption, QuietOption, RayOption
+from hpcmref.errors import ImageError
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec
@@ -37,31 +39,90 @@ def encode(
         ),
     ] = None,
     quality: Annotated[
-        int, typer.Option("-q", "--quality", min=0, max=63, help="0 is the smallest file, 63 the best image.")
-    ] = DEFAULT_QUALITY,
+        int | None,
+        typer.Option(
+            "-q", "--quality", min=0, max=63, help="0 is the smallest file, 63 the best image.", show_default="32"
+        ),
+    ] = None,
+    bpp: Annotated[
+        float | None, typer.Option("--bpp", help="Instead of -q: the best image of at most so many bits per pixel.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", metavar="BYTES", help="Instead of -q: the best image of at most so many bytes (40kB)."),
+    ] = None,
+    psnr: Annotated[
+        float | None, typer.Option("--psnr", help="Instead of -q: the smallest file of at least so many dB.")
+    ] = None,
+    strip: Annotated[bool, typer.Option("--strip", help="Leave out the ICC profile, EXIF and XMP data.")] = False,
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     force: ForceOption = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip images whose output exists already.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, metavar="N", help="Processes at work.")] = 1,
+    ray: RayOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Encode images to small files."""
+    if force and resume:
+        raise typer.BadParameter("--force replaces what --resume keeps.")
+    target: dict[str, Any] = {"bpp": bpp, "size": size and parse_size(size), "psnr": psnr}
+    target = {name: value for name, value in target.items() if value is not None}
+    if len(target) + (quality is not None) > 1:
+        raise typer.BadParameter("only one of -q, --bpp, --size and --psnr can decide the quality.")
 
-    @functools.cache
-    def codec() -> Codec:
-        from hpcmref.codec import load  # torch takes a second: not before there is something to encode
-
-        return load(model, device.value)
-
-    def work(job: Job) -> str:
-        from hpcmref.imageio import open_image
-
+    def prepare(job: Job) -> bytes:
         job.make_room(force)
-        image = open_image(job.source or io.BytesIO(job.read()))
-        data = codec().encode(image, quality)
+        try:
+            return job.read()
+        except OSError as error:
+            raise ImageError(f"cannot read {job.name}: {error.strerror or error}") from error
+
+    def finish(job: Job, data: bytes) -> str:
         job.write(data)
         return _summary(job, data)
 
-    run(plan(images, output, IMAGE_SUFFIXES, ENCODED_SUFFIX), work, quiet)
+    planned = plan(images, output, IMAGE_SUFFIXES, ENCODED_SUFFIX)
+    if resume:  # what is there is whole, because files appear complete or not at all
+        planned = [job for job in planned if job.target is None or not job.target.is_file()]
+    run_spread(planned, prepare, _Encoder(model, device.value, quality, target, strip), finish, quiet, jobs, ray)
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """What is done to every image; it can be sent to another process."""
+
+    model: str | None
+    device: str
+    quality: int | None
+    target: dict[str, Any]
+    strip: bool
+
+    def __call__(self, name: str, content: bytes) -> bytes:
+        from hpcmref import imageio
+
+        file = io.BytesIO(content)
+        file.name = name
+        image = imageio.open_image(file)
+        if self.strip:
+            image = imageio.strip(image)
+        if self.target:
+            return self._codec.encode_to(image, **self.target)
+        return self._codec.encode(image, self.quality)
+
+    @functools.cached_property
+    def _codec(self) -> Codec:
+        from hpcmref.codec import load  # torch takes a second: not before there is something to encode
+
+        return load(self.model, self.device)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "40000", "40kB" or "1.5MB" (decimal units). Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a size: 40000, 40kB or 1.5MB, say.", param_hint="--size")
+    return int(float(match[1]) * 1000 ** " kmg".index(match[2].lower() or " "))
 
 
 def _summary(job: Job, data: bytes) -> str:
@@ -73,6 +134,7 @@ def _summary(job: Job, data: bytes) -> str:
     raw = pixels * (1 if container.grey else 3)
     size = len(data)
     line = f"{job.name} -> {job.target_name}: {size} bytes, {8 * size / pixels:.3f} bpp, {raw / size:.1f}:1 to raw"
+    line += f", quality {container.quality}"
     if job.source is not None:
         line += f", {job.source.stat().st_size / size:.1f}:1 to the input file"
     return line

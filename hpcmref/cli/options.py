@@ -27,4 +27,12 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace outputs that exist already.")]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Spread the images over a Ray cluster: host:port, auto, or local for one of --jobs workers here.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]

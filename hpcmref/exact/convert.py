@@ -1,7 +1,8 @@
 """How does a trained entropy path become an exact one? Images give ranges, ranges give grids, grids give twins."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from hpcmref.errors import CheckpointError
 from hpcmref.exact.layers import (
     BOUNDS,
     EXP_TABLE,
+    EXPONENTS,
     ExactAttend,
     ExactConv,
     ExactRateTable,
@@ -35,9 +37,6 @@ BALANCE = 0.75
 FINENESS = 8
 """Inputs get this many times the levels of weights."""
 
-_FINE = 40
-"""The finest output exponent."""
-
 FLOAT64_LEVELS = 2**15
 """Levels of inputs and weights where float64 leaves more room than is of use."""
 
@@ -46,7 +45,8 @@ def calibrate(entropy: EntropyPath, run: Callable[[], None], dtype: torch.dtype 
     """Choose the grids of every layer.
 
     run: passes typical images through `entropy` (in its float form); dtype: the type whose bound convolutions are to
-    keep, float32 for speed or float64 for more bits. Attention is always float32.
+    keep, float32 for speed or float64 for more bits. Attention is always float32. Raises CheckpointError if there are
+    weights or values that are not finite, or too large.
     """
     ranges: dict[str, tuple[Tensor, ...]] = {}
     hooks = []
@@ -71,43 +71,37 @@ def calibrate(entropy: EntropyPath, run: Callable[[], None], dtype: torch.dtype 
 
 
 def attach(entropy: EntropyPath, grids: Grids) -> EntropyPath:
-    """The exact twin of `entropy`, which stays as it is. Raises CheckpointError if a grid is missing or no sum fits."""
-    entropy = copy.deepcopy(entropy).cpu().float()
+    """The exact twin of `entropy`, which stays as it is.
+
+    Raises CheckpointError if a grid is missing or damaged, or no float type holds the sums of a layer.
+    """
+    entropy = copy.deepcopy(entropy).cpu().float().eval()
     for name, module in list(entropy.named_modules()):
         if isinstance(module, Convolution):
-            entropy.set_submodule(name, ExactConv(module, _grids_of(name, grids, "input", "output", "limit"), name))
+            entropy.set_submodule(name, ExactConv(module, grids.get(name, {}), name))
         elif isinstance(module, RateTable):
-            entropy.set_submodule(name, ExactRateTable(module))
+            entropy.set_submodule(name, ExactRateTable(module, name))
     for name, module in list(entropy.named_modules()):
         if isinstance(module, CrossAttentionCell):
-            attend = f"{name}.attend"
-            grid = _grids_of(attend, grids, "query", "key", "value", "limits")
-            module.attend = ExactAttend(module.heads, grid, module.window**2, attend)  # type: ignore[assignment]
-            for layer, exponents in (("q", "query"), ("k", "key"), ("v", "value")):
-                convolution = getattr(module, f"conv_{layer}")
-                convolution.take_over(_column(grid[exponents]))
+            _attach_attention(module, grids.get(f"{name}.attend", {}), f"{name}.attend")
         elif isinstance(module, ResidualBlock):
             # LeakyReLU commutes with powers of two, so a layer can scale its output for the next one.
             _hand_over(module.expand, module.project)
             _hand_over(module.spatial, module.expand)
-    return entropy.eval()
+    return entropy
+
+
+def _attach_attention(cell: CrossAttentionCell, grids: Mapping[str, Tensor], name: str) -> None:
+    layers: dict[str, Any] = {"query": cell.conv_q, "key": cell.conv_k, "value": cell.conv_v}
+    channels = len(layers["query"].bias)
+    cell.attend = ExactAttend(channels, cell.heads, grids, cell.window**2, name)  # type: ignore[assignment]
+    for operand, layer in layers.items():
+        layer.scale_output(grids[operand])
 
 
 def _hand_over(before: nn.Module, after: nn.Module) -> None:
-    if isinstance(before, ExactConv) and isinstance(after, ExactConv) and after.input_scale is not None:
-        before.take_over(after.input_scale)
-        after.input_scale = None
-
-
-def _column(exponents: Tensor) -> Tensor:
-    return torch.ldexp(torch.ones(len(exponents)), exponents.int()).view(1, -1, 1, 1)
-
-
-def _grids_of(name: str, grids: Grids, *wanted: str) -> dict[str, Tensor]:
-    found = grids.get(name, {})
-    if missing := sorted(set(wanted) - set(found)):
-        raise CheckpointError(f"The checkpoint lacks the grid {missing[0]} of {name}.")
-    return found
+    if isinstance(before, ExactConv) and isinstance(after, ExactConv):
+        before.feed(after)
 
 
 def _recorder(ranges: dict[str, tuple[Tensor, ...]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -129,6 +123,8 @@ def _convolution_grids(layer: Convolution, ranges: Tensor, dtype: torch.dtype) -
     bound = BOUNDS[dtype] - 1
     ranges = _usable(ranges)
     weight = layer.weight.detach().cpu().double()
+    if not (weight.isfinite().all() and layer.bias is not None and layer.bias.isfinite().all()):
+        raise CheckpointError("The model has weights that are not finite.")
     if layer.groups > 1:
         shift = torch.floor(ranges.log2())  # a channel that is alone in its sum needs no balance
     else:
@@ -139,17 +135,18 @@ def _convolution_grids(layer: Convolution, ranges: Tensor, dtype: torch.dtype) -
     levels = min((bound * FINENESS / terms) ** 0.5, float(FLOAT64_LEVELS))
     spread = float((ranges * torch.exp2(-shift)).max())
     finest = int(torch.floor(torch.log2(torch.tensor(levels / spread))))
-    inputs = (finest - shift).clamp(-100, 100).to(torch.int8)
+    inputs = _whole(finest - shift)
     limit = int(spread * 2.0**finest) + 1
     most = min(float(bound), FLOAT64_LEVELS * limit * terms)
     # Every output channel gets the finest weights that keep its sums below the bound: first estimated, then counted.
-    unscaled, bias = integer_weights(layer, inputs, torch.full((layer.out_channels,), _FINE))
-    outputs = (_FINE + 1 + torch.floor((most / _magnitudes(layer, unscaled, bias, limit)).log2())).clamp(max=_FINE)
-    while True:
-        over = _magnitudes(layer, *integer_weights(layer, inputs, outputs), limit) > most
-        if not over.any():
-            return {"input": inputs, "output": outputs.to(torch.int8), "limit": torch.tensor(limit, dtype=torch.int32)}
-        outputs = outputs - over.double()
+    unscaled, bias = integer_weights(layer, inputs, torch.full((layer.out_channels,), EXPONENTS))
+    room = (most / _magnitudes(layer, unscaled, bias, limit)).log2()
+    outputs = _whole(EXPONENTS + 1 + torch.floor(room))
+    while (over := _magnitudes(layer, *integer_weights(layer, inputs, outputs), limit) > most).any():
+        if outputs[over].min() <= -EXPONENTS:
+            raise CheckpointError("The weights are too large for exact arithmetic.")
+        outputs = outputs - over.to(torch.int8)
+    return {"input": inputs, "output": outputs, "limit": torch.tensor(limit, dtype=torch.int32)}
 
 
 def _attention_grids(cell: CrossAttentionCell, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
@@ -162,9 +159,9 @@ def _attention_grids(cell: CrossAttentionCell, query: Tensor, key: Tensor, value
     of_query = torch.round((scores + (key / query).log2()) / 2)
     of_value = torch.floor((value_limit / value).log2())
     return {
-        "query": of_query.flatten().to(torch.int8),
-        "key": (scores - of_query).flatten().to(torch.int8),
-        "value": of_value.flatten().to(torch.int8),
+        "query": _whole(of_query.flatten()),
+        "key": _whole((scores - of_query).flatten()),
+        "value": _whole(of_value.flatten()),
         "limits": torch.tensor([limit, value_limit], dtype=torch.int32),
     }
 
@@ -174,9 +171,15 @@ def _magnitudes(layer: Convolution, weight: Tensor, bias: Tensor, limit: int) ->
     return (output_sums(layer, weight) * limit + bias.abs()).clamp(min=1)
 
 
+def _whole(exponents: Tensor) -> Tensor:
+    return exponents.clamp(-EXPONENTS, EXPONENTS).to(torch.int8)
+
+
 def _usable(magnitudes: Tensor) -> Tensor:
     """Magnitudes with a margin, as float64; channels that are (nearly) always zero get a thousandth of the largest."""
     magnitudes = magnitudes.detach().cpu().double()
+    if not magnitudes.isfinite().all():
+        raise CheckpointError("The model computes numbers that are not finite.")
     return (magnitudes * MARGIN).clamp(min=max(float(magnitudes.max()) * 1e-3, 1e-9))
 
 

@@ -1,96 +1,160 @@
 """Does this process compute what it is asked for? Switches reduced precision off, and checks known answers."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from hpcmref.errors import UnsupportedError
+from hpcmref.exact.layers import BOUNDS, depthwise
 
 
 @contextlib.contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
     """Run float32 convolutions and products as such, whatever the caller has set; restores the caller's settings.
 
-    Off: autocast, TF32 and bfloat16 modes, cuDNN (which may choose Winograd or FFT). Raises UnsupportedError if the
-    process computes something else all the same.
+    Off: autocast, TF32 and bfloat16 modes, cuDNN and NNPACK (which may choose Winograd or FFT). May be nested, and
+    entered by several threads at once. Raises UnsupportedError if the process computes something else all the same.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(_full_precision())
+    with torch.autocast(device.type, enabled=False), _SWITCHES.off():
         check(device.type)
         yield
 
 
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 means float32, in matrix products and convolutions of every backend."""
+class _Switches:
+    """The switches that belong to the whole process: off while any thread wants it, then as they were before."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._undo = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        with self._lock:
+            if self._users == 0:
+                self._undo = _switched_off()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._undo.close()
+
+
+_SWITCHES = _Switches()
+
+
+def _switched_off() -> contextlib.ExitStack:
+    """Turns the switches off; closing the result turns them back."""
     backends: Any = torch.backends
-    new = hasattr(backends.mkldnn, "matmul")  # torch 2.9 and later
-    modes = [backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv] if new else []
-    before = [mode.fp32_precision for mode in modes]
-    if not modes:
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-    for mode in modes:
-        mode.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for mode, value in zip(modes, before, strict=True):
-            mode.fp32_precision = value
-        if not modes:
-            torch.set_float32_matmul_precision(precision)
+    with contextlib.ExitStack() as undo:
+        undo.callback(setattr, backends.cudnn, "enabled", backends.cudnn.enabled)
+        backends.cudnn.enabled = False
+        undo.callback(backends.nnpack.set_flags, *backends.nnpack.set_flags(False))
+        if hasattr(backends.mkldnn, "matmul"):  # torch 2.9 and later
+            for mode in (backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv):
+                if mode.fp32_precision in ("tf32", "bf16"):
+                    undo.callback(_set_precision, mode, mode.fp32_precision)
+                    mode.fp32_precision = "ieee"
+        else:
+            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        return undo.pop_all()
+
+
+def _set_precision(mode: Any, precision: str) -> None:
+    """Set a mode as it was, and leave it unset where the mode above it says the same (reading does not tell which)."""
+    mode.fp32_precision = "none"
+    if mode.fp32_precision != precision:
+        mode.fp32_precision = precision
 
 
 @lru_cache(maxsize=4)
 def check(device: str) -> None:
-    """Compare convolutions and products of large integers with answers computed in integers, once per process.
+    """Compare what exact layers are made of with answers computed in integers by NumPy, once per process and device.
 
-    Raises UnsupportedError if one differs: a mode of reduced precision or a transforming algorithm that cannot be
+    Raises UnsupportedError if a result differs: a mode of reduced precision or a transforming algorithm that cannot be
     switched off from here (ONEDNN_DEFAULT_FPMATH_MODE, for instance).
     """
-    random = np.random.RandomState(0)
-
-    def integers(limit: int, *shape: int) -> np.ndarray:
-        return random.randint(-limit, limit + 1, shape).astype(np.float64)  # whose sums are exact below 2^53
-
-    def differs(result: torch.Tensor, expected: np.ndarray) -> bool:
-        return not np.array_equal(result.double().cpu().numpy().reshape(expected.shape), expected)
-
-    def tensor(values: np.ndarray) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
-
-    x, w = integers(511, 1, 256, 16, 24), integers(127, 192, 256)
-    image, pointwise = tensor(x).contiguous(memory_format=torch.channels_last), tensor(w)
-    padded = np.pad(x[0], ((0, 0), (1, 1), (1, 1)))
-    patches = np.lib.stride_tricks.sliding_window_view(padded, (1, 3, 3))[:, :, :, 0]
-    depthwise, full = integers(999, 256, 3, 3), integers(127, 32, 64, 3, 3)
-    doubling = integers(127, 256, 32, 2, 2)
-    query, key = integers(511, 24, 64, 48), integers(511, 24, 48, 64)
-    mixed = np.tensordot(w, x[0], 1)
-    doubled = np.tensordot(doubling, x[0], ((0,), (0,))).transpose(0, 3, 1, 4, 2)  # channel, row, phase, column, phase
-    wrong = [
-        differs(F.conv2d(image, pointwise[:, :, None, None]), mixed),
-        differs(F.conv2d(image.contiguous(), pointwise[:, :, None, None]), mixed),
-        differs(
-            F.conv2d(image, tensor(depthwise)[:, None], padding=1, groups=256),
-            np.einsum("chwrs,crs->chw", patches, depthwise),
-        ),
-        differs(
-            F.conv2d(image[:, :64], tensor(full), padding=1),
-            np.tensordot(full, patches[:64], ((1, 2, 3), (0, 3, 4))),
-        ),
-        differs(F.conv_transpose2d(image, tensor(doubling), stride=2), doubled),
-        differs(tensor(query) @ tensor(key), query @ key),
-    ]
-    if any(wrong):
+    results = (*_sums(torch.float32, device), *_sums(torch.float64, device), *_operations(device))
+    wrong = [name for name, same in results if not same]
+    if wrong:
         raise UnsupportedError(
-            "this process does not compute float32 convolutions exactly, so its files could not be decoded elsewhere: "
+            f"this process does not compute exactly ({', '.join(wrong)}), so its files could not be decoded elsewhere: "
             "unset ONEDNN_DEFAULT_FPMATH_MODE, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE and the like"
         )
+
+
+def _sums(dtype: torch.dtype, device: str) -> Iterator[tuple[str, bool]]:
+    """Convolutions and products whose sums come close to the bound of `dtype`, of terms with many bits and with few."""
+    random = np.random.RandomState(0)
+    bound = BOUNDS[dtype].bit_length() - 1
+
+    def integers(bits: Any, *shape: int) -> np.ndarray:
+        """Integers of so many bits, a third of them negative, as float64, whose sums are exact below 2^53."""
+        lowest = 2.0 ** (np.asarray(bits) - 1)
+        magnitudes = lowest + np.floor(random.random_sample(shape) * lowest)
+        return np.where(random.random_sample(shape) < 0.3, -magnitudes, magnitudes)
+
+    def tensor(values: np.ndarray) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    def same(result: Tensor, expected: np.ndarray) -> bool:
+        return np.array_equal(result.cpu().numpy().reshape(expected.shape), expected)
+
+    # Channels have 1 to 14 bits, and weights the more bits the fewer their channel has: as in layers that were evened
+    # out. 8 bits less than the bound leave room for 256 terms.
+    bits = np.arange(256) % 14 + 1
+    x = integers(bits[:, None, None], 256, 10, 16)
+    image = tensor(x)[None]
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1)))
+    patches = np.lib.stride_tricks.sliding_window_view(padded, (1, 3, 3))[:, :, :, 0]
+
+    w = integers(bound - 8 - bits, 96, 256)
+    w[:32] = abs(w[:32])
+    mixed, pointwise = np.tensordot(w, x, 1), tensor(w)[:, :, None, None]
+    yield f"{dtype} 1x1", same(F.conv2d(image, pointwise), mixed)
+    last = image.contiguous(memory_format=torch.channels_last)
+    yield f"{dtype} 1x1, channels last", same(F.conv2d(last, pointwise), mixed)
+
+    w = integers(bound - 8 - bits[:28, None, None], 32, 28, 3, 3)
+    full = np.tensordot(w, patches[:28], ((1, 2, 3), (0, 3, 4)))
+    yield f"{dtype} 3x3", same(F.conv2d(image[:, :28], tensor(w), padding=1), full)
+
+    w = integers(bound - 4 - bits[:, None, None, None], 256, 1, 3, 3)
+    each = np.einsum("chwrs,crs->chw", patches, w[:, 0])
+    yield f"{dtype} depthwise", same(depthwise(image, tensor(w), padding=1, groups=256), each)
+
+    w = integers(bound - 8 - bits[:, None, None, None], 256, 32, 2, 2)
+    doubled = np.tensordot(w, x, ((0,), (0,))).transpose(0, 3, 1, 4, 2)  # channel, row, phase, column, phase
+    yield f"{dtype} transposed", same(F.conv_transpose2d(image, tensor(w), stride=2), doubled)
+
+    query, key = integers(8, 24, 64, 48), integers(bound - 14, 24, 48, 64)
+    yield f"{dtype} product", same(tensor(query) @ tensor(key), query @ key)
+
+
+def _operations(device: str) -> Iterator[tuple[str, bool]]:
+    """Single operations whose results IEEE 754 prescribes, on numbers that need rounding."""
+    random = np.random.RandomState(1)
+    a, b = (random.uniform(-1000, 1000, 4096).astype(np.float32) for _ in range(2))
+    halves = (np.arange(-2048, 2048) + 0.5).astype(np.float32)
+    x, y = torch.tensor(a, device=device), torch.tensor(b, device=device)
+    results = {
+        "addition": (x + y, a + b),
+        "subtraction": (x - y, a - b),
+        "multiplication": (x * y, a * b),
+        "division": (x / y, a / b),
+        "rounding": (torch.tensor(halves, device=device).round_(), np.rint(halves)),
+        "LeakyReLU": (F.leaky_relu(x, 0.01), np.where(a > 0, a, a * np.float32(0.01))),
+    }
+    for name, (result, expected) in results.items():
+        yield name, np.array_equal(result.cpu().numpy(), expected)

@@ -3,7 +3,8 @@
 "Qe" says that a value is an integer times 2^-e. See the package's docstring for why the twins are exact.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from hpcmref.model.layers import RateTable
 
 BOUNDS = {torch.float32: 2**24, torch.float64: 2**53}
 """A sum of integers whose magnitudes add up to less is exact in this type, in whatever order it is computed."""
+
+EXPONENTS = 40
+"""Exponents of grids are at most this, and at least its negative: nothing overflows, and nothing is denormal."""
+
+ROW_LIMIT, ROW_EXPONENT = 2**15, 24
+"""Numbers that depend on the quality are at most the one, and first rounded to Q of the other: none is denormal."""
 
 EXP_STEPS = 32
 """Entries of the exponential table per unit of the exponent."""
@@ -31,8 +38,8 @@ EXP_TABLE = bytes.fromhex(
 
 
 def power_of_two(exponents: Tensor) -> Tensor:
-    """2^exponents: (n,) integers -> (n,) float32. Exact, which pow and exp2 do not promise."""
-    return torch.ldexp(torch.ones(len(exponents)), exponents.to(torch.int32))
+    """2^exponents: integers within -126..127 -> float32. Made of bits: pow and ldexp do not promise to be exact."""
+    return (exponents.to(torch.int32) + 127 << 23).view(torch.float32)
 
 
 def container(magnitude: float, name: str) -> torch.dtype:
@@ -40,55 +47,89 @@ def container(magnitude: float, name: str) -> torch.dtype:
     for dtype, bound in BOUNDS.items():
         if magnitude < bound:
             return dtype
-    raise CheckpointError(f"{name} cannot be computed exactly: its sums reach {magnitude:.3g}, over 2^53.")
+    raise CheckpointError(f"{name} cannot be computed exactly: its sums reach {magnitude:.3g}, and 2^53 is too much.")
+
+
+def grid(grids: Mapping[str, Tensor], key: str, shape: tuple[int, ...], low: int, high: int, owner: str) -> Tensor:
+    """Integers of a checkpoint, as int32. Raises CheckpointError unless shape and range are these."""
+    if key not in grids:
+        raise CheckpointError(f"The checkpoint lacks the grid {key} of {owner}.")
+    values = grids[key]
+    integers = values.dtype in (torch.int8, torch.int32) and values.shape == shape
+    if not integers or values.min() < low or values.max() > high:
+        raise CheckpointError(f"The grid {key} of {owner} is damaged: it must be {shape} integers, {low} to {high}.")
+    return values.to(torch.int32)
+
+
+def _exponents(grids: Mapping[str, Tensor], key: str, channels: int, owner: str) -> Tensor:
+    return grid(grids, key, (channels,), -EXPONENTS, EXPONENTS, owner)
 
 
 class ExactConv(nn.Module):
     """Twin of a Conv2d or ConvTranspose2d.
 
     The input becomes integers, Q input[c] in channel c, clamped to +-limit. Weights are integers Q output[o] - input[c]
-    and the bias Q output[o]; so the sums are integers Q output[o], exact in float32 or float64.
+    and the bias Q output[o]; so the sums are integers Q output[o], exact in float32 or float64. Weights and bias are
+    held multiplied by 2^-output[o]: a power of two for all terms of a sum changes their exponents and nothing else.
     """
 
     weight: Tensor
     bias: Tensor
     input_scale: Tensor | None
-    output_scale: Tensor
 
-    def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d, grids: dict[str, Tensor], name: str) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d, grids: Mapping[str, Tensor], name: str) -> None:
         """grids: "input" (C_in,), "output" (C_out,) exponents and "limit" (), all integers. Raises CheckpointError."""
         super().__init__()
-        assert layer.bias is not None
+        self._convolve: Callable[..., Tensor] = F.conv2d
         if isinstance(layer, nn.ConvTranspose2d):
-            if layer.stride != layer.kernel_size or any(layer.padding):
+            if layer.stride != layer.kernel_size or any(layer.padding) or layer.groups > 1:
                 raise CheckpointError(f"{name} is a transposed convolution whose outputs overlap.")
-            self._convolve: Callable[..., Tensor] = F.conv_transpose2d
-        else:
-            self._convolve = F.conv2d
-        self.options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
-        weight, bias = integer_weights(layer, grids["input"], grids["output"])
-        self.limit = int(grids["limit"])
+            self._convolve = F.conv_transpose2d
+        elif layer.groups > 1:
+            if not layer.in_channels == layer.out_channels == layer.groups:
+                raise CheckpointError(f"{name} is a convolution in groups of several channels.")
+            self._convolve = depthwise
+        self._options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
+        inputs = _exponents(grids, "input", layer.in_channels, name)
+        outputs = _exponents(grids, "output", layer.out_channels, name)
+        self.limit = int(grid(grids, "limit", (), 1, BOUNDS[torch.float32] - 1, name))
+        weight, bias = integer_weights(layer, inputs, outputs)
         dtype = container(float((output_sums(layer, weight) * self.limit + bias.abs()).max()), name)
         self.register_buffer("weight", weight.to(dtype))
         self.register_buffer("bias", bias.to(dtype))
-        self.register_buffer("input_scale", power_of_two(grids["input"]).view(1, -1, 1, 1))
-        self.register_buffer("output_scale", power_of_two(-grids["output"]).view(1, -1, 1, 1))
+        self.scale_output(-outputs)
+        self._inputs = inputs
+        self.register_buffer("input_scale", power_of_two(inputs).view(1, -1, 1, 1))
 
-    def take_over(self, scale: Tensor) -> None:
-        """Multiply the output by `scale` (1, C_out, 1, 1), powers of two, on behalf of the layer that reads it."""
-        self.output_scale = self.output_scale * scale
+    def scale_output(self, exponents: Tensor) -> None:
+        """Multiply output channel o by 2^exponents[o] from now on; exponents: (C_out,) integers."""
+        scale = power_of_two(exponents).to(self.weight.dtype)
+        self.weight *= scale.view((1, -1, 1, 1) if self._convolve is F.conv_transpose2d else (-1, 1, 1, 1))
+        self.bias *= scale
+
+    def feed(self, reader: "ExactConv") -> None:
+        """Let this layer scale its output for `reader`, the only one that reads it (a LeakyReLU may be between)."""
+        self.scale_output(reader._inputs)
+        reader.input_scale = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C_in, h, w) float32 -> (B, C_out, h', w') float32."""
-        x = x.clone() if self.input_scale is None else x * self.input_scale
+        """x: (B, C_in, h, w) float32 -> (B, C_out, h', w') float32. Overwrites x if it comes scaled (see `feed`)."""
+        if self.input_scale is not None:
+            x = x * self.input_scale
         x = x.round_().clamp_(-self.limit, self.limit).to(self.weight.dtype)
-        y = self._convolve(x, self.weight, self.bias, **self.options)
-        return y.mul_(self.output_scale).float()
+        return self._convolve(x, self.weight, self.bias, **self._options).float()
 
 
-def integer_weights(
-    layer: nn.Conv2d | nn.ConvTranspose2d, inputs: Tensor, outputs: Tensor
-) -> tuple[Tensor, Tensor]:
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    """conv2d of one channel each.
+
+    Where PyTorch is built with __ARM_NEON__ (macOS) it takes Winograd, which rounds, for 3x3 kernels of float32 that
+    are contiguous (Convolution.cpp, use_cpu_depthwise3x3_winograd). So these are not.
+    """
+    return F.conv2d(x, weight.mT.contiguous().mT, bias, **options)
+
+
+def integer_weights(layer: nn.Conv2d | nn.ConvTranspose2d, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias as integers, float64: round(w 2^(output - input)) and round(b 2^output).
 
     inputs: (C_in,), outputs: (C_out,) exponents; scaling by powers of two is exact, so there is one rounding.
@@ -123,63 +164,69 @@ def output_peaks(layer: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor) -> Tenso
 class ExactAttend(nn.Module):
     """Twin of Attend: both products on integers, the exponential from a table, one division.
 
-    query, key and value arrive scaled to their grids (see `convert.attach`).
+    query, key and value arrive scaled to their grids (see `convert.attach`), and are overwritten.
     """
 
     step: Tensor
     table: Tensor
     value_scale: Tensor
 
-    def __init__(self, heads: int, grids: dict[str, Tensor], tokens: int, name: str) -> None:
-        """grids: "query", "key", "value" exponents (C,) and "limits" (2,) of query and key, and of value, integers."""
+    def __init__(self, channels: int, heads: int, grids: Mapping[str, Tensor], tokens: int, name: str) -> None:
+        """grids: "query", "key", "value" exponents (C,) and "limits" (2,) of query and key, and of value, integers.
+
+        tokens: keys in a window. Raises CheckpointError.
+        """
         super().__init__()
-        channels = len(grids["query"]) // heads
-        score = (grids["query"].int() + grids["key"].int()).view(heads, channels)
+        query, key, value = (_exponents(grids, each, channels, name) for each in ("query", "key", "value"))
+        per_head = channels // heads
+        score = (query + key).view(heads, per_head)
         if (score != score[:, :1]).any():
             raise CheckpointError(f"{name} is damaged: the grids of query and key do not match.")
-        self.limit, self.value_limit = (int(limit) for limit in grids["limits"])
-        container_of_scores = container(float(channels * self.limit**2), name)
-        container_of_values = container(float(tokens * max(EXP_TABLE) * self.value_limit), name)
-        if {container_of_scores, container_of_values} != {torch.float32}:
-            raise CheckpointError(f"{name} is damaged: attention is exact in float32 or not at all.")
+        limits = grid(grids, "limits", (2,), 1, BOUNDS[torch.float32] - 1, name)
+        self.limit, self.value_limit = limits.tolist()
+        for magnitude in (per_head * self.limit**2, tokens * max(EXP_TABLE) * self.value_limit):
+            if container(magnitude, name) != torch.float32:
+                raise CheckpointError(f"{name} cannot be computed exactly: its sums reach {magnitude}, over 2^24.")
         # One multiplication by a float32 number, correctly rounded: scores to table steps, with the 1/sqrt(channels).
-        step = power_of_two(-score[:, 0]) * torch.tensor(EXP_STEPS / channels**0.5, dtype=torch.float32)
+        step = power_of_two(-score[:, 0]) * torch.tensor(EXP_STEPS / math.sqrt(per_head), dtype=torch.float32)
         self.register_buffer("step", step.view(heads, 1, 1))
         self.register_buffer("table", torch.tensor(list(EXP_TABLE), dtype=torch.float32))
-        self.register_buffer("value_scale", power_of_two(-grids["value"]).view(heads, 1, channels))
+        self.register_buffer("value_scale", power_of_two(-value).view(heads, 1, per_head))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
         """All (B, windows, heads, tokens, channels); inside: which keys count, (windows, 1, 1, tokens) bool, or all."""
-        query = query.round().clamp_(-self.limit, self.limit)
-        key = key.round().clamp_(-self.limit, self.limit)
-        value = value.round().clamp_(-self.value_limit, self.value_limit)
+        query = query.round_().clamp_(-self.limit, self.limit)
+        key = key.round_().clamp_(-self.limit, self.limit)
+        value = value.round_().clamp_(-self.value_limit, self.value_limit)
         scores = query @ key.transpose(-1, -2)
         if inside is not None:
-            scores = scores.masked_fill(~inside, -float(BOUNDS[torch.float32]))
+            scores = scores.masked_fill_(~inside, -float(BOUNDS[torch.float32]))
         below = (scores.amax(-1, keepdim=True) - scores).mul_(self.step).round_().clamp_(max=len(EXP_TABLE) - 1)
         weights = self.table[below.to(torch.int32)]
         if inside is not None:
-            weights = weights * inside
+            weights = weights.mul_(inside)
         return (weights @ value).div_(weights.sum(-1, keepdim=True)).mul_(self.value_scale)
 
 
 class ExactRateTable(nn.Module):
-    """Twin of RateTable: the numbers of every whole quality, float32, interpolated in float64 and rounded once."""
+    """Twin of RateTable: the numbers of every whole quality, float32, each computed by single IEEE operations."""
 
     rows: Tensor
 
-    def __init__(self, table: RateTable) -> None:
+    def __init__(self, table: RateTable, name: str) -> None:
+        """Raises CheckpointError if a number is not finite or too large."""
         super().__init__()
         values = table.values.detach().cpu().double()
-        anchors = len(values)
+        if not (values.abs() <= ROW_LIMIT).all():
+            raise CheckpointError(f"{name} cannot be computed exactly: it has numbers over {ROW_LIMIT}.")
+        last, whole = len(values) - 1, QUALITIES - 1
         rows = []
-        for quality in range(QUALITIES if anchors > 1 else 1):
-            left, part = divmod(quality * (anchors - 1), QUALITIES - 1)
-            right = min(left + 1, anchors - 1)
-            weight = torch.tensor(part / (QUALITIES - 1), dtype=torch.float64)
-            low, high = values[left] * (1 - weight), values[right] * weight
-            rows.append(low + high)
-        self.register_buffer("rows", torch.stack(rows).float())
+        for quality in range(QUALITIES if last else 1):
+            left, part = divmod(quality * last, whole)
+            right = min(left + 1, last)
+            rows.append((values[left] * (whole - part) + values[right] * part) / whole)
+        fine = 2.0**ROW_EXPONENT
+        self.register_buffer("rows", (torch.stack(rows) * fine).round().div(fine).float())
 
     def forward(self, quality: Tensor) -> Tensor:
         """quality: (B,) whole numbers -> (B, channels, 1, 1)."""

@@ -116,15 +116,18 @@ class SymbolWriter(_Checksummed):
 
 
 class SymbolReader(_Checksummed):
-    """Asks one range decoder an image for the symbols."""
+    """Asks one range decoder an image for the symbols, up to the end of a scale; what follows is taken as predicted."""
 
-    def __init__(self, thresholds: Tensor, sources: Sequence[SymbolSource]) -> None:
+    def __init__(self, thresholds: Tensor, sources: Sequence[SymbolSource], upto: int = 3) -> None:
         super().__init__(len(sources))
         self._thresholds = thresholds
         self._sources = sources
+        self._upto = upto
 
     def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
         """See Coder."""
+        if step is not None and step.scale > self._upto:
+            return means
         rows = scale_index(scales, self._thresholds)
         images = []
         for image, source in enumerate(self._sources):

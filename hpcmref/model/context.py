@@ -13,6 +13,7 @@ output `context` is the scales and means of this step; cross attention over the 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from hpcmref.model.coders import Coder
 from hpcmref.model.config import HPCMConfig
 from hpcmref.model.layers import DWConvRB, RateTable, conv1x1
 from hpcmref.model.schedule import S1, S2, STEPS_S1, STEPS_S2, STEPS_S3, Lattice, Step, displaced_source
+from hpcmref.model.strips import in_strips
 
 
 class SpatialPrior(nn.Module):
@@ -29,6 +31,8 @@ class SpatialPrior(nn.Module):
 
     def __init__(self, width: int, outputs: int, depth: tuple[int, int]) -> None:
         super().__init__()
+        self.halo = sum(depth)
+        """Rows above and below that a row of the result depends on."""
         self.branch_1 = nn.Sequential(*(DWConvRB(width) for _ in range(depth[0])))
         self.branch_2 = nn.Sequential(*(DWConvRB(width) for _ in range(depth[1])), conv1x1(width, outputs))
 
@@ -154,12 +158,23 @@ class ContextModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The network steps of one scale; returns context_next and y_hat after them."""
         for step, adaptor, quant_step in zip(steps, adaptors, quant_steps, strict=True):
-            context = prior(adaptor(torch.cat((context_next, y_hat), dim=1)), quant_step)
+            predict = partial(_predict, prior, adaptor, quant_step)
+            context = in_strips(predict, context_next, y_hat, halo=prior.halo)
             y_hat = y_hat + _code(step, context, coder)
             if step is STEPS_S3[-1]:
                 break
-            context_next = context if attention is None else attention(context, context_next)
+            if attention is None:
+                context_next = context
+            else:
+                context_next = in_strips(attention, context, context_next, halo=0, unit=attention.window)
         return context_next, y_hat
+
+
+def _predict(
+    prior: SpatialPrior, adaptor: nn.Module, quant_step: Tensor, context_next: Tensor, y_hat: Tensor
+) -> Tensor:
+    """The context of one step, (B, 2M, h, w), from what is known before it."""
+    return prior(adaptor(torch.cat((context_next, y_hat), dim=1)), quant_step)
 
 
 def _code(step: Step, context: Tensor, coder: Coder) -> Tensor:

@@ -1,5 +1,6 @@
 """HPCM: the transforms and the entropy path, put together."""
 
+from collections.abc import Callable
 from typing import TypedDict
 
 import torch
@@ -9,10 +10,15 @@ from hpcmref.model.coders import Coder, Estimator
 from hpcmref.model.config import HPCMConfig
 from hpcmref.model.context import ContextModel
 from hpcmref.model.layers import RateTable
-from hpcmref.model.transforms import g_a, g_s, h_a, h_s, start_as_dct
+from hpcmref.model.strips import POSITIONS, in_strips
+from hpcmref.model.transforms import g_a, g_s, h_a, h_s, halo, hyper_halo, start_as_dct
 
 STRIDE = 64
 """Image sides must be multiples of this: g_a divides them by 16, h_a by 4 more."""
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 class Estimate(TypedDict):
@@ -31,6 +37,7 @@ class EntropyPath(nn.Module):
     def __init__(self, config: HPCMConfig) -> None:
         super().__init__()
         self.N = config.N
+        self.halo = hyper_halo(config)
         self.means_hyper = RateTable(torch.zeros(config.anchors), config.N)
         self.scales_hyper = RateTable(torch.ones(config.anchors), config.N)
         self.h_s = h_s(config)
@@ -40,7 +47,8 @@ class EntropyPath(nn.Module):
         """Code one batch: quality (B,), size of z (h, w) -> y_hat (B, M, 4h, 4w)."""
         shape = (len(quality), self.N, *size)
         z_hat = coder.code(None, self.scales_hyper(quality).expand(shape), self.means_hyper(quality).expand(shape))
-        return self.context(self.h_s(z_hat), quality, coder)
+        hyper = in_strips(self.h_s, z_hat, halo=self.halo, positions=POSITIONS // 16)
+        return self.context(hyper, quality, coder)
 
 
 class HPCM(nn.Module):
@@ -78,18 +86,28 @@ class HPCM(nn.Module):
                 head.bias[: self.config.M].fill_(1)
         return self
 
+    def features(self, x: Tensor, prepare: Callable[[Tensor], Tensor] = _same) -> Tensor:
+        """g_a of an image (B, 3, H, W) that `prepare` brings to 0..1, strip by strip: (B, M, H/16, W/16)."""
+        rows = halo(self.config, self.config.stages)
+        return in_strips(lambda part: self.g_a(prepare(part)), x, halo=rows, unit=16, positions=POSITIONS * 256)
+
+    def latents(self, features: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, M, h, w), quality (B,) -> y (B, M, h, w) and z (B, N, h/4, w/4), before quantisation."""
+        y = features if self.log_gain is None else features * self.log_gain(quality).exp()
+        return y, in_strips(self.h_a, y, halo=hyper_halo(self.config), unit=4)
+
     def analyse(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Image x (B, 3, H, W) in 0..1, quality (B,) -> y (B, M, H/16, W/16), z (B, N, H/64, W/64), not quantised."""
-        y = self.g_a(x)
-        if self.log_gain is not None:
-            y = y * self.log_gain(quality).exp()
-        return y, self.h_a(y)
+        return self.latents(self.features(x), quality)
 
-    def synthesise(self, y_hat: Tensor, quality: Tensor) -> Tensor:
-        """y_hat (B, M, H/16, W/16), quality (B,) -> image (B, 3, H, W), not clamped."""
-        if self.log_inverse_gain is not None:
-            y_hat = y_hat * self.log_inverse_gain(quality).exp()
-        return self.g_s(y_hat)
+    def synthesise(self, y_hat: Tensor, quality: Tensor, finish: Callable[[Tensor], Tensor] = _same) -> Tensor:
+        """y_hat (B, M, H/16, W/16), quality (B,) -> image (B, 3, H, W), not clamped, each strip of it `finish`ed."""
+        gain = None if self.log_inverse_gain is None else self.log_inverse_gain(quality).exp()
+
+        def strip(part: Tensor) -> Tensor:
+            return finish(self.g_s(part if gain is None else part * gain))
+
+        return in_strips(strip, y_hat, halo=halo(self.config, self.config.synthesis))
 
     def forward(self, x: Tensor, quality: Tensor | None = None) -> Estimate:
         """Estimate rate and reconstruction.

@@ -122,17 +122,19 @@ def displaced_source(channels: int, height: int, width: int, device: torch.devic
     of s1 do not describe what s1 really holds (base.py: get_mask_for_s1, get_s2_hyper_with_mask), so most of these
     values come from beside the position they are used at; the networks were trained with that.
     """
-    # The official masks say that s1 took, of channel group g, the cell (row, col) of each 4x4 tile of y.
+    # The official masks say that s1 took, of channel group g, the cell (row, col) of each 4x4 tile of y; all these rows
+    # are in the first s2 row of a tile.
     claimed = ((0, 0), (1, 1), (0, 1), (1, 0), (0, 2), (1, 3), (0, 3), (1, 2))
     group = channels // 8
-    source = torch.zeros(channels, height * width, dtype=torch.int64)
-    plane = torch.arange(4 * height * width).view(2 * height, 2 * width)
-    for g, ((row, col), (claimed_row, claimed_col)) in enumerate(zip(S2.phases, claimed, strict=True)):
-        taken = torch.zeros(2 * height, 2 * width, dtype=torch.bool)
-        taken[row::2, col::2] = True
-        taken[claimed_row::4, claimed_col::4] = False
-        free = torch.ones(height, width, dtype=torch.bool)
+    plane = torch.arange(4 * height * width, device=device).view(2 * height, 2 * width)
+    source = torch.zeros(channels, height // 2, 2, width, dtype=torch.int64, device=device)
+    for g, ((row, col), (_, claimed_col)) in enumerate(zip(S2.phases, claimed, strict=True)):
+        first, second = plane[row::4, col::2], plane[row + 2 :: 4, col::2]
+        taken = torch.cat((first[:, 1 - claimed_col // 2 :: 2], second), dim=1)
         free_row, free_col = S1.phases[g // 2]
-        free[free_row::2, free_col::2] = False
-        source[g * group : (g + 1) * group, free.flatten()] = plane[taken]
-    return source.to(device)
+        channel = source[g * group : (g + 1) * group]
+        # In row-major order: half a row and a whole one, or a whole one and half a row.
+        halves = taken.split((width // 2, width) if free_row == 0 else (width, width // 2), dim=1)
+        channel[:, :, free_row, 1 - free_col :: 2] = halves[free_row]
+        channel[:, :, 1 - free_row] = halves[1 - free_row]
+    return source.flatten(1)

@@ -70,6 +70,19 @@ def h_s(config: HPCMConfig) -> nn.Sequential:
     )
 
 
+def halo(config: HPCMConfig, stages: tuple[tuple[int, int], ...]) -> int:
+    """Rows of the 1/16 lattice that g_a or g_s with these stages sees above and below the row it computes."""
+    if config.transform == "dct":
+        return -(-sum(blocks for _, blocks in stages) * BLOCK // 16)
+    # Each block is a 3x3 convolution at its stage's resolution; the 4x4 convolution adds a pixel.
+    return -(-(1 + sum(blocks * 2**level for level, (_, blocks) in enumerate(sorted(stages), start=1))) // 16)
+
+
+def hyper_halo(config: HPCMConfig) -> int:
+    """Rows of the z lattice that h_a and h_s see above and below the row they compute."""
+    return -(-(1 + 2 * config.hyper_blocks) // 4)
+
+
 def start_as_dct(analysis: nn.Sequential, synthesis: nn.Sequential) -> None:
     """Make untrained dct transforms a real transform: g_a an orthonormal DCT of decorrelated colour, g_s its inverse.
 

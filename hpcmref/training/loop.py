@@ -184,10 +184,16 @@ class Trainer:
         temporary.replace(path)
 
     def load(self, path: Path) -> None:
-        """Take over the state that `save` wrote. Raises CheckpointError if it is of another preset."""
-        state = torch.load(path, weights_only=True, map_location=self.device)
-        if state["preset"] != self.config.preset:
-            raise CheckpointError(f"{path} is a run of {state['preset']!r}, not of {self.config.preset!r}.")
+        """Take over the state that `save` wrote. Raises CheckpointError if it is damaged or of another preset."""
+        try:
+            state = torch.load(path, weights_only=True, map_location=self.device)
+            preset = state["preset"]
+        except MemoryError:
+            raise
+        except Exception as error:  # the unpickler raises whatever damaged bytes lead it to
+            raise CheckpointError(f"{path} is not the state of a run, or is damaged.") from error
+        if preset != self.config.preset:
+            raise CheckpointError(f"{path} is a run of {preset!r}, not of {self.config.preset!r}.")
         self.model.load_state_dict(state["model"])
         _assign(self.average, state["average"])
         self.optimiser.load_state_dict(state["optimiser"])

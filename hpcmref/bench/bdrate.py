@@ -1,0 +1,128 @@
+"""How much less does one codec need than another for the same quality? BD-rate and BD-PSNR, and when there is none.
+
+BD-rate is the mean difference of log rate over the qualities that both curves reach, BD-PSNR the mean difference of dB
+over the rates that both have; both by the `bjontegaard` library with piecewise cubic interpolation (pchip).
+
+A range of rates cuts both curves before that: points outside are dropped, and where a curve crosses an end of the
+range, a point is interpolated there (pchip of dB over log rate). Then they are compared over what both reach inside.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpcmref.bench.curves import Curve
+
+LEAST_POINTS = 4
+LEAST_DECIBELS = 1.0
+LEAST_OCTAVES = 0.5
+LEAST_SHARE = 1 / 3
+"""A comparison over less than these (LEAST_SHARE: of the narrower curve) says more of the ends than of the codecs."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A mean difference between two curves, or why there is none.
+
+    value: percent for BD-rate (negative: smaller files), dB for BD-PSNR (positive: better pictures); None if refused.
+    low, high: what it is over: dB for BD-rate, bits per pixel for BD-PSNR. share, anchor_share: the part of the curve's
+    and of the anchor's range that this is. note: why it was refused, or what was left out.
+    """
+
+    value: float | None
+    low: float = math.nan
+    high: float = math.nan
+    share: float = 0.0
+    anchor_share: float = 0.0
+    note: str = ""
+
+
+def bd_rate(anchor: Curve, curve: Curve, metric: str = "psnr", limits: tuple[float, float] | None = None) -> Delta:
+    """BD-rate of `curve` against `anchor` in percent. metric: "psnr" or "ms_ssim_db". limits: bits per pixel."""
+    return _delta(anchor, curve, metric, limits, over_rate=False)
+
+
+def bd_psnr(anchor: Curve, curve: Curve, metric: str = "psnr", limits: tuple[float, float] | None = None) -> Delta:
+    """BD-PSNR of `curve` against `anchor` in dB. metric: "psnr" or "ms_ssim_db". limits: bits per pixel."""
+    return _delta(anchor, curve, metric, limits, over_rate=True)
+
+
+def _delta(anchor: Curve, curve: Curve, metric: str, limits: tuple[float, float] | None, *, over_rate: bool) -> Delta:
+    notes: list[str] = []
+    sides = []
+    for each in (anchor, curve):
+        points, left_out = _increasing(each, metric)
+        if left_out:
+            notes.append(f"{each.name}: {left_out} points left out that are no better than smaller files")
+        if len(points) < LEAST_POINTS:
+            return Delta(None, note=f"{each.name} has {len(points)} points; {LEAST_POINTS} are needed")
+        if limits is not None:
+            points = _cut(points, limits)
+            if len(points) < 2:
+                return Delta(None, note=f"{each.name} has nothing between {limits[0]:g} and {limits[1]:g} bpp")
+        sides.append(points)
+
+    spans = [(side[0][0], side[-1][0]) if over_rate else (side[0][1], side[-1][1]) for side in sides]
+    low, high = max(span[0] for span in spans), min(span[1] for span in spans)
+    lengths = [_length(*span, over_rate) for span in (*spans, (low, high))]
+    anchor_share, share = lengths[2] / lengths[0], lengths[2] / lengths[1]
+    least = LEAST_OCTAVES if over_rate else LEAST_DECIBELS
+    if lengths[2] < least or max(anchor_share, share) < LEAST_SHARE:
+        return Delta(None, low, high, note=_refusal(low, high, over_rate))
+    return Delta(_by_library(sides[0], sides[1], over_rate), low, high, share, anchor_share, "; ".join(notes))
+
+
+def _increasing(curve: Curve, metric: str) -> tuple[list[tuple[float, float]], int]:
+    """(bpp, dB) of the finite points that are better than every smaller one, and how many finite ones are not."""
+    finite = sorted(
+        (point.bpp, value)
+        for point in curve.points
+        if (value := getattr(point, metric)) is not None and math.isfinite(value)
+    )
+    kept: list[tuple[float, float]] = []
+    for bpp, value in finite:
+        if not kept or (value > kept[-1][1] and bpp > kept[-1][0]):
+            kept.append((bpp, value))
+    return kept, len(finite) - len(kept)
+
+
+def _cut(points: Sequence[tuple[float, float]], limits: tuple[float, float]) -> list[tuple[float, float]]:
+    """The part of a curve between two rates, with interpolated points where it crosses them."""
+    from scipy.interpolate import PchipInterpolator  # bjontegaard needs it too
+
+    rates, values = np.array(points).T
+    curve = PchipInterpolator(np.log(rates), values)
+    inside = [(bpp, value) for bpp, value in points if limits[0] < bpp < limits[1]]
+    ends = [(bpp, float(curve(math.log(bpp)))) for bpp in limits if rates[0] <= bpp <= rates[-1]]
+    return sorted(inside + ends)
+
+
+def _length(low: float, high: float, over_rate: bool) -> float:
+    """Octaves of rate, or dB."""
+    if high <= low:
+        return 0.0
+    return math.log2(high / low) if over_rate else high - low
+
+
+def _refusal(low: float, high: float, over_rate: bool) -> str:
+    if high <= low:
+        return "the curves do not overlap"
+    return f"the curves share only {low:.3g} to {high:.3g} {'bpp' if over_rate else 'dB'}, too little to compare"
+
+
+def _by_library(anchor: Sequence[tuple[float, float]], curve: Sequence[tuple[float, float]], over_rate: bool) -> float:
+    import bjontegaard  # imports matplotlib
+
+    compute: Callable[..., float] = bjontegaard.bd_psnr if over_rate else bjontegaard.bd_rate
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the overlap, which `Delta` states
+        return float(
+            compute(
+                *np.array(anchor).T, *np.array(curve).T, method="pchip", require_matching_points=False, min_overlap=0
+            )
+        )

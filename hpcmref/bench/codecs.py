@@ -1,0 +1,299 @@
+"""Which codecs can be measured? Each is a small class with the same three members: qualities, encode, decode.
+
+A codec is a frozen dataclass, so that it can be sent to other processes and its repr says exactly what was measured;
+whatever is slow to make (networks) is made on first use and kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from PIL import Image, features
+from PIL import __version__ as pillow_version
+
+from hpcmref._version import __version__
+from hpcmref.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hpcmref.codec import Codec as Network
+
+
+class Codec(Protocol):
+    """What can be measured. `name` is for people; `identity` changes whenever the files might."""
+
+    @property
+    def name(self) -> str:
+        """Heading of its rows and label of its curve."""
+
+    @property
+    def identity(self) -> str:
+        """Name, version and settings, in one line."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes: "cpu" or "cuda"."""
+
+    @property
+    def default_qualities(self) -> tuple[int, ...]:
+        """The settings that are measured if none are asked for, from the smallest file to the best picture."""
+
+    @property
+    def qualities(self) -> range:
+        """Every setting there is."""
+
+    def encode(self, image: Image.Image, quality: int) -> bytes:
+        """The whole file of an RGB or L image, in host memory."""
+
+    def decode(self, data: bytes) -> Image.Image:
+        """The image of a file, its pixels decoded and in host memory."""
+
+
+@dataclass(frozen=True)
+class PillowCodec:
+    """A format that Pillow writes, with fixed options; decoded by Pillow too."""
+
+    label: str
+    form: str
+    qualities: range
+    default_qualities: tuple[int, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    device = "cpu"
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.label, *(f"{key}={value}" for key, value in self.changed.items())])
+
+    @property
+    def identity(self) -> str:
+        settings = {**self.options, **self.changed}
+        return f"{self.label} {_library_version(self.form)} {settings}"
+
+    def encode(self, image: Image.Image, quality: int) -> bytes:
+        _register(self.form)
+        file = io.BytesIO()
+        image.save(file, self.form, quality=quality, **{**self.options, **self.changed})
+        return file.getvalue()
+
+    def decode(self, data: bytes) -> Image.Image:
+        _register(self.form)
+        image = Image.open(io.BytesIO(data), formats=[self.form])
+        image.load()
+        return image
+
+    def with_options(self, changed: Mapping[str, Any]) -> PillowCodec:
+        """The same codec with other save options of Pillow; ConfigError if the codec refuses them."""
+        codec = PillowCodec(self.label, self.form, self.qualities, self.default_qualities, self.options, changed)
+        try:
+            codec.decode(codec.encode(Image.new("RGB", (16, 16)), self.default_qualities[0]))
+        except Exception as error:
+            raise ConfigError(f"{codec.name}: Pillow refuses these options: {error}") from error
+        return codec
+
+
+# The strongest settings of each format that take seconds rather than minutes for an image.
+PILLOW_CODECS = {
+    "jpeg": PillowCodec(
+        "JPEG", "JPEG", range(1, 101), (8, 15, 25, 40, 60, 80, 90),
+        {"optimize": True, "progressive": True, "subsampling": "4:2:0"},
+    ),
+    "webp": PillowCodec("WebP", "WEBP", range(101), (1, 10, 25, 50, 75, 90), {"method": 6}),
+    "avif": PillowCodec(
+        "AVIF", "AVIF", range(101), (12, 20, 30, 42, 55, 68, 80), {"speed": 4, "subsampling": "4:4:4"}
+    ),
+    "jxl": PillowCodec("JPEG XL", "JXL", range(101), (10, 25, 40, 55, 70, 82, 90), {"effort": 7}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HpcmrefCodec:
+    """Our own codec. `models` is one model, or one-rate models from the lowest rate to the highest.
+
+    label: what the curve is called. device: "cpu" or "cuda". With several models, quality k is the k-th model.
+    """
+
+    label: str
+    models: tuple[str, ...]
+    device: str
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    @property
+    def identity(self) -> str:
+        return f"hpcmref {__version__} {' '.join(_digest(model) for model in self.models)}"
+
+    @property
+    def qualities(self) -> range:
+        if len(self.models) > 1:
+            return range(len(self.models))
+        return range(_network(self.models[0], self.device).model.config.qualities)
+
+    @property
+    def default_qualities(self) -> tuple[int, ...]:
+        every = self.qualities
+        return tuple(range(0, 64, 9)) if len(every) == 64 else tuple(every)
+
+    def encode(self, image: Image.Image, quality: int) -> bytes:
+        network = _network(self.models[quality if len(self.models) > 1 else 0], self.device)
+        return network.encode(image, None if network.model.config.qualities == 1 else quality)
+
+    def decode(self, data: bytes) -> Image.Image:
+        from hpcmref.container import parse
+
+        fingerprint = parse(data).fingerprint
+        networks = [_network(model, self.device) for model in self.models]
+        return next((each for each in networks if each.fingerprint == fingerprint), networks[0]).decode(data)
+
+
+@functools.cache
+def _network(model: str, device: str) -> Network:
+    # Not `codec.load`: that keeps two models only, and a run may go round more of them for every image.
+    from hpcmref.codec import load
+
+    return load.__wrapped__(model, device)
+
+
+@functools.cache
+def _digest(model: str) -> str:
+    from hpcmref.checkpoints import find
+
+    path = find(model)
+    return f"{path.stem} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
+@functools.cache
+def _library_version(form: str) -> str:
+    """Version of the library behind a format of Pillow, where it tells."""
+    if form == "JXL":
+        import importlib.metadata
+
+        return f"pillow-jxl-plugin {importlib.metadata.version('pillow-jxl-plugin')}"
+    name = {"JPEG": "libjpeg_turbo", "WEBP": "webp", "AVIF": "avif"}[form]
+    return f"Pillow {pillow_version} {name} {features.version(name) or ''}".strip()
+
+
+@functools.cache
+def _register(form: str) -> None:
+    if form == "JXL":
+        import pillow_jxl  # noqa: F401  registers the format with Pillow
+
+
+def available() -> list[str]:
+    """The names of the codecs that work here, ours first."""
+    return ["hpcmref", *(name for name in PILLOW_CODECS if _is_here(name))]
+
+
+def _is_here(name: str) -> bool:
+    if name == "jxl":
+        return importlib.util.find_spec("pillow_jxl") is not None
+    return name == "jpeg" or bool(features.check(name))
+
+
+def codecs_of(names: Sequence[str], models: Sequence[str], device: str) -> list[Codec]:
+    """The codecs that a command line asks for.
+
+    names: "hpcmref" (which stands for every one of `models`), or "jpeg", "webp", "avif", "jxl", each perhaps with save
+    options of Pillow: "avif:speed=0+subsampling=4:2:0". models: a registry name, a file, NAME=FILE (another name for it), or
+    NAME=FILE+FILE+... (models of one rate that make one curve). device: "auto", "cpu" or "cuda". Raises ConfigError,
+    CheckpointError.
+    """
+    chosen: list[Codec] = []
+    for text in names:
+        name, _, options = text.strip().partition(":")
+        if name.lower() == "hpcmref":
+            where = _resolved(device)
+            chosen += [_hpcmref(model, where) for model in models]
+        elif (codec := PILLOW_CODECS.get(name.lower())) is None:
+            raise ConfigError(f"there is no codec {name!r}; the codecs here are {', '.join(available())}")
+        elif not _is_here(name.lower()):
+            how = "pip install pillow-jxl-plugin" if name.lower() == "jxl" else "this build of Pillow lacks it"
+            raise ConfigError(f"the codec {name} is not here: {how}")
+        else:
+            chosen.append(codec.with_options(_options(options)) if options else codec)
+    labels = [codec.name for codec in chosen]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(f"{twice[0]} is asked for twice")
+    return chosen
+
+
+def _hpcmref(text: str, device: str) -> HpcmrefCodec:
+    from hpcmref.checkpoints import find
+
+    label, equals, files = text.strip().partition("=")
+    models = tuple((files if equals else text.strip()).split("+"))
+    paths = [find(model) for model in models]
+    codec = HpcmrefCodec(f"hpcmref {label if equals else paths[0].stem}", models, device)
+    if len(models) > 1:
+        for model in models:
+            if _network(model, device).model.config.qualities > 1:
+                raise ConfigError(f"{model} has many rates: it is a curve by itself, not a point of {label}")
+    return codec
+
+
+def _resolved(device: str) -> str:
+    """ "cpu" or "cuda" for "auto" too."""
+    from hpcmref.codec import _device
+
+    return _device(device).type
+
+
+def _options(text: str) -> dict[str, Any]:
+    pairs = [pair.partition("=") for pair in text.split("+")]
+    if not all(key and equals for key, equals, _ in pairs):
+        raise ConfigError(f"{text!r} are not options: write KEY=VALUE, joined by +")
+    return {key: int(value) if value.lstrip("-").isdigit() else value for key, _, value in pairs}
+
+
+def qualities_of(texts: Sequence[str], codecs: Sequence[Codec]) -> dict[str, tuple[int, ...]]:
+    """Codec name -> the qualities to measure, ascending.
+
+    texts: "LIST" for every hpcmref model, or "NAME=LIST" for the codecs whose name starts so (case aside); LIST is
+    numbers and FIRST:LAST:STEP ranges with commas between, LAST included. Raises ConfigError.
+    """
+    chosen = {codec.name: codec.default_qualities for codec in codecs}
+    for text in texts:
+        name, equals, numbers = text.rpartition("=")
+        prefix = name.strip().lower().replace("jxl", "jpeg xl") if equals else "hpcmref"
+        meant = [codec for codec in codecs if _means(prefix, codec)]
+        if not meant and equals:
+            raise ConfigError(f"--qualities {text}: no codec of this run is called {name}")
+        for codec in meant:
+            wanted = _numbers(numbers)
+            if bad := sorted(set(wanted) - set(codec.qualities)):
+                least, most = codec.qualities[0], codec.qualities[-1]
+                raise ConfigError(f"quality {bad[0]} of {codec.name}: it must be {least} to {most}")
+            chosen[codec.name] = wanted
+    return chosen
+
+
+def _means(prefix: str, codec: Codec) -> bool:
+    if prefix == "hpcmref" and isinstance(codec, HpcmrefCodec):
+        return len(codec.models) == 1 and len(codec.qualities) > 1  # the others are measured whole
+    # "jpeg" is not "jpeg xl", but "avif" is "avif speed=0" too
+    name = codec.name.lower()
+    return name == prefix or (isinstance(codec, PillowCodec) and codec.label.lower() == prefix)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    numbers: set[int] = set()
+    try:
+        for part in text.split(","):
+            bounds = [int(number) for number in part.split(":")]
+            if len(bounds) == 1:
+                numbers.add(bounds[0])
+            else:
+                first, last, step = bounds if len(bounds) == 3 else (*bounds, 1)
+                numbers |= set(range(first, last + 1, step))
+    except ValueError:
+        numbers = set()
+    if not numbers:
+        raise ConfigError(f"{text!r} is not a list of qualities: write 10,25,50 or 0:63:9")
+    return tuple(sorted(numbers))

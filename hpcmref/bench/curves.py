@@ -1,0 +1,147 @@
+"""Which rate-distortion curves are there? Averages of a run, and results files: shipped ones, others', our own --json.
+
+A results file is a JSON object:
+
+    {"dataset": "Kodak", "images": 24, "conventions": "...",
+     "curves": {"VTM-9.1": {"bpp": [...], "psnr": [...], "source": "..."}, ...}}
+
+with bits per pixel and dB. The files that `hpcmref bench --json` writes are such files too, and so is the form that
+CompressAI publishes, {"name": "...", "results": {"bpp": [...], "psnr": [...]}}.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hpcmref.bench.measure import Measurement
+from hpcmref.errors import ConfigError
+
+CONVENTIONS = (
+    "bpp is of the real files, averaged over the images; psnr is the mean of the per-image RGB PSNRs in dB (peak 255); "
+    "ms_ssim_db is the mean of the per-image MS-SSIMs in dB, -10 log10(1 - MS-SSIM); seconds are means of per-image "
+    "medians after warm-up, without file input and output; memory is the largest working memory of an image in bytes"
+)
+SHIPPED = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One quality of one codec, averaged. bpp: bits per pixel. psnr, ms_ssim_db: dB. memory: bytes, the largest."""
+
+    bpp: float
+    psnr: float
+    ms_ssim_db: float | None = None
+    quality: int | None = None
+    encode_seconds: float | None = None
+    decode_seconds: float | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The points of one codec, by rate.
+
+    source, dataset, images: where they come from, and of which and how many images, if not from this run.
+    """
+
+    name: str
+    points: tuple[Point, ...]
+    source: str | None = None
+    dataset: str | None = None
+    images: int | None = None
+
+
+def averages(measurements: Iterable[Measurement]) -> tuple[list[Curve], list[str]]:
+    """The curve of every codec over one and the same set of images, and the names of these images.
+
+    An image on which any point failed is in no average, or the codec that failed on the hard ones would look best. A
+    point that failed on every image is not a point.
+    """
+    table: dict[tuple[str, int], dict[str, Measurement]] = {}
+    for each in measurements:
+        table.setdefault((each.codec, each.quality), {})[each.image] = each
+    if not table:
+        return [], []
+    images = sorted(set.intersection(*(set(row) for row in table.values())))
+    curves = []
+    if images:
+        for codec in dict.fromkeys(codec for codec, _ in table):
+            rows = [[row[image] for image in images] for (name, _), row in table.items() if name == codec]
+            curves.append(Curve(codec, tuple(sorted(map(_point, rows), key=lambda point: point.bpp))))
+    return curves, images
+
+
+def _point(row: Sequence[Measurement]) -> Point:
+    similarities = [each.ms_ssim_db for each in row if each.ms_ssim_db is not None]
+    memories = [each.memory for each in row if each.memory is not None]
+    return Point(
+        bpp=fmean(each.bpp for each in row),
+        psnr=fmean(each.psnr for each in row),
+        ms_ssim_db=fmean(similarities) if len(similarities) == len(row) else None,
+        quality=row[0].quality,
+        encode_seconds=fmean(each.encode_seconds for each in row),
+        decode_seconds=fmean(each.decode_seconds for each in row),
+        memory=max(memories, default=None),
+    )
+
+
+def to_json(curves: Iterable[Curve]) -> dict[str, dict[str, Any]]:
+    """The "curves" of a results file; numbers that JSON has not (inf) become null."""
+    names = ("bpp", "psnr", "ms_ssim_db", "quality", "encode_seconds", "decode_seconds", "memory")
+    written: dict[str, dict[str, Any]] = {}
+    for curve in curves:
+        columns = {name: [_finite(getattr(point, name)) for point in curve.points] for name in names}
+        kept = {name: column for name, column in columns.items() if any(value is not None for value in column)}
+        written[curve.name] = {**kept, **({"source": curve.source} if curve.source else {})}
+    return written
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def shipped() -> list[str]:
+    """The names of the results files in the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.json"))
+
+
+def read(name: str) -> list[Curve]:
+    """The curves of a results file: a name from `shipped`, or a path. Raises ConfigError."""
+    path = SHIPPED / f"{name}.json" if name in shipped() else Path(name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there are no results {name!r}: neither a file nor one of {', '.join(shipped())}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    try:
+        if "curves" in content:
+            found = content["curves"]
+        else:
+            found = {content["name"]: {**content["results"], "source": content.get("description")}}
+        facts = content.get("dataset"), content.get("images")
+        return [_curve(label, columns, *facts, path) for label, columns in found.items()]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is not a results file: {type(error).__name__} {error}") from error
+
+
+def _curve(name: str, columns: Mapping[str, Any], dataset: str | None, images: int | None, path: Path) -> Curve:
+    psnrs = columns["psnr"] if "psnr" in columns else columns["psnr-rgb"]
+    if len(psnrs) != len(columns["bpp"]):
+        raise ValueError(f"{name} has {len(columns['bpp'])} rates and {len(psnrs)} PSNRs")
+    extra = {
+        field: columns.get(field) or [None] * len(psnrs)
+        for field in ("ms_ssim_db", "quality", "encode_seconds", "decode_seconds", "memory")
+    }
+    points = [
+        Point(float(bpp), math.inf if psnr is None else float(psnr), *rest)
+        for bpp, psnr, *rest in zip(columns["bpp"], psnrs, *extra.values(), strict=True)
+    ]
+    source = columns.get("source") or str(path)
+    return Curve(name, tuple(sorted(points, key=lambda point: point.bpp)), source, dataset, images)

@@ -1,0 +1,42 @@
+"""How close is a decoded image to its original? PSNR and MS-SSIM of 8-bit RGB pixels."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Pixels = NDArray[np.uint8]
+
+MS_SSIM_LEAST_SIDE = 161
+"""Pixels; MS-SSIM halves the image four times and needs more than its window of 11 at the end."""
+
+
+def psnr(original: Pixels, decoded: Pixels) -> float:
+    """RGB PSNR in dB (peak 255, one mean over the three channels); inf for equal images. (H, W, 3) uint8 both."""
+    difference = original.astype(np.int32) - decoded
+    error = float(np.mean(np.square(difference), dtype=np.float64))
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def ms_ssim(original: Pixels, decoded: Pixels) -> float | None:
+    """MS-SSIM in 0..1 by pytorch-msssim on RGB; None for images too small to have one. (H, W, 3) uint8 both."""
+    if min(original.shape[:2]) < MS_SSIM_LEAST_SIDE:
+        return None
+    import torch
+    from pytorch_msssim import ms_ssim as compute
+
+    x, y = (torch.from_numpy(np.array(each)).permute(2, 0, 1)[None].float() for each in (original, decoded))
+    with torch.inference_mode():
+        return float(compute(x, y, data_range=255))
+
+
+def decibels(similarity: float | None) -> float | None:
+    """MS-SSIM of 0..1 in dB, -10 log10(1 - x), the scale on which learned codecs report it; inf for 1."""
+    if similarity is None:
+        return None
+    return -10 * math.log10(1 - similarity) if similarity < 1 else math.inf

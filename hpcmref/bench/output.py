@@ -1,0 +1,168 @@
+"""How are the results of a run written for other programs? JSON (also a results file), CSV, TSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hpcmref._version import __version__
+from hpcmref.bench import bdrate
+from hpcmref.bench.bdrate import Delta
+from hpcmref.bench.codecs import Codec
+from hpcmref.bench.curves import CONVENTIONS, Curve, to_json
+from hpcmref.bench.measure import Measurement
+from hpcmref.bench.run import Outcome
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One curve against the anchor: BD-rate in percent (PSNR, MS-SSIM) and BD-PSNR in dB."""
+
+    name: str
+    rate: Delta
+    rate_ms_ssim: Delta
+    psnr: Delta
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything a run found, ready to be shown.
+
+    title: of the image set. curves: measured ones first. images: the names of those that the averages are over.
+    settings: what the numbers depend on besides. limits: bits per pixel, of BD-rates.
+    """
+
+    title: str
+    curves: Sequence[Curve]
+    images: Sequence[str]
+    outcome: Outcome
+    anchor: str | None
+    comparisons: Sequence[Comparison]
+    limits: tuple[float, float] | None
+    settings: Mapping[str, Any]
+
+
+def compare(curves: Sequence[Curve], anchor: Curve, limits: tuple[float, float] | None) -> list[Comparison]:
+    """Every other curve against the anchor."""
+    return [
+        Comparison(
+            curve.name,
+            bdrate.bd_rate(anchor, curve, "psnr", limits),
+            bdrate.bd_rate(anchor, curve, "ms_ssim_db", limits),
+            bdrate.bd_psnr(anchor, curve, "psnr", limits),
+        )
+        for curve in curves
+        if curve.name != anchor.name
+    ]
+
+
+def settings(codecs: Sequence[Codec], repeat: int, jobs: int, ray: str | None) -> dict[str, Any]:
+    """What was measured, and on what."""
+    return {
+        "hpcmref": __version__,
+        "codecs": {codec.name: codec.identity for codec in codecs},
+        "devices": {codec.name: codec.device for codec in codecs},
+        "repeat": repeat,
+        "jobs": jobs,
+        "ray": ray is not None,
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+    }
+
+
+def notes(results: Results) -> list[str]:
+    """What a reader of the numbers must know besides."""
+    found = []
+    for dataset, count in sorted({(curve.dataset or "", curve.images) for curve in results.curves if curve.images}):
+        if count != len(results.images):
+            found.append(
+                f"Beware: the fixed results of {dataset} are of {count} images, and not of {len(results.images)}; "
+                "BD-rates between them and the others mean little."
+            )
+    if results.settings["jobs"] > 1 or results.settings["ray"]:
+        found.append("Several processes were at work, so the seconds are longer than those of one image alone.")
+    left_out = {each.image for each in results.outcome.measurements} - set(results.images)
+    left_out |= {each.image for each in results.outcome.failures}
+    if left_out:
+        found.append(f"Left out of the averages because something failed: {', '.join(sorted(left_out))}.")
+    return found
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """A results file (see `curves`) with all that led to it."""
+    return {
+        "dataset": results.title,
+        "images": len(results.images),
+        "conventions": CONVENTIONS,
+        "notes": notes(results),
+        "settings": results.settings,
+        "curves": to_json(results.curves),
+        "comparison": {
+            "anchor": results.anchor,
+            "bpp_range": results.limits,
+            "curves": [_plain(asdict(each)) for each in results.comparisons],
+        },
+        "failures": [asdict(each) for each in results.outcome.failures],
+        "measurements": [
+            _plain({**asdict(each), "ms_ssim_db": each.ms_ssim_db}) for each in results.outcome.measurements
+        ],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """The same with null for the numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+COLUMNS = (
+    "image", "codec", "quality", "width", "height", "bytes", "bpp", "psnr_db", "ms_ssim_db", "encode_seconds",
+    "decode_seconds", "memory_bytes",
+)  # fmt: skip
+
+
+def as_csv(results: Results, separator: str = ",") -> str:
+    """The averages of every measured curve (image "(mean of N)"), then every measurement."""
+    file = io.StringIO()
+    writer = csv.writer(file, delimiter=separator, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    mean = f"(mean of {len(results.images)})"
+    for curve in results.curves:
+        for point in curve.points if curve.source is None else ():
+            writer.writerow(
+                [mean, curve.name, point.quality, "", "", "", *_numbers(point.bpp, point.psnr, point.ms_ssim_db),
+                 *_numbers(point.encode_seconds, point.decode_seconds), _or_empty(point.memory)]
+            )  # fmt: skip
+    for each in results.outcome.measurements:
+        writer.writerow(_row(each))
+    return file.getvalue()
+
+
+def _row(each: Measurement) -> list[Any]:
+    return [
+        each.image, each.codec, each.quality, each.width, each.height, each.size,
+        *_numbers(each.bpp, each.psnr, each.ms_ssim_db), *_numbers(each.encode_seconds, each.decode_seconds),
+        _or_empty(each.memory),
+    ]  # fmt: skip
+
+
+def _numbers(*values: float | None) -> list[str]:
+    return ["" if value is None else f"{value:.4f}" for value in values]
+
+
+def _or_empty(value: int | None) -> int | str:
+    return "" if value is None else value

@@ -1,0 +1,82 @@
+"""How are results shown to people? A page that needs nothing but itself, and the same curves as PNG.
+
+The page is `report.html` with the results as JSON inside; what it draws, it draws with its own script. Its content
+security policy forbids it to load anything.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hpcmref.bench.output import Results, as_csv, as_json
+from hpcmref.bench.viewer import Exhibit
+from hpcmref.imageio import atomic_write
+
+_TEMPLATE = Path(__file__).parent / "report.html"
+_DATA = "/*DATA*/null"
+
+
+def write(results: Results, exhibits: Sequence[Exhibit], folder: Path) -> Path:
+    """Write index.html, rd-psnr.png, rd-ms-ssim.png (where there is MS-SSIM), results.json and results.csv to a folder.
+
+    Returns the page. Raises HpcmrefError if the folder cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = as_json(results)
+    atomic_write(folder / "results.json", (json.dumps(content, indent=1) + "\n").encode())
+    atomic_write(folder / "results.csv", as_csv(results).encode())
+    for metric, name in (("psnr", "rd-psnr.png"), ("ms_ssim_db", "rd-ms-ssim.png")):
+        if any(getattr(point, metric) is not None for curve in results.curves for point in curve.points):
+            atomic_write(folder / name, _png(results, metric))
+    page = folder / "index.html"
+    atomic_write(page, html(content, exhibits).encode())
+    return page
+
+
+def html(content: dict[str, Any], exhibits: Sequence[Exhibit]) -> str:
+    """The page. content: of `output.as_json`."""
+    shown = {key: value for key, value in content.items() if key != "measurements"}
+    data = json.dumps({**shown, "exhibits": [asdict(each) for each in exhibits]})
+    # Inside a script element only "<" could end the data early.
+    return _TEMPLATE.read_text(encoding="utf-8").replace(_DATA, data.replace("<", "\\u003c"))
+
+
+def _png(results: Results, metric: str) -> bytes:
+    """The rate-distortion curves, up to the highest rate that was measured here."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    measured = [curve for curve in results.curves if curve.source is None]
+    most = 1.05 * max((point.bpp for curve in measured or results.curves for point in curve.points), default=1)
+    bright, muted = iter(colormaps["tab10"].colors * 9), iter(colormaps["tab20b"].colors[::2] * 9)  # type: ignore[attr-defined]
+    for curve in results.curves:
+        points = [
+            (point.bpp, value)
+            for point in curve.points
+            if (value := getattr(point, metric)) is not None and point.bpp <= most
+        ]
+        if not points:
+            continue
+        if curve.source is None:
+            width = 2.5 if curve.name.startswith("hpcmref") else 1.5
+            axes.plot(*zip(*points, strict=True), "o-", label=curve.name, color=next(bright), lw=width, markersize=4)
+        else:
+            axes.plot(*zip(*points, strict=True), "--", label=curve.name, color=next(muted), lw=1)
+    axes.set_xlim(0, most)
+    axes.set_xlabel("bits per pixel")
+    axes.set_ylabel("PSNR (dB)" if metric == "psnr" else "MS-SSIM (dB)")
+    axes.set_title(f"{results.title}, mean of {len(results.images)} images")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize="small")
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

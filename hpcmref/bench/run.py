@@ -1,0 +1,163 @@
+"""How are many images measured, and a broken run taken up again? Tasks, the journal, and the order of results.
+
+The journal of `--resume` has one JSON object a line, a measurement and its key. The key names everything that the
+numbers depend on (the bytes of the image, the codec with its version and settings, device, quality, repetitions, and
+whether other processes were at work), so that a changed image or model is measured again and nothing else is. A line
+that was cut off is skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import IO
+
+from hpcmref.bench.codecs import Codec
+from hpcmref.bench.measure import Failure, Measurement, Task, describe, measure
+from hpcmref.errors import CheckpointError, ConfigError, HpcmrefError
+from hpcmref.executor import execute
+
+
+@dataclass
+class Outcome:
+    """What a run found: by image, codec and quality in the order that was asked for, however they were spread."""
+
+    measurements: list[Measurement] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+Listener = Callable[[Sequence[Measurement], Sequence[Failure]], None]
+
+
+def run(
+    images: Sequence[Path],
+    codecs: Sequence[Codec],
+    qualities: Mapping[str, Sequence[int]],
+    repeat: int = 1,
+    jobs: int = 1,
+    ray: str | None = None,
+    journal: Path | None = None,
+    listener: Listener = lambda measured, failed: None,
+) -> Outcome:
+    """Measure every image with every codec at its qualities.
+
+    qualities: by codec name. journal: see above; None keeps none. listener: called for every image that is done, with
+    what came of it. Raises ConfigError and CheckpointError, which every image would meet; anything else is a Failure.
+    """
+    names = names_of(images)
+    outcome = Outcome()
+    with _Journal(journal) as known:
+        keys = _Keys(codecs, repeat, alone=jobs == 1 and ray is None)
+
+        def tasks() -> Iterator[Task]:
+            for path in images:
+                try:
+                    data = path.read_bytes()
+                except OSError as error:
+                    outcome.failures.append(Failure(names[path], None, None, error.strerror or describe(error)))
+                    listener([], outcome.failures[-1:])
+                    continue
+                missing = []
+                found = []
+                for codec in codecs:
+                    points = {quality: known.get(keys.of(data, codec, quality)) for quality in qualities[codec.name]}
+                    found += [replace(old, image=names[path], codec=codec.name) for old in points.values() if old]
+                    if left := [quality for quality, old in points.items() if old is None]:
+                        missing.append((codec, left))
+                outcome.measurements += found
+                if missing:
+                    if found:
+                        listener(found, [])
+                    yield Task(names[path], data, missing, repeat)
+                else:
+                    listener(found, [])
+
+        by_name = {codec.name: codec for codec in codecs}
+        for task, result in execute(measure, tasks(), jobs, ray):
+            if isinstance(result, CheckpointError | ConfigError):
+                raise result
+            if isinstance(result, Exception):
+                result = [], [Failure(task.image, None, None, describe(result))]
+            measured, failed = result
+            for each in measured:
+                known.add(keys.of(task.data, by_name[each.codec], each.quality), each)
+            outcome.measurements += measured
+            outcome.failures += failed
+            listener(measured, failed)
+    place = {name: index for index, name in enumerate([*names.values()])}
+    order = {codec.name: index for index, codec in enumerate(codecs)}
+    outcome.measurements.sort(key=lambda each: (place[each.image], order[each.codec], each.quality))
+    outcome.failures.sort(key=lambda each: place[each.image])
+    return outcome
+
+
+def names_of(images: Sequence[Path]) -> dict[Path, str]:
+    """What each image is called in results: its file name, or its path if two have the same name."""
+    files = [path.name for path in images]
+    return {path: path.name if files.count(path.name) == 1 else str(path) for path in images}
+
+
+class _Keys:
+    def __init__(self, codecs: Sequence[Codec], repeat: int, alone: bool) -> None:
+        self._how = f"repeat {repeat} {'alone' if alone else 'among others'}"
+        self._identities = {codec.name: f"{codec.identity} on {codec.device}" for codec in codecs}
+        self._last: tuple[bytes, str] = (b"", "")
+
+    def of(self, data: bytes, codec: Codec, quality: int) -> str:
+        if self._last[0] is not data:
+            self._last = data, hashlib.sha256(data).hexdigest()[:24]
+        return f"{self._last[1]} {self._identities[codec.name]} quality {quality} {self._how}"
+
+
+class _Journal:
+    """Measurements by key, on disk as soon as they are made. `with` it; None as the path keeps nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._known: dict[str, Measurement] = {}
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> _Journal:
+        if self._path is None:
+            return self
+        try:
+            torn = False
+            if self._path.exists():
+                text = self._path.read_text(encoding="utf-8")
+                torn = bool(text) and not text.endswith("\n")
+                self._load(text)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+            if torn:
+                self._file.write("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise HpcmrefError(f"cannot use {self._path} to resume from: {error}") from error
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _load(self, text: str) -> None:
+        names = {each.name for each in fields(Measurement)}
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                entry = json.loads(line)
+                key = entry.pop("key")
+                if set(entry) == names:
+                    self._known[key] = Measurement(**entry)
+        if "\n" in text and not self._known:  # not so much as one whole line of ours
+            raise HpcmrefError(f"{self._path} is not a file that --resume wrote")
+
+    def get(self, key: str) -> Measurement | None:
+        return self._known.get(key)
+
+    def add(self, key: str, measurement: Measurement) -> None:
+        if self._file is not None:
+            # Python's JSON writes an infinite PSNR as Infinity, and reads it back
+            self._file.write(json.dumps({"key": key, **asdict(measurement)}) + "\n")
+            self._file.flush()

@@ -1,0 +1,135 @@
+"""What does one rate look like from every codec? Crops of a few images, each codec at the quality nearest the rate."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, features
+
+from hpcmref import imageio
+from hpcmref.bench import metrics
+from hpcmref.bench.codecs import Codec
+from hpcmref.bench.measure import Measurement
+
+IMAGES = 3
+CROP = (576, 416)
+"""Width and height in pixels; less where the image is smaller."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One codec's crop. bpp and psnr (dB) are of the whole image; src is a data URI."""
+
+    codec: str
+    quality: int
+    bpp: float
+    psnr: float
+    src: str
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One image at one rate: the original's crop, and that of every codec. bpp: the rate that was aimed at."""
+
+    image: str
+    bpp: float
+    width: int
+    height: int
+    original: str
+    views: Sequence[View]
+
+
+def exhibits(
+    images: Mapping[str, Path], codecs: Sequence[Codec], measurements: Sequence[Measurement], count: int = IMAGES
+) -> list[Exhibit]:
+    """Exhibits of `count` of the images, evenly spread over them, at two rates each.
+
+    images: name -> file, all of them measured with every codec. The rates are those of the first codec's points a
+    sixth and three eighths of the way up, where differences show; the others search for the quality nearest to them.
+    """
+    names = list(images)
+    spread = sorted({round(index * (len(names) - 1) / max(1, count - 1)) for index in range(count)}) if names else []
+    return [
+        exhibit
+        for index in spread
+        for exhibit in _of_image(
+            names[index], images[names[index]], codecs, [each for each in measurements if each.image == names[index]]
+        )
+    ]
+
+
+def _of_image(name: str, path: Path, codecs: Sequence[Codec], measurements: Sequence[Measurement]) -> list[Exhibit]:
+    pixels, grey = imageio.pixels_of(imageio.open_image(path))
+    image = imageio.image_of(pixels, grey)
+    box = _busiest(pixels)
+    original = _uri(pixels, box)
+    known = {
+        codec.name: {each.quality: each.bpp for each in measurements if each.codec == codec.name} for codec in codecs
+    }
+    rates = sorted(known[codecs[0].name].values())
+    shown = []
+    for rate in sorted({rates[len(rates) // 6], rates[3 * len(rates) // 8]}):
+        views = []
+        for codec in codecs:
+            quality = nearest(codec, image, rate, known[codec.name])
+            data = codec.encode(image, quality)
+            decoded, _ = imageio.pixels_of(codec.decode(data))
+            bpp = 8 * len(data) / (image.width * image.height)
+            views.append(View(codec.name, quality, bpp, metrics.psnr(pixels, decoded), _uri(decoded, box)))
+        shown.append(Exhibit(name, rate, box[2] - box[0], box[3] - box[1], original, views))
+    return shown
+
+
+def nearest(codec: Codec, image: Image.Image, rate: float, known: Mapping[int, float]) -> int:
+    """The quality whose file is nearest to `rate` bits per pixel in ratio, by bisection.
+
+    known: quality -> bits per pixel of this image, as far as measured.
+    """
+    found = dict(known)
+    # The search stays between the measured qualities around the rate: the file grows with the quality.
+    low = max((quality for quality, bpp in found.items() if bpp <= rate), default=codec.qualities[0])
+    high = min((quality for quality, bpp in found.items() if bpp >= rate), default=codec.qualities[-1])
+    while low < high - 1:
+        middle = (low + high) // 2
+        found[middle] = 8 * len(codec.encode(image, middle)) / (image.width * image.height)
+        if found[middle] < rate:
+            low = middle
+        else:
+            high = middle
+    for quality in {low, high} - set(found):
+        found[quality] = 8 * len(codec.encode(image, quality)) / (image.width * image.height)
+    return min(found, key=lambda quality: abs(math.log(found[quality] / rate)))
+
+
+def _busiest(pixels: metrics.Pixels) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the crop with most detail among 5 by 5 places."""
+    height, width = pixels.shape[:2]
+    across, down = min(CROP[0], width), min(CROP[1], height)
+    grey = pixels.astype(np.int16).sum(axis=2)
+    detail = np.zeros((height, width))
+    detail[:, 1:] += np.abs(np.diff(grey, axis=1))
+    detail[1:] += np.abs(np.diff(grey, axis=0))
+    places = [
+        (int(left), int(top)) for top in np.linspace(0, height - down, 5) for left in np.linspace(0, width - across, 5)
+    ]
+    left, top = max(places, key=lambda at: detail[at[1] : at[1] + down, at[0] : at[0] + across].sum())
+    return left, top, left + across, top + down
+
+
+def _uri(pixels: metrics.Pixels, box: tuple[int, int, int, int]) -> str:
+    """A data URI that shows exactly these pixels."""
+    file = io.BytesIO()
+    crop = Image.fromarray(pixels).crop(box)
+    if features.check("webp"):
+        crop.save(file, "WEBP", lossless=True)
+        kind = "webp"
+    else:
+        crop.save(file, "PNG", optimize=True)
+        kind = "png"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,111 @@
+"""What does exact arithmetic cost, in rate and in time? `python -m hpcmref.exact.cost FOLDER` measures it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from hpcmref.errors import HpcmrefError
+from hpcmref.exact.selftest import images_of, machine
+
+if TYPE_CHECKING:
+    from hpcmref.codec import Codec
+    from hpcmref.model.hpcm import EntropyPath
+    from hpcmref.model.schedule import Step
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Images to encode.")],
+    model: Annotated[str | None, typer.Option(help="A registry name or a .safetensors file.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first images.")] = None,
+    crop: Annotated[int | None, typer.Option(help="Use only the middle of each image, so many pixels a side.")] = None,
+    timed: Annotated[int, typer.Option(help="How many of the images to measure times with.")] = 3,
+) -> None:
+    """Compare the exact entropy path with the float32 one that it is made from."""
+    from hpcmref.codec import load
+
+    images, codec = images_of(folder, limit, crop), load(model, "cpu")
+    qualities = (0, 16, 32, 48, 63) if codec.model.config.qualities > 1 else (None,)
+    table = Table(
+        "quality", "float bpp", "exact bpp", "difference", "float dB", "exact dB", "encode time", "decode time",
+        title=f"{codec.name}, mean of {len(images)} images, {machine()}",
+    )  # fmt: skip
+    for quality in qualities:
+        paths = (codec.model.entropy, codec.entropy)
+        results = np.array([[rate_of(codec, path, image, quality or 0) for path in paths] for image in images])
+        (float_bpp, float_psnr), (exact_bpp, exact_psnr) = results.mean(0)
+        ratios = np.median([time_ratios(codec, image, quality) for image in images[:timed]] or [(0, 0)], axis=0)
+        table.add_row(
+            str(quality), f"{float_bpp:.4f}", f"{exact_bpp:.4f}", f"{100 * (exact_bpp / float_bpp - 1):+.3f} %",
+            f"{float_psnr:.3f}", f"{exact_psnr:.3f}", *(f"x {ratio:.2f}" for ratio in ratios),
+        )  # fmt: skip
+    Console().print(table)
+
+
+class _Rate:
+    """A coder that adds up the bits of the true latents, in float64; see `model.coders.Estimator`."""
+
+    def __init__(self, y: torch.Tensor, z: torch.Tensor) -> None:
+        from hpcmref.model.schedule import lattices
+
+        self._planes, self._z = lattices(y), z
+        self.bits = 0.0
+
+    def code(self, step: Step | None, scales: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+        from hpcmref.model.entropy import bits, likelihood, quantise
+
+        target = self._z if step is None else step.select(self._planes[step.scale])
+        symbols = quantise(target - means)
+        self.bits += float(bits(likelihood(symbols.double(), scales.double())).sum())
+        return symbols + means
+
+
+def rate_of(codec: Codec, entropy: EntropyPath, image: Image.Image, quality: int) -> tuple[float, float]:
+    """Estimated bits per pixel and PSNR in dB of an image whose latents `entropy` predicts."""
+    from hpcmref.exact import exactly
+
+    pixels = np.asarray(image.convert("RGB"))
+    height, width = (side // 64 * 64 for side in pixels.shape[:2])
+    x = torch.from_numpy(pixels[:height, :width].copy()).permute(2, 0, 1)[None].to(codec.device).float() / 255
+    with torch.inference_mode(), exactly(codec.device):
+        rate = torch.tensor([float(quality)], device=codec.device)
+        y, z = codec.model.analyse(x, rate)
+        coder = _Rate(y, z)
+        y_hat = entropy(rate, (z.shape[2], z.shape[3]), coder)
+        error = (codec.model.synthesise(y_hat, rate).clamp(0, 1) - x).square().mean()
+    return coder.bits / (height * width), float(-10 * error.log10())
+
+
+def time_ratios(codec: Codec, image: Image.Image, quality: int | None, repeats: int = 5) -> tuple[float, float]:
+    """Seconds to encode and to decode, over those with the float entropy path: the best of each, tried in turns."""
+    exact = codec.entropy
+    best: dict[tuple[bool, str], float] = {}
+    try:
+        for _ in range(repeats):
+            for is_exact in (True, False):
+                codec.entropy = exact if is_exact else codec.model.entropy
+                begun = time.perf_counter()
+                data = codec.encode(image, quality)
+                encoded = time.perf_counter()
+                codec.decode(data)
+                for name, seconds in (("encode", encoded - begun), ("decode", time.perf_counter() - encoded)):
+                    best[is_exact, name] = min(seconds, best.get((is_exact, name), seconds))
+    finally:
+        codec.entropy = exact
+    return best[True, "encode"] / best[False, "encode"], best[True, "decode"] / best[False, "decode"]
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except HpcmrefError as error:
+        sys.exit(f"cost: {error}")

@@ -1,0 +1,67 @@
+"""What must change in EXIF data when its image is turned upright? The orientation, and the thumbnail.
+
+EXIF is a small TIFF file: a header of 8 bytes, and directories (IFDs) of entries of 12 bytes that point into the rest.
+Some of its pointers are known only to the maker of the camera, so every byte stays where it is, and the few that say
+something wrong are overwritten.
+"""
+
+from __future__ import annotations
+
+import struct
+
+PREFIX = b"Exif\0\0"
+"""What JPEG puts in front of EXIF data."""
+
+# Description, make, model, resolution, software, date, artist, host, copyright, and the directories of EXIF and GPS.
+TAGS = frozenset(
+    (0x010E, 0x010F, 0x0110, 0x011A, 0x011B, 0x0128, 0x0131, 0x0132, 0x013B, 0x013C, 0x8298, 0x8769, 0x8825)
+)
+"""Tags of the first directory that do not say how a TIFF file stores its pixels."""
+
+_ORIENTATION = 0x0112
+_THUMBNAIL = 0x0201
+_THUMBNAIL_LENGTH = 0x0202
+_SHORT = 3
+_ENTRY_BYTES = 12
+
+
+def upright(exif: bytes) -> bytes:
+    """EXIF data whose orientation, if it has one, is 1, and without the thumbnail, which often weighs more than a file
+    of ours: its directory is unlinked and its bytes are zero.
+
+    exif: with or without PREFIX; the result is without. Raises ValueError if it is damaged.
+    """
+    data = bytearray(exif.removeprefix(PREFIX).removeprefix(PREFIX))  # some programs write it twice
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(data[:4]))
+    if order is None:
+        raise ValueError("EXIF data begins with II or MM")
+    try:
+        (first,) = struct.unpack_from(order + "I", data, 4)
+        entries, link = _directory(data, first, order)
+        for entry in entries:
+            if struct.unpack_from(order + "H", data, entry)[0] == _ORIENTATION:
+                struct.pack_into(order + "HHIHH", data, entry, _ORIENTATION, _SHORT, 1, 1, 0)
+        (second,) = struct.unpack_from(order + "I", data, link)
+        if second:
+            _erase_thumbnail(data, second, order)
+            struct.pack_into(order + "I", data, link, 0)
+    except struct.error as error:
+        raise ValueError("EXIF data points outside itself") from error
+    return bytes(data)
+
+
+def _directory(data: bytearray, offset: int, order: str) -> tuple[range, int]:
+    """Where the entries of the directory at `offset` are, and where the link to the next directory is."""
+    (count,) = struct.unpack_from(order + "H", data, offset)
+    link = offset + 2 + _ENTRY_BYTES * count
+    return range(offset + 2, link, _ENTRY_BYTES), link
+
+
+def _erase_thumbnail(data: bytearray, offset: int, order: str) -> None:
+    values = {}
+    for entry in _directory(data, offset, order)[0]:
+        tag, _, _, value = struct.unpack_from(order + "HHII", data, entry)
+        values[tag] = value
+    start, length = values.get(_THUMBNAIL, 0), values.get(_THUMBNAIL_LENGTH, 0)
+    if data[start : start + 2] == b"\xff\xd8" and start + length <= len(data):  # a JPEG, and not a directory
+        data[start : start + length] = bytes(length)

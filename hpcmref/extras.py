@@ -1,0 +1,166 @@
+"""What does an image carry besides its colours, and how do the chunks of a file hold it?
+
+Alpha, the mode that the image had, and its ICC, EXIF and XMP data. `FORMAT.md` is the specification of the chunks; the
+compression of all of them is a bare LZMA2 stream with a dictionary of 1 MiB. Whatever a chunk says, unpacking it takes
+no more memory than the image has pixels, or than MAX_METADATA.
+"""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hpcmref.container import Container, Tag
+from hpcmref.errors import FormatError
+from hpcmref.exif import PREFIX
+
+MAX_METADATA = 1 << 24
+"""Bytes of ICC, EXIF or XMP data that a file can hold, each."""
+
+RESTORED = {"1": 1, "I;16": 2, "CMYK": 3}
+"""Modes that are coded as another and restored, and the content of their chunk."""
+
+_METADATA = (("icc", Tag.ICC), ("exif", Tag.EXIF), ("xmp", Tag.XMP))
+_LZMA2 = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20, "lc": 3, "lp": 0, "pb": 0}]
+_SAMPLE = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Extras:
+    """What an image has besides colours.
+
+    alpha: (H, W) uint8, or None.
+    mode: a key of RESTORED, or None if colours and alpha tell the mode: L, LA, RGB or RGBA.
+    icc, exif, xmp: as their standards say, EXIF without "Exif\\0\\0"; None, or 1 byte to MAX_METADATA.
+    """
+
+    alpha: np.ndarray | None = None
+    mode: str | None = None
+    icc: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+
+    def chunks(self) -> tuple[tuple[int, bytes], ...]:
+        """The chunks that hold this, by ascending tag."""
+        found: list[tuple[int, bytes]] = []
+        for name, tag in _METADATA:
+            if (content := getattr(self, name)) is not None:
+                found.append((tag, _pack(content)))
+        if self.alpha is not None:
+            found.append((Tag.ALPHA, pack_alpha(self.alpha)))
+        if self.mode is not None:
+            found.append((Tag.MODE, bytes([RESTORED[self.mode]])))
+        return tuple(found)
+
+
+def extras_of(file: Container) -> Extras:
+    """What the chunks of a file hold. Raises FormatError if they are damaged, or do not go with the image."""
+    mode = mode_of(file)
+    alpha = file.chunk(Tag.ALPHA)
+    return replace(
+        metadata_of(file),
+        alpha=None if alpha is None else unpack_alpha(alpha, file.height, file.width),
+        mode=mode if mode in RESTORED else None,
+    )
+
+
+def metadata_of(file: Container) -> Extras:
+    """ICC, EXIF and XMP data of a file. Raises FormatError if they are damaged."""
+    metadata: dict[str, Any] = {}
+    for name, tag in _METADATA:
+        packed = file.chunk(tag)
+        metadata[name] = None if packed is None else _unpack(packed, MAX_METADATA, name.upper())
+    return Extras(**metadata)
+
+
+def mode_of(file: Container) -> str:
+    """Pillow's name for the mode of the image in a file. Raises FormatError if there is none."""
+    base = ("L" if file.grey else "RGB") + ("A" if file.chunk(Tag.ALPHA) is not None else "")
+    content = file.chunk(Tag.MODE)
+    if content is None:
+        return base
+    for mode, number in RESTORED.items():
+        if content == bytes([number]) and base == ("RGB" if mode == "CMYK" else "L"):
+            return mode
+    raise FormatError(f"the file is damaged: its mode {content[:8].hex()} does not go with {base}")
+
+
+def info_of(extras: Extras) -> dict[str, Any]:
+    """The metadata under the names that Pillow's `Image.info` has for them."""
+    info = {
+        "icc_profile": extras.icc,
+        "exif": None if extras.exif is None else PREFIX + extras.exif,
+        "xmp": extras.xmp,
+    }
+    return {name: content for name, content in info.items() if content is not None}
+
+
+def pack_alpha(alpha: np.ndarray) -> bytes:
+    """(H, W) uint8 -> the content of a chunk."""
+    first = int(alpha.flat[0])
+    if not (alpha != first).any():
+        return bytes([first])
+    if ((alpha == 0) | (alpha == 255)).all():
+        return bytes([_BITS]) + _pack(np.packbits(alpha != 0, axis=1).tobytes())
+    rows = max(1, _SAMPLE // alpha.shape[1])
+    middle = max(0, (len(alpha) - rows) // 2)
+    sample = alpha[middle : middle + rows]
+    best = min(range(len(_FORWARD)), key=lambda number: len(_pack(_FORWARD[number](sample).tobytes())))
+    return bytes([best]) + _pack(_FORWARD[best](alpha).tobytes())
+
+
+def unpack_alpha(content: bytes, height: int, width: int) -> np.ndarray:
+    """The content of a chunk -> (height, width) uint8. Raises FormatError if it is not that of such a plane."""
+    if len(content) == 1:
+        return np.full((height, width), content[0], np.uint8)
+    if not content or content[0] > _BITS:
+        raise FormatError("the file is damaged: its alpha is of no known kind")
+    columns = (width + 7) // 8 if content[0] == _BITS else width
+    data = _unpack(memoryview(content)[1:], height * columns, "alpha")
+    if len(data) != height * columns:
+        raise FormatError(f"the file is damaged: its alpha is not one of {width} x {height} pixels")
+    plane = np.frombuffer(data, np.uint8).reshape(height, columns)
+    if content[0] == _BITS:
+        return np.unpackbits(plane, axis=1, count=width) * np.uint8(255)
+    plane = plane.copy()
+    for axis in _AXES[content[0]]:
+        np.add.accumulate(plane, axis=axis, dtype=np.uint8, out=plane)
+    return plane
+
+
+def _differences(axes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+    """Each value minus the one before it (modulo 256) along each axis; the first stays."""
+
+    def forward(plane: np.ndarray) -> np.ndarray:
+        for axis in axes:
+            plane = np.diff(plane, axis=axis, prepend=np.uint8(0))
+        return plane
+
+    return forward
+
+
+# What is subtracted from a value, by the first byte of the content: nothing, its left, its upper neighbour, or
+# left + upper - upper left. All are undone by running sums, so that numpy can do it.
+_AXES = ((), (1,), (0,), (1, 0))
+_FORWARD = [_differences(axes) for axes in _AXES]
+_BITS = len(_AXES)  # or values of 0 and 255 alone, 8 to a byte: 30 % smaller where it was measured
+
+
+def _pack(data: bytes) -> bytes:
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=_LZMA2)
+
+
+def _unpack(packed: bytes | memoryview, limit: int, name: str) -> bytes:
+    """Raises FormatError unless `packed` is exactly one stream of 1 to `limit` bytes."""
+    unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA2)
+    try:
+        data = unpacker.decompress(packed, limit + 1)
+    except lzma.LZMAError:
+        raise FormatError(f"the file is damaged: its {name} data cannot be unpacked") from None
+    if not 1 <= len(data) <= limit or not unpacker.eof or unpacker.unused_data:
+        raise FormatError(f"the file is damaged: its {name} data is cut off, too long, or followed by more")
+    return data

@@ -1,0 +1,41 @@
+"""How do big images fit into memory? Local functions are applied to one horizontal strip after the other."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+POSITIONS = 2**14
+"""Positions of the 1/16 latent lattice in one strip: 4 megapixels, a few hundred megabytes of the widest activations."""
+
+
+def in_strips(
+    function: Callable[..., Tensor], *inputs: Tensor, halo: int, unit: int = 1, positions: int = POSITIONS
+) -> Tensor:
+    """function(*inputs), computed in strips of about `positions` positions where there are more.
+
+    inputs: (B, C, h, w), all of one height; the result has a fixed number of rows for every row of them. The function
+    must be local: rows of its result depend on no more than `halo` units of `unit` rows above and below; strips begin
+    at multiples of the unit. Then the result is the same as that of the whole, but for the order of float sums.
+    """
+    height, width = inputs[0].shape[2:]
+    units = -(-height // unit)
+    step = max(1, positions // (unit * width))
+    if step >= units or torch.is_grad_enabled():
+        return function(*inputs)
+    result: Tensor | None = None
+    for start in range(0, units, step):
+        stop = min(start + step, units)
+        top, bottom = unit * max(0, start - halo), min(unit * (stop + halo), height)
+        part = function(*(x[:, :, top:bottom] for x in inputs))
+        numerator, denominator = part.shape[2], bottom - top
+
+        def rows(row: int, numerator: int = numerator, denominator: int = denominator) -> int:
+            return row * numerator // denominator
+
+        first, last = unit * start, min(unit * stop, height)
+        if result is None:
+            result = part.new_empty(*part.shape[:2], rows(height), part.shape[3])
+        result[:, :, rows(first) : rows(last)] = part[:, :, rows(first - top) : rows(last - top)]
+    assert result is not None
+    return result

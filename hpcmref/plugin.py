@@ -1,0 +1,107 @@
+"""How does Pillow open and save files of ours? `import hpcmref` registers it; what is heavy is imported on first use.
+
+Image.open("photo.bin")                   with any suffix: files are known by their first bytes
+image.save("photo.hpcm", quality=40)      or any suffix with format="HPCM"
+"""
+
+from __future__ import annotations
+
+from typing import IO, Any
+
+from PIL import Image, ImageFile
+
+from hpcmref.errors import HpcmrefError
+
+FORMAT = "HPCM"
+
+_MAGIC = b"\x89HPC"
+_METADATA = ("icc_profile", "exif", "xmp")
+_TARGETS = ("size", "bpp", "psnr")
+
+
+def register() -> None:
+    """Make the format known to Pillow."""
+    Image.register_open(FORMAT, HpcmImageFile, _is_ours)
+    Image.register_save(FORMAT, _save)
+    Image.register_extension(FORMAT, ".hpcm")
+    Image.register_mime(FORMAT, "image/x-hpcm")
+
+
+class HpcmImageFile(ImageFile.ImageFile):
+    """A file of ours. To open it reads the header and the metadata; to load it decodes it, with one of the models that
+    ship with hpcmref. Errors are OSErrors, as with Pillow's own formats.
+    """
+
+    format = FORMAT
+    format_description = "hpcmref learned image codec"
+    _is_encoded = False
+
+    def _open(self) -> None:
+        from hpcmref.container import peek
+        from hpcmref.extras import info_of, metadata_of, mode_of
+
+        assert self.fp is not None
+        try:
+            file = peek(self.fp)
+            self._mode = mode_of(file)
+            self._size = (file.width, file.height)
+            self.info.update(info_of(metadata_of(file)))
+        except HpcmrefError as error:
+            raise OSError(str(error)) from error
+        self._is_encoded = True
+
+    def verify(self) -> None:
+        """Compare the checksum, and close the file."""
+        from hpcmref.container import parse
+
+        if self.fp is not None:
+            self.fp.seek(0)
+            try:
+                parse(self.fp.read())
+            except HpcmrefError as error:
+                raise OSError(str(error)) from error
+        super().verify()
+
+    def load(self) -> Any:
+        """Decode the file, if that is not done: of a truncated one what there is, if LOAD_TRUNCATED_IMAGES is set."""
+        if self._is_encoded and self.fp is not None:
+            from hpcmref.codec import codec_for
+            from hpcmref.container import parse
+
+            partial = bool(ImageFile.LOAD_TRUNCATED_IMAGES)
+            self.fp.seek(0)
+            data = self.fp.read()
+            try:
+                image = codec_for(parse(data, partial).fingerprint).decode(data, partial=partial)
+            except HpcmrefError as error:
+                raise OSError(str(error)) from error
+            self.im = image.im
+            self._is_encoded = False
+            if self._exclusive_fp:
+                self.fp.close()
+            self.fp = None
+        return super().load()
+
+
+def _is_ours(prefix: bytes) -> bool:
+    return prefix.startswith(_MAGIC)
+
+
+def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
+    """Options: quality (0 to 63) or a target (size, bpp, psnr); model, device; icc_profile, exif and xmp.
+
+    Metadata that is not given comes from the image; None leaves it out.
+    """
+    from hpcmref.codec import load
+
+    options = image.encoderinfo
+    if any(name in options for name in _METADATA):
+        image = image.copy()
+        for name in _METADATA:
+            value = options.get(name, image.info.get(name))
+            image.info[name] = value.tobytes() if isinstance(value, Image.Exif) else value
+    codec = load(options.get("model"), options.get("device", "auto"))
+    if targets := {name: options[name] for name in _TARGETS if options.get(name) is not None}:
+        file.write(codec.encode_to(image, **targets))
+    else:
+        file.write(codec.encode(image, options.get("quality")))

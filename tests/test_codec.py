@@ -1,0 +1,352 @@
+"""Does an image survive its file, and does everything that is not a file of this model end in one typed error?"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import TINY, model_of, psnr
+from PIL import Image
+from torch import Tensor
+
+import hpcmref
+from hpcmref import checkpoints, container
+from hpcmref.codec import Codec, codec_for, load
+from hpcmref.errors import (
+    CheckpointError,
+    ConfigError,
+    DecodeError,
+    FormatError,
+    ModelMismatchError,
+    UnsupportedError,
+)
+from hpcmref.model.coders import SymbolWriter
+from hpcmref.model.entropy import likelihood
+from hpcmref.model.schedule import Step
+from hpcmref.rangecoder import SymbolEncoder, scale_table
+
+QUALITIES = (0, 16, 32, 48, 63)
+
+
+@pytest.fixture(scope="module")
+def files(codec: Codec, sample: Image.Image) -> dict[int, bytes]:
+    """The sample at five qualities."""
+    return {quality: codec.encode(sample, quality) for quality in QUALITIES}
+
+
+@pytest.fixture(scope="module")
+def small(sample: Image.Image) -> Image.Image:
+    """A part of the sample, 70 x 45."""
+    return sample.crop((150, 60, 220, 105))
+
+
+def forged(data: bytes, **changes: Any) -> bytes:
+    """A file with some fields changed and a checksum that fits."""
+    return container.write(dataclasses.replace(container.parse(data), **changes))
+
+
+# --- there and back ------------------------------------------------------------------------------------------------
+
+
+def test_better_quality_costs_more(codec: Codec, files: dict[int, bytes], sample: Image.Image) -> None:
+    sizes = [len(files[quality]) for quality in QUALITIES]
+    decoded = [codec.decode(files[quality]) for quality in QUALITIES]
+    qualities = [psnr(image, sample) for image in decoded]
+    assert sizes == sorted(set(sizes))
+    assert qualities == sorted(set(qualities))
+    assert qualities[2] > 28
+    assert qualities[-1] > qualities[0] + 6
+    assert sizes[-1] < 450 * 330 * 3 / 2
+    assert sizes[-1] > 4 * sizes[0]
+    for quality, data in files.items():
+        assert container.parse(data).quality == quality
+    assert all((image.size, image.mode) == (sample.size, "RGB") for image in decoded)
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_the_payload_is_as_long_as_estimated(
+    codec: Codec, files: dict[int, bytes], sample: Image.Image, quality: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 0.3 % and 16 bytes of the information that the coded symbols have under the model's scales."""
+    bits: list[float] = []
+
+    class Measured(SymbolWriter):
+        def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
+            quantised = super().code(step, scales, means)
+            symbols = (quantised - means).double().round()
+            bits.append(-float(likelihood(symbols, scales.double()).log2().sum()))
+            return quantised
+
+    monkeypatch.setattr("hpcmref.codec.SymbolWriter", Measured)
+    data = codec.encode(sample, quality)
+    assert data == files[quality]
+    assert len(bits) == 12
+    estimated = sum(bits) / 8
+    assert abs(len(container.parse(data).payload) - estimated) <= 0.003 * estimated + 16
+
+
+def test_a_scale_takes_the_nearest_table(codec: Codec, small: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ratio, as FORMAT.md says."""
+    scales: list[np.ndarray] = []
+    indexes: list[np.ndarray] = []
+
+    class Observed(SymbolWriter):
+        def code(self, step: Step | None, given: Tensor, means: Tensor) -> Tensor:
+            scales.append(given.flatten().double().numpy())
+            return super().code(step, given, means)
+
+    class Encoder(SymbolEncoder):
+        def put(self, symbols: np.ndarray, rows: np.ndarray) -> None:
+            indexes.append(rows)
+            super().put(symbols, rows)
+
+    monkeypatch.setattr("hpcmref.codec.SymbolWriter", Observed)
+    monkeypatch.setattr("hpcmref.codec.SymbolEncoder", Encoder)
+    codec.encode(small, 32)
+    table = np.log(scale_table().astype(np.float64))
+    found = np.concatenate(indexes)
+    logs = np.log(np.maximum(np.concatenate(scales), 1e-3))
+    distances = np.abs(logs[:, None] - table)
+    # Of two that are equally near, rounding decides.
+    assert (distances[np.arange(len(found)), found] <= distances.min(axis=1) + 1e-6).all()
+    assert len(set(found)) > 20
+
+
+@pytest.mark.parametrize("size", [(1, 1), (70, 1), (1, 70), (65, 63), (64, 64), (130, 200)])
+def test_every_size(codec: Codec, sample: Image.Image, size: tuple[int, int]) -> None:
+    image = sample.crop((200, 20, 200 + size[0], 20 + size[1]))
+    data = codec.encode(image, 40)
+    decoded = codec.decode(data)
+    assert (decoded.size, decoded.mode) == (size, "RGB")
+    assert psnr(decoded, image) > 24
+    assert (container.parse(data).width, container.parse(data).height) == size
+    # The latents see the image with its last row and column repeated, and nothing else of its size.
+    padded = np.pad(np.asarray(image), ((0, -size[1] % 64), (0, -size[0] % 64), (0, 0)), mode="edge")
+    whole = codec.encode(Image.fromarray(padded), 40)
+    assert container.parse(whole).payload == container.parse(data).payload
+    assert codec.decode(whole).crop((0, 0, *size)).tobytes() == decoded.tobytes()
+
+
+def test_grey(codec: Codec, small: Image.Image) -> None:
+    grey = small.convert("L")
+    data = codec.encode(grey, 48)
+    assert container.parse(data).grey
+    decoded = codec.decode(data)
+    assert (decoded.mode, decoded.size) == ("L", small.size)
+    assert psnr(decoded, grey) > 28
+    assert not container.parse(codec.encode(small, 48)).grey
+
+
+@pytest.mark.parametrize(("mode", "named"), [("HSV", "HSV"), ("YCbCr", "YCbCr"), ("P", "palette")])
+def test_other_modes_are_converted_with_a_warning(codec: Codec, small: Image.Image, mode: str, named: str) -> None:
+    with pytest.warns(UserWarning, match=named):
+        data = codec.encode(small.convert(mode), 20)
+    plain = small.convert(mode).convert("RGB")
+    assert container.parse(data).payload == container.parse(codec.encode(plain, 20)).payload
+    assert codec.decode(data).mode == "RGB"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        codec.encode(small, 20)
+        codec.encode(small.convert("L"), 20)
+
+
+def test_the_same_bytes_twice(codec: Codec, files: dict[int, bytes], sample: Image.Image) -> None:
+    assert codec.encode(sample, 32) == files[32]
+    assert codec.decode(files[32]).tobytes() == codec.decode(files[32]).tobytes()
+
+
+def test_four_threads(codec: Codec, files: dict[int, bytes], sample: Image.Image) -> None:
+    """Each with other images, at once, on one codec."""
+    parts = [sample.crop((40 * i, 10 * i, 40 * i + 64 + 30 * i, 10 * i + 90)) for i in range(8)]
+    expected = [codec.encode(part, 7 * i) for i, part in enumerate(parts)]
+    images = [codec.decode(data).tobytes() for data in expected]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(codec.encode, parts, range(0, 56, 7)))
+        assert found == expected
+        assert [image.tobytes() for image in pool.map(codec.decode, found)] == images
+
+
+def test_pixels_stay_in_range(codec: Codec) -> None:
+    """Black, white and full noise come out as images too."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 2, (64, 64, 3), np.uint8) * 255)
+    for image in (Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64), "white"), noise):
+        decoded = codec.decode(codec.encode(image, 63))
+        assert psnr(decoded, image) > (6.1 if image is noise else 30)  # grey everywhere has 6.0
+
+
+def test_the_functions_of_the_package(small: Image.Image, files: dict[int, bytes], sample: Image.Image) -> None:
+    data = hpcmref.encode(small, quality=16, device="cpu")
+    assert hpcmref.decode(data, device="cpu").size == small.size
+    assert hpcmref.load(device="cpu").encode(small, 16) == data
+    assert hpcmref.encode(sample, device="cpu") == files[hpcmref.DEFAULT_QUALITY]
+
+
+def test_the_caller_s_settings_are_left_alone(codec: Codec, small: Image.Image) -> None:
+    """Gradients and autocast of the caller neither change the file nor are changed."""
+    expected = codec.encode(small, 32)
+    image = codec.decode(expected).tobytes()
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert codec.encode(small, 32) == expected
+        assert codec.decode(expected).tobytes() == image
+        assert torch.is_grad_enabled()
+        assert torch.is_autocast_enabled("cpu")
+
+
+# --- what cannot be encoded ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quality", [-1, 64, 1000])
+def test_a_quality_out_of_range(codec: Codec, small: Image.Image, quality: int) -> None:
+    with pytest.raises(ConfigError, match=f"{quality}.*0 to 63"):
+        codec.encode(small, quality)
+
+
+def test_an_unknown_device() -> None:
+    with pytest.raises(ConfigError, match="tpu"):
+        load(device="tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device() -> None:
+    with pytest.raises(ConfigError, match="CUDA"):
+        load(device="cuda")
+
+
+def test_an_unknown_model() -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load("nowhere", device="cpu")
+
+
+# --- files that are not to be decoded ------------------------------------------------------------------------------
+
+
+def test_a_file_of_another_model(codec: Codec, files: dict[int, bytes]) -> None:
+    """Both are named; a model that ships by its name, any other by its fingerprint."""
+    other = forged(files[0], fingerprint=b"\xde\xad\xbe\xef")
+    for attempt in (codec.decode, lambda data: codec_for(b"\xde\xad\xbe\xef", "cpu", codec.name)):
+        with pytest.raises(ModelMismatchError) as caught:
+            attempt(other)
+        for named in ("deadbeef", codec.name, codec.fingerprint.hex()):
+            assert named in str(caught.value)
+    with pytest.raises(ModelMismatchError, match=f"deadbeef.*{codec.name}"):
+        hpcmref.decode(other, device="cpu")
+
+
+def test_a_file_of_a_shipped_model_for_another_one(codec: Codec, files: dict[int, bytes]) -> None:
+    stranger = Codec.__new__(Codec)
+    stranger.__dict__.update(vars(codec), name="stranger", fingerprint=b"\xde\xad\xbe\xef")
+    with pytest.raises(ModelMismatchError, match=rf"{codec.name} \({codec.fingerprint.hex()}\).*stranger \(deadbeef\)"):
+        stranger.decode(files[0])
+
+
+@pytest.mark.parametrize("arithmetic", [7, 255])
+def test_another_arithmetic(codec: Codec, files: dict[int, bytes], arithmetic: int) -> None:
+    with pytest.raises(UnsupportedError, match=str(arithmetic)):
+        codec.decode(forged(files[0], arithmetic=arithmetic))
+
+
+def test_a_newer_format(codec: Codec, files: dict[int, bytes]) -> None:
+    newer = bytearray(files[0])
+    newer[4] = 2
+    with pytest.raises(UnsupportedError, match="version 2"):
+        codec.decode(bytes(newer))
+
+
+def test_another_latent_checksum(codec: Codec, files: dict[int, bytes]) -> None:
+    checksum = container.parse(files[0]).latent_checksum
+    with pytest.raises(DecodeError, match="latents"):
+        codec.decode(forged(files[0], latent_checksum=checksum ^ 1))
+
+
+@pytest.mark.parametrize("changes", [{"quality": 1}, {"width": 600}, {"height": 900}, {"payload": b""}])
+def test_fields_that_the_payload_does_not_fit(codec: Codec, files: dict[int, bytes], changes: dict[str, Any]) -> None:
+    with pytest.raises((DecodeError, FormatError)):
+        codec.decode(forged(files[0], **changes))
+
+
+def test_a_payload_cannot_ask_for_a_larger_image_than_there_are_limits() -> None:
+    with pytest.raises(ConfigError):
+        container.Container(1, b"abcd", 0, 1 << 15, 1 << 15, False, 0, b"")
+
+
+@pytest.mark.parametrize("size", [0, 1, 4, 5, 25, 100, -1])
+def test_a_truncated_file(codec: Codec, files: dict[int, bytes], size: int) -> None:
+    with pytest.raises(FormatError):
+        codec.decode(files[0][:size])
+
+
+@pytest.mark.parametrize("data", [b"", b"\x89PNG\r\n\x1a\n" + bytes(64), b"\x89HPC", bytes(500)])
+def test_a_foreign_file(codec: Codec, data: bytes) -> None:
+    with pytest.raises(FormatError):
+        codec.decode(data)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_damage_that_no_checksum_of_bytes_shows(codec: Codec, small: Image.Image, seed: int) -> None:
+    """Payloads changed in five ways, in a file whose crc32 is right: an error of ours, or the very same image.
+
+    The same image, because the reference encoder ends each payload with two symbols that no decoder asks for.
+    """
+    random = np.random.default_rng(seed)
+    data = codec.encode(small, int(random.integers(0, 64)))
+    payload = container.parse(data).payload
+    expected = codec.decode(data).tobytes()
+    place = int(random.integers(0, len(payload)))
+    changed = [
+        payload[:place] + bytes([payload[place] ^ 1 << int(random.integers(0, 8))]) + payload[place + 1 :],
+        payload[:place] + random.bytes(4) + payload[place + 4 :],
+        payload[: place // 4 * 4],
+        payload[:8] + random.bytes(len(payload) - 8),
+        payload + random.bytes(4 * int(random.integers(1, 9))),
+    ]
+    outcomes = []
+    for broken in changed:
+        try:
+            outcomes.append(codec.decode(forged(data, payload=broken)).tobytes() == expected)
+        except (DecodeError, FormatError):
+            outcomes.append(None)
+    assert False not in outcomes
+    assert outcomes[2:4] == [None, None]
+    assert outcomes[4]  # the coder reads what it needs and no more
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damage_anywhere(codec: Codec, small: Image.Image, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    data = codec.encode(small, 30)
+    for _ in range(25):
+        broken = bytearray(data)
+        broken[int(random.integers(0, len(data)))] ^= int(random.integers(1, 256))
+        with pytest.raises((FormatError, UnsupportedError)):
+            codec.decode(bytes(broken))
+
+
+# --- models of one rate and other models -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_rate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a model without rate anchors."""
+    path = tmp_path_factory.mktemp("models") / "single.safetensors"
+    checkpoints.save(model_of(TINY, lambdas=()), path, "", {})
+    return path
+
+
+def test_a_model_of_one_rate(one_rate: Path, small: Image.Image) -> None:
+    codec = load(one_rate, "cpu")
+    data = codec.encode(small)
+    assert container.parse(data).quality == 0
+    assert codec.decode(data).size == small.size
+    with pytest.raises(ConfigError, match=r"single.*one rate"):
+        codec.encode(small, 32)
+    with pytest.raises(DecodeError, match="quality 5"):
+        codec.decode(forged(data, quality=5))
+    assert hpcmref.decode(data, device="cpu", model=one_rate).size == small.size
+    with pytest.raises(ModelMismatchError):
+        hpcmref.decode(data, device="cpu")

@@ -1,0 +1,422 @@
+"""Does everything that is not colour survive, bounded, and does it get into the image files that are written?"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import lzma
+import struct
+import tracemalloc
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageCms
+
+from hpcmref import exif
+from hpcmref.container import Container, Tag, parse, write
+from hpcmref.errors import FormatError, ImageError
+from hpcmref.extras import MAX_METADATA, RESTORED, Extras, extras_of, mode_of, pack_alpha, unpack_alpha
+from hpcmref.imageio import image_of, open_image, picture_of, save_image
+from hpcmref.render import render
+
+RNG = np.random.default_rng(0)
+COLOUR = RNG.integers(0, 256, (40, 60, 3), np.uint8)
+ALPHA = RNG.integers(0, 256, (40, 60), np.uint8)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description dc:title="\xc3\xa4"/></x:xmpmeta>'
+FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20}]
+
+
+def packed(data: bytes) -> bytes:
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=FILTERS)
+
+
+def container(
+    chunks: tuple[tuple[int, bytes], ...], width: int = 60, height: int = 40, grey: bool = False
+) -> Container:
+    return Container(1, b"abcd", 0, width, height, grey, 0, b"", chunks)
+
+
+def camera_exif(
+    order: str = "<", orientation: int = 6, thumbnail: bytes = b"\xff\xd8 a small picture \xff\xd9"
+) -> bytes:
+    """What a camera writes: a maker, an orientation, a directory with a time, and a thumbnail after all that."""
+    maker, time = b"Maker\0", b"2020:02:29 12:00:00\0"
+    first, inner, second = 8, 50, 68
+    texts = second + 2 + 2 * 12 + 4
+    data = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", first)
+    data += struct.pack(order + "H", 3)
+    data += struct.pack(order + "HHII", 0x010F, 2, len(maker), texts)
+    data += struct.pack(order + "HHIHH", 0x0112, 3, 1, orientation, 0)
+    data += struct.pack(order + "HHII", 0x8769, 4, 1, inner) + struct.pack(order + "I", second)
+    data += struct.pack(order + "H", 1)
+    data += struct.pack(order + "HHII", 0x9003, 2, len(time), texts + len(maker)) + struct.pack(order + "I", 0)
+    data += struct.pack(order + "H", 2)
+    data += struct.pack(order + "HHII", 0x0201, 4, 1, texts + len(maker) + len(time))
+    data += struct.pack(order + "HHII", 0x0202, 4, 1, len(thumbnail)) + struct.pack(order + "I", 0)
+    return data + maker + time + thumbnail
+
+
+# EXIF with tags that would tell Pillow how to write the pixels of a TIFF: columns, compression, rows in a strip.
+LAYOUT_EXIF = struct.pack("<4sIH", b"II*\0", 8, 3) + bytes(4).join(
+    [b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in ((256, 9), (259, 7), (278, 0))), b""]
+)
+
+
+# Alpha
+
+
+def kinds_of_alpha() -> dict[str, np.ndarray]:
+    rows, columns = np.mgrid[:40, :60]
+    disc = ((rows - 20) ** 2 + (columns - 30) ** 2 < 300) * np.uint8(255)
+    return {
+        "opaque": np.full((40, 60), 255, np.uint8),
+        "empty": np.zeros((40, 60), np.uint8),
+        "half": np.full((40, 60), 128, np.uint8),
+        "disc": disc,
+        "ramp": (4 * columns).astype(np.uint8),
+        "slope": (rows + 2 * columns).astype(np.uint8),
+        "noise": ALPHA,
+        "a row": ALPHA[:1],
+        "a column": ALPHA[:, :1],
+        "one pixel": ALPHA[:1, :1],
+        "a row of bits": disc[20:21],
+        "a column of bits": disc[:, 30:31],
+    }
+
+
+@pytest.mark.parametrize("name", kinds_of_alpha())
+def test_alpha_is_lossless(name: str) -> None:
+    alpha = kinds_of_alpha()[name]
+    np.testing.assert_array_equal(unpack_alpha(pack_alpha(alpha), *alpha.shape), alpha)
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 40), st.integers(1, 40))
+def test_any_alpha_is_lossless(data: st.DataObject, height: int, width: int) -> None:
+    values = data.draw(st.sampled_from([[0, 255], [0, 1, 254, 255], range(256)]))
+    alpha = np.random.default_rng(data.draw(st.integers(0, 99))).choice(values, (height, width)).astype(np.uint8)
+    np.testing.assert_array_equal(unpack_alpha(pack_alpha(alpha), height, width), alpha)
+
+
+def test_what_alpha_costs() -> None:
+    """A plane of one value is a byte; each kind of content is chosen where it is the smallest."""
+    sizes = {name: (len(content), content[0]) for name, a in kinds_of_alpha().items() if (content := pack_alpha(a))}
+    assert sizes["opaque"] == (1, 255)
+    assert sizes["half"] == (1, 128)
+    assert sizes["disc"][0] < 150
+    assert sizes["disc"][1] == 4
+    assert sizes["ramp"][0] < 40
+    assert sizes["slope"] <= (50, 3)
+    assert sizes["noise"][0] < ALPHA.size + 20
+
+
+def test_literal_alpha() -> None:
+    """The example of FORMAT.md: LZMA2 that stores bytes as they are."""
+    stored = bytes.fromhex("01 0005") + bytes([10, 1, 1, 5, 0, 0]) + b"\0"
+    assert unpack_alpha(b"\0" + stored, 2, 3).tolist() == [[10, 1, 1], [5, 0, 0]]
+    assert unpack_alpha(b"\1" + stored, 2, 3).tolist() == [[10, 11, 12], [5, 5, 5]]
+    assert unpack_alpha(b"\2" + stored, 2, 3).tolist() == [[10, 1, 1], [15, 1, 1]]
+    assert unpack_alpha(b"\3" + stored, 2, 3).tolist() == [[10, 11, 12], [15, 16, 17]]
+    bits = bytes.fromhex("01 0001 a0 40 00")
+    assert unpack_alpha(b"\4" + bits, 2, 3).tolist() == [[255, 0, 255], [0, 255, 0]]
+    assert unpack_alpha(b"\7", 1, 2).tolist() == [[7, 7]]
+
+
+HOSTILE_ALPHA = {
+    "nothing at all": b"",
+    "a kind that does not exist": b"\5" + packed(bytes(6)),
+    "a kind and no stream": b"\0\0",
+    "no LZMA2": b"\0" + b"\xff" * 20,
+    "a pixel too few": b"\0" + packed(bytes(5)),
+    "a pixel too many": b"\0" + packed(bytes(7)),
+    "bits for too few rows": b"\4" + packed(bytes(1)),
+    "bytes where bits should be": b"\4" + packed(bytes(6)),
+    "a stream without its end": b"\0" + packed(bytes(6))[:-1],
+    "a byte after the stream": b"\0" + packed(bytes(6)) + b"\0",
+    "a gigabyte of zeros in 150 kB": b"\0" + packed(bytes(10**6)) * 150,
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE_ALPHA.values(), ids=HOSTILE_ALPHA.keys())
+def test_hostile_alpha(content: bytes) -> None:
+    with pytest.raises(FormatError):
+        unpack_alpha(content, 2, 3)
+
+
+# Metadata in chunks
+
+
+def test_extras_survive_a_file() -> None:
+    extras = Extras(alpha=ALPHA, icc=SRGB, exif=b"II*\0anything", xmp=XMP)
+    file = parse(write(container(extras.chunks())))
+    assert [tag for tag, _ in file.chunks] == [Tag.ICC, Tag.EXIF, Tag.XMP, Tag.ALPHA]
+    again = extras_of(file)
+    assert (again.icc, again.exif, again.xmp, again.mode) == (SRGB, b"II*\0anything", XMP, None)
+    np.testing.assert_array_equal(again.alpha, ALPHA)
+    assert Extras().chunks() == ()
+    assert vars(extras_of(container(()))) == vars(Extras())
+
+
+@settings(deadline=None, max_examples=30)
+@given(*[st.none() | st.binary(min_size=1, max_size=5000)] * 3, st.none() | st.sampled_from(list(RESTORED)))
+def test_any_extras_survive(icc: bytes | None, tags: bytes | None, xmp: bytes | None, mode: str | None) -> None:
+    extras = Extras(icc=icc, exif=tags, xmp=xmp, mode=mode)
+    assert vars(extras_of(container(extras.chunks(), grey=mode in ("1", "I;16")))) == vars(extras)
+
+
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize("number", [None, *range(5)])
+def test_a_mode_goes_with_its_channels(grey: bool, alpha: bool, number: int | None) -> None:
+    chunks: tuple[tuple[int, bytes], ...] = ((Tag.ALPHA, b"\0"),) * alpha
+    if number is not None:
+        chunks += ((Tag.MODE, bytes([number])),)
+    file = container(chunks, grey=grey)
+    known = {
+        (False, False, None): "RGB",
+        (True, False, None): "L",
+        (False, True, None): "RGBA",
+        (True, True, None): "LA",
+        (True, False, 1): "1",
+        (True, False, 2): "I;16",
+        (False, False, 3): "CMYK",
+    }
+    if mode := known.get((grey, alpha, number)):
+        assert mode_of(file) == mode
+    else:
+        with pytest.raises(FormatError, match="mode"):
+            mode_of(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"\1\1", bytes(10**6)])
+def test_a_mode_is_one_byte(content: bytes) -> None:
+    with pytest.raises(FormatError, match="mode"):
+        mode_of(container(((Tag.MODE, content),), grey=True))
+
+
+@pytest.mark.parametrize("tag", [Tag.ICC, Tag.EXIF, Tag.XMP])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0", b"\xff" * 9, packed(b"x") + b"x", packed(b"x" * 99)[:-1], packed(bytes(MAX_METADATA + 1))],
+    ids=["nothing", "an empty stream", "no stream", "more after the stream", "no end", "a byte above the limit"],
+)
+def test_hostile_metadata(tag: Tag, content: bytes) -> None:
+    with pytest.raises(FormatError, match=tag.name):
+        extras_of(container(((tag, content),)))
+
+
+def test_the_limit_itself_is_allowed() -> None:
+    extras = Extras(icc=bytes(MAX_METADATA))
+    assert extras_of(container(extras.chunks())).icc == extras.icc
+
+
+def test_a_bomb_takes_no_more_memory_than_the_limit() -> None:
+    bomb = packed(bytes(1 << 26))  # 10 kB
+    tracemalloc.start()
+    try:
+        for file in (container(((Tag.XMP, bomb),)), container(((Tag.ALPHA, b"\0" + bomb),), 1000, 1000)):
+            with pytest.raises(FormatError):
+                extras_of(file)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.5 * MAX_METADATA
+
+
+def test_metadata_above_the_limit_is_left_out_with_a_warning() -> None:
+    image = Image.new("RGB", (2, 2))
+    image.info.update(xmp=bytes(MAX_METADATA + 1), icc_profile=SRGB)
+    with pytest.warns(UserWarning, match="xmp is not kept"):
+        extras = picture_of(image).extras
+    assert (extras.xmp, extras.icc) == (None, SRGB)
+
+
+# EXIF
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("prefix", [b"", exif.PREFIX, exif.PREFIX * 2])
+def test_orientation_and_thumbnail_change_and_nothing_else(order: str, prefix: bytes) -> None:
+    before = camera_exif(order)
+    after = exif.upright(prefix + before)
+    changed = {position for position, (a, b) in enumerate(zip(before, after, strict=True)) if a != b}
+    thumbnail = before.index(b"\xff\xd8")
+    assert changed <= {*range(22, 34), *range(46, 50), *range(thumbnail, len(before))}
+    tags = Image.Exif()
+    tags.load(after)
+    assert (tags[0x010F], tags[0x0112], tags.get_ifd(0x8769)[0x9003]) == ("Maker", 1, "2020:02:29 12:00:00")
+    assert tags.get_ifd(ExifTags.IFD.IFD1) == {}
+    assert after[thumbnail:] == bytes(len(after) - thumbnail)
+    assert exif.upright(after) == after
+
+
+def test_a_thumbnail_that_claims_the_directories_does_not_erase_them() -> None:
+    data = bytearray(camera_exif())
+    struct.pack_into("<I", data, 78, 0)  # where the thumbnail begins
+    tags = Image.Exif()
+    tags.load(exif.upright(bytes(data)))
+    assert tags[0x010F] == "Maker"
+
+
+@pytest.mark.parametrize("length", range(len(camera_exif()) - 50))
+def test_truncated_exif_is_damaged_or_upright(length: int) -> None:
+    try:
+        after = exif.upright(camera_exif()[:length])
+    except ValueError:
+        return
+    assert len(after) == length
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=80), st.sampled_from([b"", b"II*\0", b"MM\0*", b"II*\0\x08\0\0\0\1\0"]))
+def test_random_exif_raises_no_other_error(data: bytes, start: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        assert len(exif.upright(start + data)) <= len(start + data)
+
+
+def test_xmp_says_upright_too() -> None:
+    for before, after in (
+        (b'<a tiff:Orientation="6" b="6"/>', b'<a tiff:Orientation="1" b="6"/>'),
+        (b"<a tiff:Orientation = '8'/>", b"<a tiff:Orientation = '1'/>"),
+        (b"<tiff:Orientation>3</tiff:Orientation>", b"<tiff:Orientation>1</tiff:Orientation>"),
+        (XMP, XMP),
+    ):
+        image = Image.new("RGB", (4, 2))
+        image.info["xmp"] = before
+        assert picture_of(image).extras.xmp == after
+
+
+# Through whole image files
+
+
+def photo(form: str) -> Image.Image:
+    """An image file as a camera writes it, opened."""
+    file = io.BytesIO()
+    image = Image.fromarray(COLOUR)
+    options = {"exif": exif.PREFIX + camera_exif(orientation=3), "icc_profile": SRGB}
+    if form == "TIFF":
+        tags = Image.Exif()
+        tags.load(camera_exif(orientation=3))
+        tags[0x02BC] = XMP
+        options["exif"] = tags
+    elif form != "PNG":
+        options["xmp"] = XMP
+    image.save(file, form, **options)
+    file.seek(0)
+    return open_image(file)
+
+
+@pytest.mark.parametrize("source", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_metadata_from_every_format_to_every_format(tmp_path: Path, source: str, suffix: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = picture_of(photo(source))
+        chunks = parse(write(container(picture.extras.chunks()))).chunks
+        decoded = image_of(picture.pixels, picture.grey, extras_of(container(chunks)))
+        save_image(decoded, tmp_path / f"image{suffix}")
+        with Image.open(tmp_path / f"image{suffix}") as again:
+            again.load()
+            assert again.info["icc_profile"] == SRGB
+            assert again.info.get("xmp") == (None if source == "PNG" else XMP)
+            tags = again.getexif()
+            assert (tags[0x010F], tags.get(0x0112, 1)) == ("Maker", 1)
+            assert tags.get_ifd(0x8769)[0x9003] == "2020:02:29 12:00:00"
+            assert again.size == (60, 40)
+            if suffix != ".jpg" and source != "JPEG" and source != "WEBP":
+                np.testing.assert_array_equal(np.asarray(again), COLOUR[::-1, ::-1])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp", ".ppm"])
+def test_every_mode_to_every_format(tmp_path: Path, mode: str, suffix: str) -> None:
+    grey = mode in ("1", "L", "LA", "I;16")
+    image = image_of(
+        COLOUR, grey, Extras(mode=mode if mode in RESTORED else None, alpha=ALPHA if "A" in mode else None)
+    )
+    assert image.mode == mode
+    has_alpha = suffix in (".png", ".tif", ".webp")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save_image(image, tmp_path / f"image{suffix}")
+    assert [("put on white" in str(each.message)) for each in caught] == [True] * ("A" in mode and not has_alpha)
+    with Image.open(tmp_path / f"image{suffix}") as again:
+        again.load()
+        if "A" in mode and has_alpha:
+            assert "A" in again.mode
+            np.testing.assert_array_equal(np.asarray(again)[..., -1], ALPHA)
+            np.testing.assert_array_equal(np.asarray(again)[..., 0], np.asarray(image)[..., 0])
+        elif suffix == ".tif" or (suffix == ".png" and mode != "CMYK"):
+            assert again.mode == mode
+            assert again.tobytes() == image.tobytes()
+        elif mode == "I;16" and suffix != ".ppm":
+            plain = np.asarray(image).astype(int) // 257
+            assert np.abs(np.asarray(again.convert("L")).astype(int) - plain).max() <= (suffix == ".jpg") * 20
+
+
+def test_transparent_becomes_white_where_there_is_no_alpha() -> None:
+    image = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
+    image.putpixel((1, 0), (10, 20, 30, 255))
+    with pytest.warns(UserWarning, match="PPM has no transparency: the image is put on white"):
+        again = Image.open(io.BytesIO(render(image, "PPM")))
+    assert [again.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (10, 20, 30)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Image.open(io.BytesIO(render(Image.new("LA", (2, 1), (9, 255)), "PPM"))).mode == "L"
+
+
+def test_what_a_format_has_no_room_for_is_named(tmp_path: Path) -> None:
+    image = Image.new("RGB", (2, 2))
+    image.info.update(icc_profile=SRGB, exif=exif.PREFIX + camera_exif(thumbnail=bytes(70000)), xmp=b"<x>" * 30000)
+    with pytest.warns(UserWarning, match="JPEG of mode RGB has no room for its EXIF data and XMP data"):
+        save_image(image, tmp_path / "image.jpg")
+    with Image.open(tmp_path / "image.jpg") as again:
+        assert again.info["icc_profile"] == SRGB
+        assert "exif" not in again.info
+    with pytest.warns(UserWarning, match="PPM of mode RGB has no room for its ICC profile and EXIF data and XMP data"):
+        save_image(image, tmp_path / "image.ppm")
+
+
+def test_a_profile_of_other_colours_is_left_out() -> None:
+    profile = SRGB[:16] + b"CMYK" + SRGB[20:]
+    image = Image.new("CMYK", (2, 2))
+    image.info["icc_profile"] = profile
+    assert Image.open(io.BytesIO(render(image, "JPEG"))).info["icc_profile"] == profile
+    with pytest.warns(UserWarning, match="PNG of mode RGB has no room for its ICC profile"):
+        assert "icc_profile" not in Image.open(io.BytesIO(render(image, "PNG"))).info
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"exif": b"Exif\0\0garbage"},
+        {"exif": b"Exif\0\0II*\0\x08\0\0\0\xff\xff"},
+        {"exif": b"Exif\0\0" + LAYOUT_EXIF},
+        {"xmp": b"\xff\xfe not text"},
+        {"icc_profile": b"\0"},
+    ],
+    ids=["garbage", "no end", "TIFF tags", "XMP", "ICC"],
+)
+def test_hostile_metadata_does_not_cost_the_image(form: str, info: dict[str, bytes]) -> None:
+    image = Image.fromarray(COLOUR)
+    image.info.update(info)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = Image.open(io.BytesIO(render(image, form)))
+        assert again.size == image.size
+        pixels = np.asarray(again.convert("RGB"))
+    if form != "JPEG":
+        np.testing.assert_array_equal(pixels, COLOUR)
+
+
+def test_an_image_that_cannot_be_written_has_no_second_chance() -> None:
+    image = Image.new("RGB", (20000, 1))
+    image.info["xmp"] = XMP
+    with pytest.raises(ImageError):
+        render(image, "WEBP")
