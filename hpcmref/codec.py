@@ -100,17 +100,18 @@ class Codec:
 
     def _analysed(self, image: Image.Image) -> _Analysed:
         picture = imageio.picture_of(image)
-        with torch.inference_mode(), exactly(self.device):
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             features = self.model.features(_padded(picture.pixels, self.device), _to_unit)
         return _Analysed(picture.pixels, picture.grey, picture.extras.chunks(), features)
 
     def _encoded(self, picture: _Analysed, quality: int) -> bytes:
         encoder = SymbolEncoder()
-        with torch.inference_mode(), exactly(self.device):
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             rate = self._rate(quality)
             y, z = self.model.latents(picture.features, rate)
             writer = SymbolWriter(y, z, self._thresholds, [encoder])
-            self.entropy(rate, (z.shape[2], z.shape[3]), writer)
+            with exactly(self.device):
+                self.entropy(rate, (z.shape[2], z.shape[3]), writer)
         return container.write(
             Container(
                 arithmetic=EXACT,
@@ -151,13 +152,14 @@ class Codec:
         config = self.model.config
         size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
         symbols = size[0] * size[1] * (config.N + 16 * config.M)
-        with torch.inference_mode(), exactly(self.device):
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             rate = self._rate(file.quality)
             while True:
                 source = SymbolDecoder(file.payload, symbols)
                 reader = SymbolReader(self._thresholds, [source], upto)
                 try:
-                    y_hat = self.entropy(rate, size, reader)
+                    with exactly(self.device):
+                        y_hat = self.entropy(rate, size, reader)
                 except TruncatedError:
                     if not partial:
                         raise

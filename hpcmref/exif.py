@@ -17,6 +17,8 @@ TAGS = frozenset(
     (0x010E, 0x010F, 0x0110, 0x011A, 0x011B, 0x0128, 0x0131, 0x0132, 0x013B, 0x013C, 0x8298, 0x8769, 0x8825)
 )
 """Tags of the first directory that do not say how a TIFF file stores its pixels."""
+DIRECTORIES = (0x8769, 0x8825)
+"""Those of EXIF and GPS."""
 
 _ORIENTATION = 0x0112
 _THUMBNAIL = 0x0201

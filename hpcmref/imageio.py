@@ -209,7 +209,7 @@ def _first_frame(file: BinaryIO, name: str) -> Image.Image:
     image.load()
     # TIFF reads EXIF from the file, which is closed soon; Pillow remembers it.
     found = _exif(image)
-    for directory in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+    for directory in exif.DIRECTORIES:
         with contextlib.suppress(Exception):  # damaged; the rest may be of use
             found.get_ifd(directory)
     return image
@@ -294,9 +294,9 @@ def _upright_exif(image: Image.Image) -> bytes | None:
     raw = image.info.get("exif")
     try:
         if not isinstance(raw, bytes):  # TIFF, and PNG as ImageMagick writes it
-            tags = _exif(image)
-            for tag in set(tags) - exif.TAGS:
-                del tags[tag]
+            found, tags = _exif(image), Image.Exif()
+            for tag in set(found) & exif.TAGS:
+                tags[tag] = found.get_ifd(tag) if tag in exif.DIRECTORIES else found[tag]
             raw = tags.tobytes() if tags else b""
         return exif.upright(raw) if raw else None
     except Exception:  # whatever damaged bytes lead Pillow to

@@ -2,7 +2,7 @@
 
     python tests/fuzz.py --mutations 1000000              the container, metadata, alpha and the range coder
     python tests/fuzz.py --mutations 5000 --codec         whole files through the shipped model
-    python tests/fuzz.py --seconds 300 --seed 7
+    python tests/fuzz.py --seconds 300 --seed 7 --block 64
 
 Three of four mutations have a checksum that fits, so that they pass the first gate. Anything but a typed error or a
 sound result ends the run with the file that did it, in hexadecimal. SECURITY.md has the figures of a long run.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hpcmref import rangecoder
 from hpcmref.container import MAGIC, Container, parse, peek, write
 from hpcmref.errors import ConfigError, HpcmrefError
 from hpcmref.extras import MAX_METADATA, Extras, extras_of, mode_of
@@ -219,8 +220,11 @@ def main() -> None:
     parser.add_argument("--mutations", type=int, default=10**9)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--block", type=int, help="symbols between two looks of the range decoder at its payload")
     parser.add_argument("--codec", action="store_true", help="decode with the shipped model")
     arguments = parser.parse_args()
+    if arguments.block:
+        rangecoder._BLOCK = arguments.block
     read: Read = read_layers
     seeds = seeds_without_model()
     if arguments.codec:

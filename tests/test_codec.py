@@ -162,7 +162,8 @@ def test_the_same_bytes_twice(codec: Codec, files: dict[int, bytes], sample: Ima
 
 
 def test_four_threads(codec: Codec, files: dict[int, bytes], sample: Image.Image) -> None:
-    """Each with other images, at once, on one codec."""
+    """Each with other images, at once, on one codec; the process's settings are then as they were."""
+    settings = (torch.backends.cudnn.enabled, torch.get_float32_matmul_precision())
     parts = [sample.crop((40 * i, 10 * i, 40 * i + 64 + 30 * i, 10 * i + 90)) for i in range(8)]
     expected = [codec.encode(part, 7 * i) for i, part in enumerate(parts)]
     images = [codec.decode(data).tobytes() for data in expected]
@@ -170,6 +171,7 @@ def test_four_threads(codec: Codec, files: dict[int, bytes], sample: Image.Image
         found = list(pool.map(codec.encode, parts, range(0, 56, 7)))
         assert found == expected
         assert [image.tobytes() for image in pool.map(codec.decode, found)] == images
+    assert (torch.backends.cudnn.enabled, torch.get_float32_matmul_precision()) == settings
 
 
 def test_pixels_stay_in_range(codec: Codec) -> None:

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
+from typer.testing import CliRunner
 
 from hpcmref import exif
+from hpcmref.cli import app
 from hpcmref.container import Container, Tag, parse, write
 from hpcmref.errors import FormatError, ImageError
 from hpcmref.extras import MAX_METADATA, RESTORED, Extras, extras_of, mode_of, pack_alpha, unpack_alpha
@@ -279,6 +281,25 @@ def test_random_exif_raises_no_other_error(data: bytes, start: bytes) -> None:
         assert len(exif.upright(start + data)) <= len(start + data)
 
 
+def test_exif_as_imagemagick_writes_it() -> None:
+    """In hexadecimal, in a text chunk."""
+    image = Image.fromarray(COLOUR)
+    file = io.BytesIO()
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n  200\n" + (exif.PREFIX + camera_exif()).hex())
+    image.save(file, "PNG", pnginfo=text)
+    opened = open_image(file)
+    before = dict(opened.getexif())
+    picture = picture_of(opened)
+    np.testing.assert_array_equal(picture.pixels, np.rot90(COLOUR, -1))
+    tags = Image.Exif()
+    assert picture.extras.exif is not None
+    tags.load(picture.extras.exif)
+    assert (tags[0x010F], tags.get(0x0112, 1)) == ("Maker", 1)
+    assert tags.get_ifd(0x8769)[0x9003] == "2020:02:29 12:00:00"
+    assert dict(opened.getexif()) == before  # the caller's image
+
+
 def test_xmp_says_upright_too() -> None:
     for before, after in (
         (b'<a tiff:Orientation="6" b="6"/>', b'<a tiff:Orientation="1" b="6"/>'),
@@ -420,3 +441,34 @@ def test_an_image_that_cannot_be_written_has_no_second_chance() -> None:
     image.info["xmp"] = XMP
     with pytest.raises(ImageError):
         render(image, "WEBP")
+
+
+def test_the_command_line_keeps_or_strips(tmp_path: Path) -> None:
+    """From a photograph on its side with everything to a PNG and a JPEG that have it, and to one that does not."""
+    file = io.BytesIO()
+    tags = exif.PREFIX + camera_exif()
+    Image.fromarray(COLOUR).save(file, "JPEG", exif=tags, icc_profile=SRGB, xmp=XMP, quality=95)
+    (tmp_path / "photo.jpg").write_bytes(file.getvalue())
+
+    def run(*arguments: str) -> None:
+        result = CliRunner().invoke(app, list(arguments))
+        assert (result.exit_code, result.stderr) == (0, "")
+
+    source, kept, stripped = (str(tmp_path / name) for name in ("photo.jpg", "kept.bin", "stripped.bin"))
+    run("encode", source, "-o", kept, "--device", "cpu")
+    run("encode", source, "-o", stripped, "--strip", "--device", "cpu")
+    assert [tag for tag, _ in parse(Path(kept).read_bytes()).chunks] == [Tag.ICC, Tag.EXIF, Tag.XMP]
+    assert parse(Path(stripped).read_bytes()).chunks == ()
+    for suffix in (".png", ".jpg"):
+        run("decode", kept, "-o", kept + suffix, "--device", "cpu")
+        with Image.open(kept + suffix) as image:
+            image.load()
+            assert image.size == (40, 60)
+            assert (image.info["icc_profile"], image.info["xmp"]) == (SRGB, XMP)
+            assert image.getexif()[0x010F] == "Maker"
+            assert image.getexif()[0x0112] == 1
+        run("decode", stripped, "-o", stripped + suffix, "--device", "cpu")
+        with Image.open(stripped + suffix) as image:
+            image.load()
+            assert image.size == (40, 60)
+            assert not {"icc_profile", "exif", "xmp"} & set(image.info)

@@ -201,9 +201,9 @@ def codecs_of(names: Sequence[str], models: Sequence[str], device: str) -> list[
     """The codecs that a command line asks for.
 
     names: "hpcmref" (which stands for every one of `models`), or "jpeg", "webp", "avif", "jxl", each perhaps with save
-    options of Pillow: "avif:speed=0+subsampling=4:2:0". models: a registry name, a file, NAME=FILE (another name for it), or
-    NAME=FILE+FILE+... (models of one rate that make one curve). device: "auto", "cpu" or "cuda". Raises ConfigError,
-    CheckpointError.
+    options of Pillow: "avif:speed=0+subsampling=4:2:0". models: a registry name, a file, NAME=FILE (another name for
+    it), or NAME=FILE+FILE+... (models of one rate that make one curve). device: "auto", "cpu" or "cuda". Raises
+    ConfigError, CheckpointError.
     """
     chosen: list[Codec] = []
     for text in names:

@@ -43,9 +43,9 @@ What might still differ, and why it does not:
 - *Constants* come from the checkpoint or from + - * / sqrt of numbers in it, one operation at a time.
 - *Reduced precision and transforming algorithms* (TF32, bfloat16; Winograd, FFT) do not compute the sums that they were
   asked for. `guard.exactly` switches off what can be switched off, whatever the caller has set, `layers.depthwise`
-  keeps out of the way of a Winograd kernel that cannot, and `guard.check` compares convolutions, products and single
-  operations with known answers once per process and device: terms of 1 to 20 bits, and sums close to the bound. A
-  machine that fails gets an error.
+  keeps away from a Winograd kernel that cannot, and `guard.check` compares convolutions, products and single operations
+  with known answers once per process and device: terms of 1 to 20 bits, and sums close to the bound. A machine that
+  fails gets an error.
 - *Whatever was overlooked* meets the checksum over the decoded symbols in every file: an error again, not noise.
 """
 

@@ -28,14 +28,8 @@ Grids = dict[str, dict[str, Tensor]]
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 
-MARGIN = 1.25
-"""Ranges are this much wider than the largest value seen."""
-
-BALANCE = 0.75
-"""How much of the difference between input channels is evened out by their ranges, rather than by their weights."""
-
-FINENESS = 8
-"""Inputs get this many times the levels of weights."""
+FINENESS = 16
+"""Inputs get this many times the levels of weights (rate at the lowest quality: 4 costs 0.3 %, 16 and 32 0.07 %)."""
 
 FLOAT64_LEVELS = 2**15
 """Levels of inputs and weights where float64 leaves more room than is of use."""
@@ -45,8 +39,8 @@ def calibrate(entropy: EntropyPath, run: Callable[[], None], dtype: torch.dtype 
     """Choose the grids of every layer.
 
     run: passes typical images through `entropy` (in its float form); dtype: the type whose bound convolutions are to
-    keep, float32 for speed or float64 for more bits. Attention is always float32. Raises CheckpointError if there are
-    weights or values that are not finite, or too large.
+    keep, float32 for speed or float64 for more bits. Attention and depthwise convolutions are always float32. Raises
+    CheckpointError if there are weights or values that are not finite, or too large.
     """
     ranges: dict[str, tuple[Tensor, ...]] = {}
     hooks = []
@@ -120,16 +114,13 @@ def _recorder(ranges: dict[str, tuple[Tensor, ...]], name: str) -> Callable[[nn.
 
 def _convolution_grids(layer: Convolution, ranges: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Exponents per channel such that the sums stay below the bound of `dtype`."""
-    bound = BOUNDS[dtype] - 1
+    # Nine terms leave room for enough bits in float32, which is many times faster for depthwise convolutions.
+    bound = BOUNDS[dtype if layer.groups == 1 else torch.float32] - 1
     ranges = _usable(ranges)
     weight = layer.weight.detach().cpu().double()
     if not (weight.isfinite().all() and layer.bias is not None and layer.bias.isfinite().all()):
         raise CheckpointError("The model has weights that are not finite.")
-    if layer.groups > 1:
-        shift = torch.floor(ranges.log2())  # a channel that is alone in its sum needs no balance
-    else:
-        by_input = _usable(weight.abs().amax((1, 2, 3) if _is_input_first(layer) else (0, 2, 3)))
-        shift = torch.round(BALANCE * ranges.log2() - (1 - BALANCE) * by_input.log2())
+    shift = torch.round(ranges.log2())  # evens out the ranges of the input channels
     even = weight * torch.exp2(shift).view((-1, 1, 1, 1) if _is_input_first(layer) else (1, -1, 1, 1))
     terms = float((output_sums(layer, even) / output_peaks(layer, even).clamp(min=1e-12)).max())
     levels = min((bound * FINENESS / terms) ** 0.5, float(FLOAT64_LEVELS))
@@ -176,11 +167,11 @@ def _whole(exponents: Tensor) -> Tensor:
 
 
 def _usable(magnitudes: Tensor) -> Tensor:
-    """Magnitudes with a margin, as float64; channels that are (nearly) always zero get a thousandth of the largest."""
+    """Magnitudes as float64; channels that are (nearly) always zero get a thousandth of the largest."""
     magnitudes = magnitudes.detach().cpu().double()
     if not magnitudes.isfinite().all():
         raise CheckpointError("The model computes numbers that are not finite.")
-    return (magnitudes * MARGIN).clamp(min=max(float(magnitudes.max()) * 1e-3, 1e-9))
+    return magnitudes.clamp(min=max(float(magnitudes.max()) * 1e-3, 1e-9))
 
 
 def _is_input_first(layer: Convolution) -> bool:

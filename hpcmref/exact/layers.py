@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -80,16 +80,8 @@ class ExactConv(nn.Module):
     def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d, grids: Mapping[str, Tensor], name: str) -> None:
         """grids: "input" (C_in,), "output" (C_out,) exponents and "limit" (), all integers. Raises CheckpointError."""
         super().__init__()
-        self._convolve: Callable[..., Tensor] = F.conv2d
-        if isinstance(layer, nn.ConvTranspose2d):
-            if layer.stride != layer.kernel_size or any(layer.padding) or layer.groups > 1:
-                raise CheckpointError(f"{name} is a transposed convolution whose outputs overlap.")
-            self._convolve = F.conv_transpose2d
-        elif layer.groups > 1:
-            if not layer.in_channels == layer.out_channels == layer.groups:
-                raise CheckpointError(f"{name} is a convolution in groups of several channels.")
-            self._convolve = depthwise
-        self._options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
+        self._outputs_first = not isinstance(layer, nn.ConvTranspose2d)
+        self._convolve = _convolution_of(layer, name)
         inputs = _exponents(grids, "input", layer.in_channels, name)
         outputs = _exponents(grids, "output", layer.out_channels, name)
         self.limit = int(grid(grids, "limit", (), 1, BOUNDS[torch.float32] - 1, name))
@@ -104,7 +96,7 @@ class ExactConv(nn.Module):
     def scale_output(self, exponents: Tensor) -> None:
         """Multiply output channel o by 2^exponents[o] from now on; exponents: (C_out,) integers."""
         scale = power_of_two(exponents).to(self.weight.dtype)
-        self.weight *= scale.view((1, -1, 1, 1) if self._convolve is F.conv_transpose2d else (-1, 1, 1, 1))
+        self.weight *= scale.view((-1, 1, 1, 1) if self._outputs_first else (1, -1, 1, 1))
         self.bias *= scale
 
     def feed(self, reader: "ExactConv") -> None:
@@ -117,16 +109,38 @@ class ExactConv(nn.Module):
         if self.input_scale is not None:
             x = x * self.input_scale
         x = x.round_().clamp_(-self.limit, self.limit).to(self.weight.dtype)
-        return self._convolve(x, self.weight, self.bias, **self._options).float()
+        return self._convolve(x, self.weight, self.bias).float()
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    """conv2d of one channel each.
+def _convolution_of(layer: nn.Conv2d | nn.ConvTranspose2d, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The function of (x, weight, bias) that the layer is."""
+    if isinstance(layer, nn.ConvTranspose2d):
+        if layer.stride != layer.kernel_size or any((*layer.padding, *layer.output_padding, layer.groups - 1)):
+            raise CheckpointError(f"{name} is a transposed convolution whose outputs overlap.")
+        return partial(F.conv_transpose2d, stride=layer.stride)
+    if layer.groups == 1:
+        return partial(F.conv2d, stride=layer.stride, padding=layer.padding)
+    if (layer.groups, layer.kernel_size, layer.stride, layer.padding) != (layer.in_channels, (3, 3), (1, 1), (1, 1)):
+        raise CheckpointError(f"{name} is a convolution in groups, and not a depthwise one of 3x3.")
+    return depthwise
 
-    Where PyTorch is built with __ARM_NEON__ (macOS) it takes Winograd, which rounds, for 3x3 kernels of float32 that
-    are contiguous (Convolution.cpp, use_cpu_depthwise3x3_winograd). So these are not.
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """3x3 convolution of every channel with its own kernel: x (B, C, h, w), weight (C, 1, 3, 3), bias (C,).
+
+    As a convolution where that is fast. PyTorch's own CPU kernels go through the channels one by one, or on ARM (macOS)
+    use Winograd, which rounds (Convolution.cpp, use_cpu_depthwise3x3_winograd); there it is nine products of planes.
     """
-    return F.conv2d(x, weight.mT.contiguous().mT, bias, **options)
+    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and x.dtype == torch.float32
+    if onednn or x.is_cuda:
+        return F.conv2d(x, weight, bias, padding=1, groups=len(weight))
+    height, width = x.shape[2:]
+    x = F.pad(x, (1, 1, 1, 1))
+    result = bias.view(-1, 1, 1).expand(len(x), -1, height, width).contiguous()
+    for row in range(3):
+        for column in range(3):
+            result.addcmul_(x[:, :, row : row + height, column : column + width], weight[:, 0, row, column, None, None])
+    return result
 
 
 def integer_weights(layer: nn.Conv2d | nn.ConvTranspose2d, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ class Tiles:
     """Images in memory: `train` for crops, `held_out` for validation, both lists of (3, H, W) uint8.
 
     Which photograph is held out follows from its name alone, so that it never changes sides; tiles of one photograph
-    (names that differ in a last `_<number>`) stay together.
+    (names that differ in a first `<number>_` or a last `_<number>`) stay together.
     """
 
     def __init__(self, sources: Sequence[Path], smallest: int, limit: int | None = None) -> None:
@@ -88,5 +88,5 @@ def _decode(name: str, data: bytes) -> Tensor:
 
 
 def _is_held_out(name: str) -> bool:
-    photograph = re.sub(r"(_\d+)?\.\w+$", "", name)
+    photograph = re.sub(r"^\d+_|(_\d+)?\.\w+$", "", name)
     return zlib.crc32(photograph.encode()) % HELD_OUT == 0
