@@ -60,6 +60,15 @@ def codec_of(config: HPCMConfig, entropy: EntropyPath) -> Any:
     )
 
 
+def shipped_fingerprint() -> bytes:
+    return load("nano", "cpu").fingerprint
+
+
+def golden_fingerprint() -> bytes:
+    """Of the model that wrote nano.bin."""
+    return container.parse((FOLDER / "nano.bin").read_bytes()).fingerprint
+
+
 def noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Uniform numbers from -1 to 1 that depend on a name: the legacy MT19937 stream, frozen by NumPy's policy."""
     return 2 * np.random.RandomState(zlib.crc32(name.encode())).random_sample(shape) - 1

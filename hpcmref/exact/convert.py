@@ -28,8 +28,11 @@ Grids = dict[str, dict[str, Tensor]]
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 
+MARGIN = 1.25
+"""Ranges are this much wider than the largest value seen (1 and 1.25 cost the same rate on photographs, 0.7 more)."""
+
 FINENESS = 16
-"""Inputs get this many times the levels of weights (rate at the lowest quality: 4 costs 0.3 %, 16 and 32 0.07 %)."""
+"""Inputs get this many times the levels of weights (at the lowest quality 4 costs 0.3 % rate, 16 and 32 0.07 %)."""
 
 FLOAT64_LEVELS = 2**15
 """Levels of inputs and weights where float64 leaves more room than is of use."""
@@ -122,7 +125,7 @@ def _convolution_grids(layer: Convolution, ranges: Tensor, dtype: torch.dtype) -
         raise CheckpointError("The model has weights that are not finite.")
     shift = torch.round(ranges.log2())  # evens out the ranges of the input channels
     even = weight * torch.exp2(shift).view((-1, 1, 1, 1) if _is_input_first(layer) else (1, -1, 1, 1))
-    terms = float((output_sums(layer, even) / output_peaks(layer, even).clamp(min=1e-12)).max())
+    terms = max(1.0, float((output_sums(layer, even) / output_peaks(layer, even).clamp(min=1e-12)).max()))
     levels = min((bound * FINENESS / terms) ** 0.5, float(FLOAT64_LEVELS))
     spread = float((ranges * torch.exp2(-shift)).max())
     finest = int(torch.floor(torch.log2(torch.tensor(levels / spread))))
@@ -167,11 +170,11 @@ def _whole(exponents: Tensor) -> Tensor:
 
 
 def _usable(magnitudes: Tensor) -> Tensor:
-    """Magnitudes as float64; channels that are (nearly) always zero get a thousandth of the largest."""
+    """Magnitudes with a margin, as float64; channels that are (nearly) always zero get a thousandth of the largest."""
     magnitudes = magnitudes.detach().cpu().double()
     if not magnitudes.isfinite().all():
         raise CheckpointError("The model computes numbers that are not finite.")
-    return magnitudes.clamp(min=max(float(magnitudes.max()) * 1e-3, 1e-9))
+    return (magnitudes * MARGIN).clamp(min=max(float(magnitudes.max()) * 1e-3, 1e-9))
 
 
 def _is_input_first(layer: Convolution) -> bool:

@@ -71,7 +71,7 @@ ON_A_GPU = Configuration("CUDA", mode="cuda")
 
 
 @contextlib.contextmanager
-def _medium_precision() -> Iterator[None]:
+def _medium_precision(codec: Codec) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -81,7 +81,7 @@ def _medium_precision() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_denormals() -> Iterator[None]:
+def _no_denormals(codec: Codec) -> Iterator[None]:
     torch.set_flush_denormal(True)
     try:
         yield
@@ -89,34 +89,50 @@ def _no_denormals() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def _without_onednn() -> AbstractContextManager[None]:
-    return torch.backends.mkldnn.flags(enabled=False)
+@contextlib.contextmanager
+def _without_onednn(codec: Codec) -> Iterator[None]:
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
 
 
-MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "plain": contextlib.nullcontext,
-    "contiguous": contextlib.nullcontext,
-    "cuda": contextlib.nullcontext,
-    "batch": contextlib.nullcontext,
+@contextlib.contextmanager
+def _contiguous(codec: Codec) -> Iterator[None]:
+    codec.entropy.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        codec.entropy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _nothing(codec: Codec) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+MODES: dict[str, Callable[[Codec], AbstractContextManager[Any]]] = {
+    "plain": _nothing,
+    "cuda": _nothing,
+    "batch": _nothing,
+    "contiguous": _contiguous,
     "without oneDNN": _without_onednn,
     "batch without oneDNN": _without_onednn,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast": lambda codec: torch.autocast(codec.device.type, torch.bfloat16),
     "medium precision": _medium_precision,
     "no denormals": _no_denormals,
 }
-"""What a process enters before it decodes; "batch", "contiguous" and "cuda" say what it does with the model."""
+"""What surrounds decoding. Those named "batch..." decode all files of a size at once, "cuda" on a GPU."""
 
 
 def decode(codec: Codec, files: Sequence[bytes], mode: str = "plain") -> list[Latents]:
     """The latents of files of one model, in a mode of MODES."""
-    if mode == "contiguous":
-        codec.entropy.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     groups = [[index] for index in range(len(files))]
     if mode.startswith("batch"):
         shapes = [_shape(file) for file in files]
         groups = [[index for index, each in enumerate(shapes) if each == shape] for shape in sorted(set(shapes))]
     found: dict[int, Latents] = {}
-    with MODES[mode]():
+    with MODES[mode](codec):
         for group in groups:
             latents, _ = y_hat_of(codec, [files[index] for index in group])
             found |= dict(zip(group, latents, strict=True))
