@@ -119,7 +119,7 @@ def _convolution_of(layer: nn.Conv2d | nn.ConvTranspose2d, name: str) -> Callabl
             raise CheckpointError(f"{name} is a transposed convolution whose outputs overlap.")
         return partial(F.conv_transpose2d, stride=layer.stride)
     if layer.groups == 1:
-        return partial(F.conv2d, stride=layer.stride, padding=layer.padding)
+        return partial(F.conv2d, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
     if (layer.groups, layer.kernel_size, layer.stride, layer.padding) != (layer.in_channels, (3, 3), (1, 1), (1, 1)):
         raise CheckpointError(f"{name} is a convolution in groups, and not a depthwise one of 3x3.")
     return depthwise
