@@ -1,0 +1,236 @@
+"""Does every process decode the same latents, however it computes, and does a picture beyond all ranges survive?
+
+The whole matrix is `python -m hpcmref.exact.selftest FOLDER`; here is what is fast, with small pictures.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import TINY, latents_of, model_of
+from PIL import Image
+from test_exact import FLOAT32, calibrated, there_and_back
+
+from hpcmref import container
+from hpcmref.codec import Codec, load
+from hpcmref.errors import DecodeError
+from hpcmref.exact import attach
+from hpcmref.exact.selftest import CONFIGURATIONS, MODES, Configuration, Latents, decode, run
+from hpcmref.model import context, hpcm
+from hpcmref.model.strips import in_strips
+
+SIDES = (192, 128)
+
+
+def pictures(sample: Image.Image) -> dict[str, Image.Image]:
+    """A photograph, and pictures that take the activations where no calibration has been."""
+    random = np.random.RandomState(0)
+    rows, columns = np.indices(SIDES[::-1])
+    checkerboard = (rows + columns) % 2 * 255
+    primary = random.randint(0, 2, (SIDES[1] // 8, SIDES[0] // 8, 3)).repeat(8, 0).repeat(8, 1) * 255
+    arrays = {
+        "noise": random.randint(0, 256, (*SIDES[::-1], 3)),
+        "black": np.zeros((*SIDES[::-1], 3)),
+        "white": np.full((*SIDES[::-1], 3), 255),
+        "checkerboard": np.stack([checkerboard] * 3, 2),
+        "saturated": primary,
+    }
+    made = {name: Image.fromarray(array.astype(np.uint8)) for name, array in arrays.items()}
+    return {"photograph": sample.crop((100, 50, 100 + SIDES[0], 50 + SIDES[1])), **made}
+
+
+@pytest.fixture(scope="module")
+def files(codec: Codec, sample: Image.Image) -> list[bytes]:
+    """The pictures at one quality, in the order of `pictures`."""
+    return [codec.encode(image, 44) for image in pictures(sample).values()]
+
+
+@pytest.fixture(scope="module")
+def expected(codec: Codec, files: list[bytes]) -> list[Latents]:
+    return decode(codec, files)
+
+
+# --- one process ---------------------------------------------------------------------------------------------------
+
+
+def test_symbols_are_those_that_were_encoded(files: list[bytes], expected: list[Latents]) -> None:
+    assert [symbols for symbols, _ in expected] == [container.parse(file).latent_checksum for file in files]
+    assert len(set(expected)) == len(files)
+
+
+@pytest.mark.parametrize("quality", [0, 63])
+def test_pictures_beyond_all_ranges_survive(codec: Codec, sample: Image.Image, quality: int) -> None:
+    """At the lowest and the highest quality: `Codec.decode` compares the symbols."""
+    for image in pictures(sample).values():
+        assert codec.decode(codec.encode(image, quality)).size == image.size
+
+
+@pytest.mark.parametrize("mode", sorted(set(MODES) - {"plain", "cuda"}))
+def test_a_mode_changes_nothing(mode: str, codec: Codec, files: list[bytes], expected: list[Latents]) -> None:
+    assert decode(codec, files, mode) == expected
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_changes_nothing(
+    threads: int, codec: Codec, files: list[bytes], expected: list[Latents]
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert decode(codec, files) == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_encoding_in_a_mode_gives_the_same_latents(codec: Codec, sample: Image.Image) -> None:
+    """What is encoded while the caller computes in bfloat16 is decoded without."""
+    image = pictures(sample)["photograph"]
+    for mode in ("autocast", "medium precision", "without oneDNN", "no denormals"):
+        with MODES[mode](codec):
+            data = codec.encode(image, 20)
+        codec.decode(data)  # compares the symbols
+
+
+def test_eight_threads_at_once(codec: Codec, sample: Image.Image) -> None:
+    images = [image.crop((0, 0, 64 + 8 * index, 64)) for index, image in enumerate(pictures(sample).values())] * 4
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(partial(codec.encode, quality=30), images))
+            decoded = list(pool.map(lambda data: decode(codec, [data]), together))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert decoded == [decode(codec, [data]) for data in together]
+    assert [symbols for ((symbols, _),) in decoded] == [container.parse(data).latent_checksum for data in together]
+
+
+@pytest.mark.parametrize("batch", [2, 17])  # from 16 on, PyTorch may take other kernels
+@pytest.mark.parametrize("mode", ["plain", "without oneDNN", "contiguous"])
+def test_images_in_a_batch_and_alone(batch: int, mode: str, codec: Codec) -> None:
+    model = model_of(TINY)
+    exact = attach(model.entropy, calibrated(model, FLOAT32))
+    y, z = latents_of(model, batch, (1, 2))
+    if mode != "contiguous":
+        exact.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with MODES[mode](codec):
+        payloads, written, read = there_and_back(exact, y, z, codec._thresholds)
+        assert torch.equal(written.view(torch.int32), read.view(torch.int32))
+        for index in range(0, batch, 5):
+            (payload,), alone, _ = there_and_back(exact, y[index, None], z[index, None], codec._thresholds)
+            assert payload == payloads[index]
+            assert torch.equal(alone[0].view(torch.int32), written[index].view(torch.int32))
+
+
+def test_strips_change_nothing(
+    codec: Codec, files: list[bytes], expected: list[Latents], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in large images: every local function on a few rows at a time."""
+    strips = []
+
+    def few(function: object, *inputs: torch.Tensor, **options: int) -> torch.Tensor:
+        strips.append(inputs[0].shape)
+        return in_strips(function, *inputs, **options | {"positions": inputs[0].shape[3]})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(context, "in_strips", few)
+    monkeypatch.setattr(hpcm, "in_strips", few)
+    assert decode(codec, files[:2]) == expected[:2]
+    assert len(strips) > 20
+
+
+def test_what_differs_all_the_same_is_an_error(codec: Codec, files: list[bytes]) -> None:
+    """A machine that computed one layer otherwise would decode symbols that do not fit the file's checksum."""
+    bias = codec.entropy.context.adaptor_s1[0].bias
+    bias *= 2
+    try:
+        with pytest.raises(DecodeError, match="latents"):
+            codec.decode(files[0])
+    finally:
+        bias /= 2
+
+
+# --- other processes -----------------------------------------------------------------------------------------------
+
+OTHERS = (
+    Configuration(
+        "an old machine",
+        {
+            "ATEN_CPU_CAPABILITY": "default",
+            "ONEDNN_MAX_CPU_ISA": "SSE41",
+            "MKL_CBWR": "COMPATIBLE",
+            "OMP_NUM_THREADS": "1",
+        },
+    ),
+    Configuration(
+        "a machine with AVX2",
+        {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+        "batch",
+    ),
+    Configuration("bfloat16 by default", {"ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}, "medium precision"),
+)
+
+
+@pytest.mark.parametrize("configuration", OTHERS, ids=lambda configuration: configuration.name)
+def test_another_process_decodes_the_same(
+    configuration: Configuration, files: list[bytes], expected: list[Latents], tmp_path: Path
+) -> None:
+    paths = [tmp_path / f"{index}.bin" for index in range(len(files))]
+    for path, data in zip(paths, files, strict=True):
+        path.write_bytes(data)
+    assert run(configuration, paths, None) == expected
+
+
+def test_a_file_of_another_machine_decodes_here(codec: Codec, sample: Image.Image, tmp_path: Path) -> None:
+    pictures(sample)["photograph"].save(tmp_path / "image.png")
+    subprocess.run(
+        [sys.executable, "-m", "hpcmref", "encode", "image.png", "-o", "image.bin"],
+        cwd=tmp_path,
+        env=os.environ | OTHERS[0].environment,
+        check=True,
+    )
+    codec.decode((tmp_path / "image.bin").read_bytes())  # compares the symbols
+
+
+def test_the_matrix_tries_what_it_should() -> None:
+    """Every environment variable and mode that the specification names."""
+    tried = {pair for each in CONFIGURATIONS for pair in each.environment.items()}
+    assert {name for name, _ in tried} == {
+        *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR"),
+        *("OMP_NUM_THREADS", "ONEDNN_DEFAULT_FPMATH_MODE"),
+    }
+    assert {each.mode for each in CONFIGURATIONS} == set(MODES) - {"cuda"}
+
+
+def test_a_process_that_fails_is_told(tmp_path: Path) -> None:
+    assert "No such file" in str(run(CONFIGURATIONS[0], [tmp_path / "missing.bin"], None))
+
+
+# --- a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_gpu_and_a_cpu_decode_what_the_other_encoded(
+    tf32: bool, codec: Codec, sample: Image.Image, files: list[bytes], expected: list[Latents]
+) -> None:
+    other = load(device="cuda")
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.benchmark = tf32
+    try:
+        assert decode(other, files) == expected
+        assert decode(other, files, "batch") == expected
+        there = [other.encode(image, 44) for image in pictures(sample).values()]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.benchmark = False
+    assert decode(codec, there) == decode(other, there)
+    assert [symbols for symbols, _ in decode(codec, there)] == [container.parse(data).latent_checksum for data in there]
