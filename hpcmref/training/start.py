@@ -69,7 +69,8 @@ def _order_frequencies(model: HPCM, kept: int) -> None:
     order[trained] = torch.arange(kept)
     order[~trained] = torch.arange(kept, channels)
     analysis, synthesis = model.g_a[-1], model.g_s[0]
-    assert isinstance(analysis, nn.Conv2d) and isinstance(synthesis, nn.ConvTranspose2d)
+    assert isinstance(analysis, nn.Conv2d)
+    assert isinstance(synthesis, nn.ConvTranspose2d)
     with torch.no_grad():
         analysis.weight.copy_(analysis.weight[order])
         synthesis.weight.copy_(synthesis.weight[order])
