@@ -123,23 +123,25 @@ class ContextModel(nn.Module):
         hyper: (B, 2M, H, W), the scales and means that h_s predicts, H and W multiples of 4; quality: (B,). Returns
         y_hat (B, M, H, W).
         """
+        # Without gradients, y_hat and the context of each scale are planes that are overwritten, and hyper becomes one.
         quant_steps = [table(quality) for table in self.quant_steps]
 
         hyper_s2 = _halves(S2.down, hyper)
         context = _halves(S1.down, hyper_s2)
-        y_hat = _code(STEPS_S1[0], context, coder)
+        y_hat = torch.zeros_like(context[:, : context.shape[1] // 2])
+        y_hat = _code(STEPS_S1[0], context, y_hat, coder)
         context, y_hat = self._scale(
             STEPS_S1[1:], context, y_hat, coder, self.adaptor_s1, self.prior_s1_s2, quant_steps[:1], self.attn_s1
         )
 
         if self.displaced_s2:
             hyper_s2 = _displaced(hyper)
-        context = self.context_net[0](_put(S1, hyper_s2, context))
+        context = _mixed(self.context_net[0], _put(S1, hyper_s2, context))
         context, y_hat = self._scale(
             STEPS_S2, context, S1.up(y_hat), coder, self.adaptor_s2, self.prior_s1_s2, quant_steps[1:4], self.attn_s2
         )
 
-        context = self.context_net[1](_put(S2, hyper, context))
+        context = _mixed(self.context_net[1], _put(S2, hyper, context))
         _, y_hat = self._scale(
             STEPS_S3, context, S2.up(y_hat), coder, self.adaptor_s3, self.prior_s3, quant_steps[4:], self.attn_s3
         )
@@ -160,13 +162,15 @@ class ContextModel(nn.Module):
         for step, adaptor, quant_step in zip(steps, adaptors, quant_steps, strict=True):
             predict = partial(_predict, prior, adaptor, quant_step)
             context = in_strips(predict, context_next, y_hat, halo=prior.halo)
-            y_hat = y_hat + _code(step, context, coder)
+            y_hat = _code(step, context, y_hat, coder)
             if step is STEPS_S3[-1]:
                 break
             if attention is None:
                 context_next = context
             else:
-                context_next = in_strips(attention, context, context_next, halo=0, unit=attention.window)
+                side = attention.window
+                context_next = in_strips(attention, context, context_next, halo=0, unit=side, into=context_next)
+            del context
         return context_next, y_hat
 
 
@@ -177,10 +181,15 @@ def _predict(
     return prior(adaptor(torch.cat((context_next, y_hat), dim=1)), quant_step)
 
 
-def _code(step: Step, context: Tensor, coder: Coder) -> Tensor:
-    """The latents of one step at their places (B, M, h, w), zero elsewhere."""
+def _code(step: Step, context: Tensor, y_hat: Tensor, coder: Coder) -> Tensor:
+    """y_hat (B, M, h, w) with the latents of one step at their places."""
     scales, means = context.chunk(2, dim=1)
-    return step.place(coder.code(step, step.select(scales), step.select(means)))
+    return step.put(y_hat, coder.code(step, step.select(scales), step.select(means)))
+
+
+def _mixed(convolution: nn.Module, context: Tensor) -> Tensor:
+    """1x1 convolution of a context (B, 2M, h, w)."""
+    return in_strips(convolution, context, halo=0, into=context)
 
 
 def _halves(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -189,9 +198,12 @@ def _halves(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _put(lattice: Lattice, hyper: Tensor, context: Tensor) -> Tensor:
-    """Hyper parameters on the finer lattice, with the positions coded so far replaced by their context."""
+    """Hyper parameters on the finer lattice, with the positions coded so far replaced by their context: hyper itself,
+    or with gradients a copy.
+    """
     pairs = zip(hyper.chunk(2, dim=1), context.chunk(2, dim=1), strict=True)
-    return torch.cat([lattice.put(fine, coarse) for fine, coarse in pairs], dim=1)
+    halves = [lattice.put(fine, coarse) for fine, coarse in pairs]
+    return torch.cat(halves, dim=1) if torch.is_grad_enabled() else hyper
 
 
 def _displaced(hyper: Tensor) -> Tensor:
