@@ -228,7 +228,7 @@ def load(model: str | Path | None = None, device: str = "auto") -> Codec:
 def fresh(model: str | Path | None = None, device: str = "auto") -> Codec:
     """As `load`, but a codec of the caller's own, which is not kept."""
     path = checkpoints.find(model)
-    return Codec(checkpoints.load(path), path.stem, _device(device))
+    return Codec(checkpoints.load(path), path.stem, device_of(device))
 
 
 _kept = lru_cache(maxsize=2)(fresh)
@@ -272,7 +272,7 @@ def _mismatch(wanted: bytes, name: str, found: bytes) -> str:
     return f"the file was made with the model {known or 'of fingerprint'} ({wanted.hex()}), not {name} ({found.hex()})"
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):

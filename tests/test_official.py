@@ -106,7 +106,7 @@ def test_parity(preset: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Recorder, "made", [], raising=False)
     monkeypatch.setattr("hpcmref.model.hpcm.Estimator", Recorder)
     params: list[Tensor] = []
-    model.entropy.h_s.register_forward_hook(lambda module, inputs, output: params.append(output))
+    model.entropy.h_s.register_forward_hook(lambda module, inputs, output: params.append(output.clone()))
     with torch.no_grad():
         out = model(x)
     (recorder,) = Recorder.made

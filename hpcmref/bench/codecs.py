@@ -240,9 +240,9 @@ def _hpcmref(text: str, device: str) -> HpcmrefCodec:
 
 def _resolved(device: str) -> str:
     """ "cpu" or "cuda" for "auto" too."""
-    from hpcmref.codec import _device
+    from hpcmref.codec import device_of
 
-    return _device(device).type
+    return device_of(device).type
 
 
 def _options(text: str) -> dict[str, Any]:

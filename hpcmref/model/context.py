@@ -75,16 +75,18 @@ class CrossAttentionCell(nn.Module):
         """(B, C, h, w) -> (B, windows, heads, tokens, C/heads), zero outside of the plane."""
         side = self.window
         height, width = x.shape[2:]
-        x = F.pad(x, (0, -width % side, 0, -height % side))
+        if height % side or width % side:
+            x = F.pad(x, (0, -width % side, 0, -height % side))
         x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).unflatten(1, (self.heads, -1))
         return x.permute(0, 3, 5, 1, 4, 6, 2).flatten(4, 5).flatten(1, 2)
 
     def _plane(self, x: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of `_windows`."""
+        """The inverse of `_windows`, channels last in memory."""
         side = self.window
         rows = -(-height // side)
-        x = x.unflatten(3, (side, side)).unflatten(1, (rows, -1))
-        return x.permute(0, 3, 6, 1, 4, 2, 5).flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, :, :height, :width]
+        x = x.unflatten(3, (side, side)).unflatten(1, (rows, -1))  # (B, row, column, heads, row, column, C/heads)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+        return x.permute(0, 3, 1, 2)[:, :, :height, :width]
 
     def _inside(self, height: int, width: int, device: torch.device) -> Tensor | None:
         """Which keys of each window lie in the plane: (windows, 1, 1, tokens) bool; None if all do."""

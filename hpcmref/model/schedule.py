@@ -45,7 +45,7 @@ class Lattice:
     def up(self, values: Tensor) -> Tensor:
         """Values (B, C, H/2, W/2) on the finer lattice (B, C, H, W), zero elsewhere."""
         batch, channels, height, width = values.shape
-        return self.put(values.new_zeros(batch, channels, 2 * height, 2 * width), values)
+        return self.put(_zeros(values, batch, channels, 2 * height, 2 * width), values)
 
 
 S2 = Lattice(((0, 0), (1, 1), (0, 1), (1, 0)) * 2)
@@ -86,6 +86,11 @@ class Step:
     def _index(self, shape: torch.Size, device: torch.device) -> Tensor:
         batch, _, channels, height, width = shape
         return self.table(height, width, device).expand(batch, 1, channels, height, width)
+
+
+def _zeros(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
+    """Zeros (B, C, H, W), channels last in memory as all that the networks compute."""
+    return like.new_zeros(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _step(scale: int, cells: Sequence[Sequence[tuple[int, int]]], order: Sequence[int], side: int) -> Step:
