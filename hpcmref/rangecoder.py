@@ -75,11 +75,14 @@ class _Tables(NamedTuple):
 
 
 class SymbolEncoder:
-    """Collects symbols with `put`; `finish` turns them into bytes."""
+    """Collects symbols with `put`; `finish` turns them into bytes.
+
+    CompressAI's encoder takes six bytes for every symbol before it writes the first word, so it gets them at the end,
+    when the networks need no memory any more.
+    """
 
     def __init__(self) -> None:
-        self._coder = _ans().BufferedRansEncoder()
-        self._empty = True
+        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
 
     def put(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
         """Appends `symbols`, and after them the values of those that were escaped.
@@ -110,19 +113,22 @@ class SymbolEncoder:
 
     def finish(self) -> bytes:
         """The bytes of all symbols: empty without any, else a multiple of 4, at least 8. Ends the encoder's life."""
-        if self._empty:
+        if not self._parts:
             return b""
         # CompressAI allocates one word per symbol and writes up to one per two symbols and two for the state: too many
         # for one or two symbols. Two more make room; the decoder never asks for them, and as the likeliest symbol of
         # table 0 they cost 0.0002 bits.
         self._append(np.zeros(2, np.int32), np.zeros(2, np.int32))
-        return self._coder.flush()
+        coder, tables = _ans().BufferedRansEncoder(), _tables()
+        for symbols, indexes in self._parts:
+            # As lists: the extension converts arrays three times slower, element by element.
+            coder.encode_with_indexes(symbols.tolist(), indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
+        self._parts.clear()
+        return coder.flush()
 
     def _append(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
-        # As lists: the extension converts arrays three times slower, element by element.
-        tables = _tables()
-        self._coder.encode_with_indexes(symbols.tolist(), indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
-        self._empty = False
+        """Symbols and escapes as tables have them."""
+        self._parts.append((symbols.astype(np.int16), indexes.astype(np.uint8)))
 
 
 class SymbolDecoder:
