@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hpcmref import DEFAULT_QUALITY, checkpoints, container, imageio
+from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, checkpoints, container, imageio
 from hpcmref.checkpoints import Checkpoint
 from hpcmref.container import Container
 from hpcmref.errors import (
@@ -34,9 +35,6 @@ from hpcmref.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
 
 EXACT = 1
 """Arithmetic id of an entropy path on integers (`hpcmref.exact`). 0 was float32, which no release has written."""
-
-DEFAULT_MAX_PIXELS = 1 << 27
-"""Of an image that is decoded, unless the caller says otherwise: 134 megapixels, which take about 6 GB."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ class Codec:
             raise ConfigError(f"the scale is {upto}, and must be 1, 2 or 3")
         file = container.parse(data, partial)
         if (pixels := file.width * file.height) > max_pixels:
-            raise ImageError(f"the image has {pixels} pixels, and {max_pixels} are allowed")
+            raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
         if file.arithmetic != EXACT:
             raise UnsupportedError(f"the file uses arithmetic {file.arithmetic}, which this hpcmref does not know")
         if file.fingerprint != self.fingerprint:
@@ -214,15 +212,26 @@ class Codec:
         return torch.tensor([float(quality)], device=self.device)
 
 
-@lru_cache(maxsize=2)
+_loading = threading.Lock()
+
+
 def load(model: str | Path | None = None, device: str = "auto") -> Codec:
     """The codec of a model: a registry name, a .safetensors file, or None for the default that ships with hpcmref.
 
     device: "cpu", "cuda", or "auto" for CUDA where there is one. The last two codecs are kept, since loading takes
     longer than encoding a small image. Raises CheckpointError, ConfigError.
     """
+    with _loading:  # threads that ask for a codec at once get the same one
+        return _kept(checkpoints.find(model), _device(device).type)
+
+
+def fresh(model: str | Path | None = None, device: str = "auto") -> Codec:
+    """As `load`, but a codec of the caller's own, which is not kept."""
     path = checkpoints.find(model)
     return Codec(checkpoints.load(path), path.stem, device_of(device))
+
+
+_kept = lru_cache(maxsize=2)(fresh)
 
 
 def codec_for(fingerprint: bytes, device: str = "auto", model: str | Path | None = None) -> Codec:

@@ -156,9 +156,9 @@ class HpcmrefCodec:
 @functools.cache
 def _network(model: str, device: str) -> Network:
     # Not `codec.load`: that keeps two models only, and a run may go round more of them for every image.
-    from hpcmref.codec import load
+    from hpcmref.codec import fresh
 
-    return load.__wrapped__(model, device)
+    return fresh(model, device)
 
 
 @functools.cache
