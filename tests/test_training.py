@@ -227,6 +227,7 @@ def test_the_average_lends_itself_to_the_model() -> None:
         {"crop": 0},
         {"last_crop": 65},
         {"minutes": 0.0},
+        {"steps": 0},
         {"batch": 0},
     ],
 )

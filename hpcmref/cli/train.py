@@ -21,6 +21,10 @@ def train(
         Path, typer.Option("-o", "--output", metavar="DIR", help="For state, log and weights; resumes a state.")
     ],
     preset: Annotated[str, typer.Option("--preset", help="The architecture: nano or light.")] = "nano",
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="MODEL", help="Begin with a trained model, which may have a lower M."),
+    ] = None,
     minutes: Annotated[float, typer.Option("--minutes", help="Wall-clock budget; the schedule follows it.")] = 60.0,
     batch: Annotated[int, typer.Option("--batch", help="Crops a step.")] = 12,
     crop: Annotated[int, typer.Option("--crop", help="Side of a crop in pixels, a multiple of 64.")] = 128,
@@ -42,9 +46,9 @@ def train(
     from hpcmref.training import train as run
 
     config = TrainingConfig(
-        data=tuple(data), output=output, preset=preset, minutes=minutes, batch=batch, crop=crop, last_batch=last_batch,
-        last_crop=last_crop, last_part=last_part, learning_rate=learning_rate, seed=seed, device=device,
-        bfloat16=bfloat16, compile=compile_, limit=limit, steps=steps,
+        data=tuple(data), output=output, preset=preset, start=start, minutes=minutes, batch=batch, crop=crop,
+        last_batch=last_batch, last_crop=last_crop, last_part=last_part, learning_rate=learning_rate, seed=seed,
+        device=device, bfloat16=bfloat16, compile=compile_, limit=limit, steps=steps,
     )  # fmt: skip
     trainer = run(config, (lambda _: None) if quiet else _print)
     with trainer.averaged() as model:
@@ -52,7 +56,7 @@ def train(
             model,
             output / f"{preset}.safetensors",
             description=f"{preset}, {trainer.seconds / 60:.0f} minutes of training",
-            provenance={"minutes": trainer.seconds / 60, "steps": trainer.step, "seed": seed},
+            provenance={"minutes": trainer.seconds / 60, "steps": trainer.step, "seed": seed, "from": start},
         )
     if not quiet:
         print(f"{made.path}: {made.parameters} parameters, {made.size} bytes, fingerprint {made.fingerprint.hex()}")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpcmref import checkpoints
 from hpcmref.errors import CheckpointError, ConfigError
 from hpcmref.model import HPCM, PRESETS
 from hpcmref.model.context import CrossAttentionCell
@@ -19,6 +20,7 @@ from hpcmref.model.entropy import bits
 from hpcmref.model.hpcm import Estimate
 from hpcmref.model.layers import ResidualBlock, anchor_weights
 from hpcmref.training.data import Tiles
+from hpcmref.training.start import start_from
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class TrainingConfig:
     data: tuple[Path, ...]
     output: Path
     preset: str = "nano"
+    start: str | Path | None = None
+    """A model to begin with, by name or file; a state in `output` goes first."""
     minutes: float = 60.0
     batch: int = 12
     crop: int = 128
@@ -54,6 +58,8 @@ class TrainingConfig:
             raise ConfigError(f"The preset {self.preset!r} has no rate anchors to train over.")
         if self.crop % 64 or self.last_crop % 64 or min(self.crop, self.last_crop) < 64:
             raise ConfigError("Crops must be multiples of 64 pixels.")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError("A run has at least one step.")
         if self.minutes <= 0 or self.batch < 1 or self.last_batch < 1:
             raise ConfigError("The budget and the batches must be positive.")
 
@@ -92,6 +98,11 @@ class Trainer:
         self._losses: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._compute_losses
         if config.compile:
             self._losses = torch.compile(self._compute_losses, dynamic=False)
+
+    def begin_with(self, trained: HPCM) -> None:
+        """Take over the weights of a trained model, which may be smaller. Raises ConfigError if they do not fit."""
+        start_from(self.model, trained)
+        _assign(self.average, list(self.model.parameters()))
 
     @property
     def progress(self) -> float:
@@ -213,6 +224,8 @@ def train(config: TrainingConfig, report: Callable[[Report], None] = lambda _: N
     trainer = Trainer(config)
     if state.exists():
         trainer.load(state)
+    elif config.start is not None:
+        trainer.begin_with(checkpoints.load(checkpoints.find(config.start)).model)
     with (config.output / "log.jsonl").open("a") as log:
 
         def tell(kind: str, values: dict[str, float]) -> None:

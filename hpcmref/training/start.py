@@ -23,28 +23,33 @@ def start_from(model: HPCM, trained: HPCM) -> None:
     before, after = theirs.M // GROUPS, ours.M // GROUPS
     if after < before:
         raise ConfigError(f"A model of M = {ours.M} cannot start from one of M = {theirs.M}.")
-    if after > before and ours.transform == "dct":
-        _order_frequencies(model, theirs.M)
+    for setting in ("transform", "ratio", "hyper_ratio", "N", "context_width", "heads", "windows", "displaced_s2"):
+        if getattr(ours, setting) != getattr(theirs, setting):
+            raise ConfigError(f"The trained model and the preset {ours.preset!r} differ in {setting}.")
+    if after > before and ours.heads and 2 * GROUPS % ours.heads:
+        raise ConfigError(f"With {ours.heads} heads a model cannot grow: a head would see parts of channel groups.")
     source = dict(trained.named_parameters())
     targets = dict(model.named_parameters())
     if unknown := sorted(set(source) - set(targets)):
         raise ConfigError(f"The trained model has {unknown[0]}, which the preset {ours.preset!r} has not.")
+    places = {name: _places(name, targets[name], tensor, before, after) for name, tensor in source.items()}
+    if after > before and ours.transform == "dct":
+        _order_frequencies(model, theirs.M)
+    convolutions = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     with torch.no_grad():
         for name, tensor in source.items():
-            transposed = name == "g_s.0.weight"
-            _place(name, targets[name], tensor, before, after, transposed)
-        if ours.heads:
+            target = targets[name]
+            query = ".conv_q." in name
+            if query and after > before:
+                target.zero_()  # the new channels of a head count for nothing at first
+            if name in convolutions and target.shape[1] != tensor.shape[1]:
+                target[places[name][0].flatten()] = 0  # a trained output sees no new input
             # Attention divides by the square root of the channels of a head.
-            factor = math.sqrt((2 * ours.M // ours.heads) / (2 * theirs.M // theirs.heads))
-            for name, parameter in targets.items():
-                if ".conv_q." in name and name in source:
-                    parameter.mul_(factor)
+            target[places[name]] = tensor.to(target) * (math.sqrt(after / before) if query else 1)
 
 
-def _place(name: str, target: Tensor, source: Tensor, before: int, after: int, transposed: bool) -> None:
-    """Put `source` into `target`; a trained output sees no new input, except in a transposed convolution."""
-    if target.dim() != source.dim():
-        raise ConfigError(f"{name} has {source.dim()} dimensions in the trained model and {target.dim()} in this one.")
+def _places(name: str, target: Tensor, source: Tensor, before: int, after: int) -> tuple[Tensor, ...]:
+    """The index that picks, from `target`, the numbers which `source` has; ConfigError if it does not fit."""
     places = []
     for axis, (new, old) in enumerate(zip(target.shape, source.shape, strict=True)):
         place = torch.arange(old, device=target.device)
@@ -54,9 +59,7 @@ def _place(name: str, target: Tensor, source: Tensor, before: int, after: int, t
                 raise ConfigError(f"{name} has the shape {shapes}.")
             place = place // before * after + place % before
         places.append(place.view([-1 if axis == other else 1 for other in range(source.dim())]))
-    if target.dim() == 4 and not transposed and target.shape[1] != source.shape[1]:
-        target[places[0].flatten()] = 0
-    target[tuple(places)] = source.to(target)
+    return tuple(places)
 
 
 def _order_frequencies(model: HPCM, kept: int) -> None:

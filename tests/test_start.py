@@ -1,0 +1,142 @@
+"""Does a run that begins with a trained model begin as the same function, also when the model has grown?"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DATA
+from models import TINY, model_of
+from torch import Tensor
+
+from hpcmref import checkpoints
+from hpcmref.errors import CheckpointError, ConfigError
+from hpcmref.model import HPCM, PRESETS
+from hpcmref.model.coders import _Target
+from hpcmref.model.schedule import Step
+from hpcmref.training import TrainingConfig, train
+from hpcmref.training.start import start_from
+
+SMALL = dataclasses.replace(TINY, stages=((192, 1),), synthesis=((192, 1),))
+GROWN = dataclasses.replace(SMALL, M=48)
+OLD = torch.arange(48) % 6 < 4
+"""The places of a grown model that hold the 32 trained channels: 4 of the 6 in each group."""
+
+
+class Recorder:
+    """A coder that codes nothing: every latent is what `latents` says, and the predictions are kept."""
+
+    def __init__(self, y: Tensor, z: Tensor) -> None:
+        self._target = _Target(y, z)
+        self.predicted: list[tuple[Tensor, Tensor]] = []
+
+    def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
+        self.predicted.append((scales, means))
+        return self._target.of(step)
+
+
+def started(config: Any, trained: HPCM) -> HPCM:
+    torch.manual_seed(5)
+    model = HPCM(config).initialise().to(next(trained.parameters()).dtype)
+    start_from(model, trained)
+    return model.eval()
+
+
+def test_a_model_of_the_same_shape_begins_as_the_same() -> None:
+    trained = model_of(SMALL)
+    model = started(SMALL, trained)
+    for (name, found), (_, expected) in zip(model.named_parameters(), trained.named_parameters(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+@torch.no_grad()
+def test_a_grown_model_computes_the_old_channels_as_before() -> None:
+    """y and z; all scales and means, whatever the new latents hold; the picture, where the new latents are zero."""
+    trained = model_of(SMALL).double()
+    model = started(GROWN, trained)
+    x, quality = torch.rand(2, 3, 64, 128).double(), torch.tensor([10.0, 50.0]).double()
+    y, z = trained.analyse(x, quality)
+    y_grown, z_grown = model.analyse(x, quality)
+    torch.testing.assert_close(y_grown[:, OLD], y)
+    torch.testing.assert_close(z_grown, z)
+
+    before, after = Recorder(8 * y, z), Recorder(torch.randn_like(y_grown), z)
+    after._target._planes = {
+        scale: plane.index_copy(1, OLD.nonzero().flatten(), before._target._planes[scale])
+        for scale, plane in after._target._planes.items()
+    }
+    size = (z.shape[2], z.shape[3])
+    y_hat = trained.entropy(quality, size, before)
+    y_hat_grown = model.entropy(quality, size, after)
+    torch.testing.assert_close(y_hat_grown[:, OLD], y_hat)
+    assert len(before.predicted) == len(after.predicted) == 12
+    for pair, grown_pair in zip(before.predicted, after.predicted, strict=True):
+        for expected, found in zip(pair, grown_pair, strict=True):
+            # A step codes 1/2, 1/4 or 1/8 of the channels, in whole groups, so the old ones lie as in y.
+            kept = found if found.shape == expected.shape else found[:, OLD[: found.shape[1]]]
+            torch.testing.assert_close(kept, expected)
+
+    alone = torch.zeros_like(y_hat_grown)
+    alone[:, OLD] = y_hat
+    torch.testing.assert_close(
+        model.synthesise(alone, quality), trained.synthesise(y_hat, quality), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_new_channels_begin_with_the_next_frequencies_and_the_gains_of_the_start() -> None:
+    fresh = HPCM(GROWN).initialise()
+    model = started(GROWN, model_of(SMALL))
+    assert fresh.log_gain is not None
+    assert model.log_gain is not None
+    assert torch.equal(model.log_gain.values[:, ~OLD], fresh.log_gain.values[:, ~OLD])
+    new, rest = model.g_a[-1].weight[~OLD], fresh.g_a[-1].weight[32:]
+    assert torch.equal(new, rest)
+    assert torch.equal(model.g_s[0].weight[~OLD], fresh.g_s[0].weight[32:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"M": 24}, "M = 24"),
+        ({"context_width": 48}, "context_width"),
+        ({"heads": 8}, "heads"),
+        ({"N": 24, "M": 48}, "N"),
+    ],
+)
+def test_what_cannot_begin_is_refused(changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        started(dataclasses.replace(SMALL, **changes), model_of(SMALL))
+    with pytest.raises(ConfigError, match="heads"):
+        started(dataclasses.replace(GROWN, heads=32), model_of(SMALL, heads=32))
+
+
+def test_a_run_begins_with_a_model_and_goes_on_with_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights and their average; no state is overruled."""
+    monkeypatch.setitem(PRESETS, "nano", GROWN)
+    model = model_of(SMALL)
+    path = tmp_path / "small.safetensors"
+    checkpoints.save(model, path, "small", {})
+    stored = checkpoints.load(path).model.g_a[1].weight
+    config = TrainingConfig(
+        data=(DATA / "sample.png",),
+        output=tmp_path / "run",
+        start=path,
+        batch=1,
+        crop=64,
+        last_crop=64,
+        steps=1,
+        warm_up=10**12,
+    )
+    begun = train(config)
+    torch.testing.assert_close(begun.model.g_a[1].weight, stored)
+    torch.testing.assert_close(begun.average, list(begun.model.parameters()))
+    begun.step = 7
+    begun.average[0].fill_(0.5)
+    begun.save(tmp_path / "run" / "state.pt")
+    resumed = train(dataclasses.replace(config, start=tmp_path / "is gone"))
+    assert (resumed.step, float(resumed.average[0].mean())) == (7, 0.5)
+    with pytest.raises(CheckpointError, match="is gone"):
+        train(dataclasses.replace(config, output=tmp_path / "other", start=tmp_path / "is gone"))
