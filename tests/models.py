@@ -23,6 +23,9 @@ TINY = dataclasses.replace(
 )
 """All parts of nano, a hundredth of its size."""
 
+TRAINABLE = dataclasses.replace(TINY, stages=((192, 1),), synthesis=((192, 1),))
+"""As tiny, with the width that the DCT start needs."""
+
 
 def model_of(config: HPCMConfig = TINY, seed: int = 0, **changes: Any) -> HPCM:
     """An untrained model in eval mode whose scales, means and attention all vary: ordinary random weights."""

@@ -109,7 +109,7 @@ class TestRay:
 
     def test_bench(self, folder: Path) -> None:
         pytest.importorskip("ray")
-        pytest.importorskip("pytorch_msssim")
+        pytest.importorskip("bjontegaard")
         arguments = ["bench", "in", "--codecs", "jpeg,hpcmref", "--qualities", "jpeg=20,70", "--qualities", "10,40"]
         local = call(*arguments, "--csv", "local.csv")
         spread = call(*arguments, "--csv", "ray.csv", "--ray", "local", "--jobs", "2")

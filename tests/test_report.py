@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-pytest.importorskip("pytorch_msssim")
+pytest.importorskip("bjontegaard")
 pytest.importorskip("matplotlib")
 
 from hpcmref.bench import codecs, measure, viewer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DATA
-from models import TINY, model_of
+from models import TRAINABLE, model_of
 from torch import Tensor
 
 from hpcmref import checkpoints
@@ -17,11 +17,10 @@ from hpcmref.errors import CheckpointError, ConfigError
 from hpcmref.model import HPCM, PRESETS
 from hpcmref.model.coders import _Target
 from hpcmref.model.schedule import Step
-from hpcmref.training import TrainingConfig, train
+from hpcmref.training import Phase, TrainingConfig, train
 from hpcmref.training.start import start_from
 
-SMALL = dataclasses.replace(TINY, stages=((192, 1),), synthesis=((192, 1),))
-GROWN = dataclasses.replace(SMALL, M=48)
+GROWN = dataclasses.replace(TRAINABLE, M=48)
 OLD = torch.arange(48) % 6 < 4
 """The places of a grown model that hold the 32 trained channels: 4 of the 6 in each group."""
 
@@ -46,8 +45,8 @@ def started(config: Any, trained: HPCM) -> HPCM:
 
 
 def test_a_model_of_the_same_shape_begins_as_the_same() -> None:
-    trained = model_of(SMALL)
-    model = started(SMALL, trained)
+    trained = model_of(TRAINABLE)
+    model = started(TRAINABLE, trained)
     for (name, found), (_, expected) in zip(model.named_parameters(), trained.named_parameters(), strict=True):
         assert torch.equal(found, expected), name
 
@@ -55,7 +54,7 @@ def test_a_model_of_the_same_shape_begins_as_the_same() -> None:
 @torch.no_grad()
 def test_a_grown_model_computes_the_old_channels_as_before() -> None:
     """y and z; all scales and means, whatever the new latents hold; the picture, where the new latents are zero."""
-    trained = model_of(SMALL).double()
+    trained = model_of(TRAINABLE).double()
     model = started(GROWN, trained)
     x, quality = torch.rand(2, 3, 64, 128).double(), torch.tensor([10.0, 50.0]).double()
     y, z = trained.analyse(x, quality)
@@ -88,7 +87,7 @@ def test_a_grown_model_computes_the_old_channels_as_before() -> None:
 
 def test_new_channels_begin_with_the_next_frequencies_and_the_gains_of_the_start() -> None:
     fresh = HPCM(GROWN).initialise()
-    model = started(GROWN, model_of(SMALL))
+    model = started(GROWN, model_of(TRAINABLE))
     assert fresh.log_gain is not None
     assert model.log_gain is not None
     assert torch.equal(model.log_gain.values[:, ~OLD], fresh.log_gain.values[:, ~OLD])
@@ -108,34 +107,28 @@ def test_new_channels_begin_with_the_next_frequencies_and_the_gains_of_the_start
 )
 def test_what_cannot_begin_is_refused(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
-        started(dataclasses.replace(SMALL, **changes), model_of(SMALL))
+        started(dataclasses.replace(TRAINABLE, **changes), model_of(TRAINABLE))
     with pytest.raises(ConfigError, match="heads"):
-        started(dataclasses.replace(GROWN, heads=32), model_of(SMALL, heads=32))
+        started(dataclasses.replace(GROWN, heads=32), model_of(TRAINABLE, heads=32))
 
 
 def test_a_run_begins_with_a_model_and_goes_on_with_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights and their average; no state is overruled."""
     monkeypatch.setitem(PRESETS, "nano", GROWN)
-    model = model_of(SMALL)
+    model = model_of(TRAINABLE)
     path = tmp_path / "small.safetensors"
     checkpoints.save(model, path, "small", {})
     stored = checkpoints.load(path).model.g_a[1].weight
     config = TrainingConfig(
-        data=(DATA / "sample.png",),
-        output=tmp_path / "run",
-        start=path,
-        batch=1,
-        crop=64,
-        last_crop=64,
-        steps=1,
+        data=(DATA / "sample.png",), output=tmp_path / "run", start=path, phases=(Phase(0, 1, 64),), steps=1,
         warm_up=10**12,
-    )
+    )  # fmt: skip
     begun = train(config)
     torch.testing.assert_close(begun.model.g_a[1].weight, stored)
     torch.testing.assert_close(begun.average, list(begun.model.parameters()))
     begun.step = 7
     begun.average[0].fill_(0.5)
-    begun.save(tmp_path / "run" / "state.pt")
+    begun.save()
     resumed = train(dataclasses.replace(config, start=tmp_path / "is gone"))
     assert (resumed.step, float(resumed.average[0].mean())) == (7, 0.5)
     with pytest.raises(CheckpointError, match="is gone"):

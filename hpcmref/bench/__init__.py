@@ -5,6 +5,6 @@
                                                         +--report.py--> HTML, PNG
 
 `codecs` wraps each codec in the same three methods, `measure` takes one image through them, `curves` averages and reads
-and writes results, `bdrate` compares two curves. Nothing here imports torch, matplotlib, pytorch-msssim, bjontegaard or
+and writes results, `bdrate` compares two curves. Nothing here imports torch, matplotlib, bjontegaard or
 ray before it is used.
 """

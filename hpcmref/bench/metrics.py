@@ -12,9 +12,6 @@ if TYPE_CHECKING:
 
     Pixels = NDArray[np.uint8]
 
-MS_SSIM_LEAST_SIDE = 161
-"""Pixels; MS-SSIM halves the image four times and needs more than its window of 11 at the end."""
-
 
 def psnr(original: Pixels, decoded: Pixels) -> float:
     """RGB PSNR in dB (peak 255, one mean over the three channels); inf for equal images. (H, W, 3) uint8 both."""
@@ -24,15 +21,16 @@ def psnr(original: Pixels, decoded: Pixels) -> float:
 
 
 def ms_ssim(original: Pixels, decoded: Pixels) -> float | None:
-    """MS-SSIM in 0..1 by pytorch-msssim on RGB; None for images too small to have one. (H, W, 3) uint8 both."""
-    if min(original.shape[:2]) < MS_SSIM_LEAST_SIDE:
-        return None
+    """MS-SSIM in 0..1 on RGB; None for images too small to have one. (H, W, 3) uint8 both."""
     import torch
-    from pytorch_msssim import ms_ssim as compute
 
-    x, y = (torch.from_numpy(np.array(each)).permute(2, 0, 1)[None].float() for each in (original, decoded))
+    from hpcmref import similarity
+
+    if min(original.shape[:2]) < similarity.MS_SSIM_LEAST_SIDE:
+        return None
+    x, y = (torch.from_numpy(np.array(each)).permute(2, 0, 1)[None].float() / 255 for each in (original, decoded))
     with torch.inference_mode():
-        return float(compute(x, y, data_range=255))
+        return float(similarity.ms_ssim(x, y))
 
 
 def decibels(similarity: float | None) -> float | None:

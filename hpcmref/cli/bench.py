@@ -177,9 +177,8 @@ def bench(
 
 
 def _need_extra() -> None:
-    for module in ("bjontegaard", "pytorch_msssim"):
-        if importlib.util.find_spec(module) is None:
-            raise HpcmrefError(f"bench needs {module.replace('_', '-')}: pip install 'hpcmref[bench]'")
+    if importlib.util.find_spec("bjontegaard") is None:
+        raise HpcmrefError("bench needs bjontegaard: pip install 'hpcmref[bench]'")
 
 
 def _default() -> str:

@@ -26,37 +26,54 @@ def train(
         typer.Option("--from", metavar="MODEL", help="Begin with a trained model, which may have a lower M."),
     ] = None,
     minutes: Annotated[float, typer.Option("--minutes", help="Wall-clock budget; the schedule follows it.")] = 60.0,
-    batch: Annotated[int, typer.Option("--batch", help="Crops a step.")] = 12,
-    crop: Annotated[int, typer.Option("--crop", help="Side of a crop in pixels, a multiple of 64.")] = 128,
-    last_batch: Annotated[int, typer.Option("--last-batch", help="Crops a step in the last part.")] = 4,
-    last_crop: Annotated[int, typer.Option("--last-crop", help="Side of a crop in the last part.")] = 256,
-    last_part: Annotated[float, typer.Option("--last-part", help="The last part, as a fraction of the budget.")] = 0.15,
+    steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many steps instead of minutes.")] = None,
+    crops: Annotated[
+        str,
+        typer.Option(
+            "--crops",
+            metavar="NxSIDE[@PART],...",
+            help="Crops a step (and process) and their side in pixels, from which part of the budget on.",
+        ),
+    ] = "12x128,4x256@0.85",
+    metric: Annotated[str, typer.Option("--metric", help="Distortion to minimise: mse or ms-ssim.")] = "mse",
+    rate: Annotated[
+        float | None, typer.Option("--lambda", help="Train for one rate, not for all: its lambda of the MSE.")
+    ] = None,
+    rescale: Annotated[float, typer.Option("--rescale", help="Smallest scale of the crops; 1 to keep all.")] = 0.5,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak of the schedule.")] = 1e-3,
     seed: Annotated[int, typer.Option("--seed", help="Of weights, crops, qualities and noise.")] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     bfloat16: Annotated[bool, typer.Option(help="Compute inside residual blocks and attention in bfloat16.")] = True,
     compile_: Annotated[bool, typer.Option("--compile", help="Use torch.compile; needs a C++ compiler.")] = False,
     limit: Annotated[int | None, typer.Option("--limit", help="Read only the first images.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many steps instead of minutes.")] = None,
+    part_mb: Annotated[
+        float | None, typer.Option("--shard-mb", help="Split the state into files of at most so many 10^6 bytes.")
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train a model and export it: DIR/PRESET.safetensors, for use with -m."""
     from hpcmref import checkpoints
-    from hpcmref.training import TrainingConfig
+    from hpcmref.training import TrainingConfig, phases_of
     from hpcmref.training import train as run
 
     config = TrainingConfig(
-        data=tuple(data), output=output, preset=preset, start=start, minutes=minutes, batch=batch, crop=crop,
-        last_batch=last_batch, last_crop=last_crop, last_part=last_part, learning_rate=learning_rate, seed=seed,
-        device=device, bfloat16=bfloat16, compile=compile_, limit=limit, steps=steps,
+        data=tuple(data), output=output, preset=preset, start=start, minutes=minutes, steps=steps,
+        phases=phases_of(crops), metric=metric, rate=rate, rescale=rescale, learning_rate=learning_rate, seed=seed,
+        device=device, bfloat16=bfloat16, compile=compile_, limit=limit, part_mb=part_mb,
     )  # fmt: skip
     trainer = run(config, (lambda _: None) if quiet else _print)
+    if not trainer.ranks.leads:
+        return
+    provenance = {
+        "minutes": trainer.seconds / 60, "steps": trainer.step, "processes": trainer.ranks.count, "seed": seed,
+        "metric": metric, "lambda": rate, "from": start,
+    }  # fmt: skip
     with trainer.averaged() as model:
         made = checkpoints.save(
             model,
             output / f"{preset}.safetensors",
             description=f"{preset}, {trainer.seconds / 60:.0f} minutes of training",
-            provenance={"minutes": trainer.seconds / 60, "steps": trainer.step, "seed": seed, "from": start},
+            provenance=provenance,
         )
     if not quiet:
         print(f"{made.path}: {made.parameters} parameters, {made.size} bytes, fingerprint {made.fingerprint.hex()}")

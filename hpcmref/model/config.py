@@ -173,8 +173,8 @@ PRESETS: dict[str, HPCMConfig] = {
             lambdas=_LAMBDAS,
         ),
         HPCMConfig(
-            preset="light", M=192, N=128, transform="dct", stages=((256, 4),), synthesis=((320, 6),), ratio=4,
-            hyper_blocks=2, hyper_ratio=2, context_width=384, prior_s1_s2=(2, 1), prior_s3=(2, 1), heads=16,
+            preset="light", M=320, N=128, transform="dct", stages=((256, 4),), synthesis=((256, 6),), ratio=4,
+            hyper_blocks=2, hyper_ratio=2, context_width=320, prior_s1_s2=(2, 1), prior_s3=(2, 1), heads=16,
             lambdas=_LAMBDAS,
         ),
         _official("base", 4, (2, 1), (3, 2), 32),

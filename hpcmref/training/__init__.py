@@ -1,5 +1,6 @@
-"""Training: data, loss and loop. Needs torch, numpy and Pillow alone."""
+"""Training: data, objective and loop. Needs torch, numpy, Pillow and safetensors alone."""
 
-from hpcmref.training.loop import Report, TrainingConfig, train
+from hpcmref.training.config import Phase, TrainingConfig, phases_of
+from hpcmref.training.loop import Report, Trainer, train
 
-__all__ = ["Report", "TrainingConfig", "train"]
+__all__ = ["Phase", "Report", "Trainer", "TrainingConfig", "phases_of", "train"]

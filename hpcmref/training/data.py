@@ -1,11 +1,14 @@
-"""Where do training crops come from? Folders and tar files of images, decoded once, cropped at random."""
+"""Where do training crops come from? Images are decoded once into one tensor, and cut, mirrored and rescaled there."""
 
 import io
 import re
 import tarfile
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -21,36 +24,87 @@ HELD_OUT = 64
 
 
 class Tiles:
-    """Images in memory: `train` for crops, `held_out` for validation, both lists of (3, H, W) uint8.
+    """Images in memory: the training ones in one flat tensor, and `held_out` for validation, all (3, H, W) uint8.
 
     Which photograph is held out follows from its name alone, so that it never changes sides; tiles of one photograph
     (names that differ in a first `<number>_` or a last `_<number>`) stay together.
     """
 
-    def __init__(self, sources: Sequence[Path], smallest: int, limit: int | None = None) -> None:
-        """Decode all images of at least `smallest` pixels a side. Raises ConfigError when nothing is left."""
-        self.train: list[Tensor] = []
+    def __init__(
+        self, sources: Sequence[Path], smallest: int, limit: int | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        """Decode all images of at least `smallest` pixels a side. Raises ConfigError when nothing is left.
+
+        Crops are made on `device`. The pixels lie there too, unless they would take more than half of its free memory.
+        """
+        self.device = torch.device(device)
         self.held_out: list[Tensor] = []
+        train: list[Tensor] = []
         files = _limited(_files(sources), limit)
         with ThreadPoolExecutor() as pool:
             for name, tile in pool.map(lambda file: (file[0], _decode(*file)), files):
                 if min(tile.shape[1:]) >= smallest:
-                    (self.held_out if _is_held_out(name) else self.train).append(tile)
-        if not self.train:
+                    (self.held_out if _is_held_out(name) else train).append(tile)
+        if not train:
             raise ConfigError(f"No image of at least {smallest} pixels a side in {', '.join(map(str, sources))}.")
+        # The smallest first, so that those which are large enough for a crop are the last ones.
+        train.sort(key=lambda tile: min(tile.shape[1:]))
+        self._shapes = [tuple(tile.shape) for tile in train]
+        self._least_sides = [min(shape[1:]) for shape in self._shapes]
+        *self._offsets, total = accumulate(map(prod, self._shapes), initial=0)
+        self._pixels = torch.empty(total, dtype=torch.uint8)
+        for offset in reversed(self._offsets):
+            tile = train.pop()  # not kept: the tensor and the list together would need twice the memory
+            self._pixels[offset : offset + tile.numel()] = tile.flatten()
+        if self.device.type == "cuda" and total < torch.cuda.mem_get_info(self.device)[0] // 2:
+            self._pixels = self._pixels.to(self.device)
 
-    def crops(self, count: int, side: int, generator: torch.Generator) -> Tensor:
-        """Random crops, half of them mirrored: (count, 3, side, side) uint8."""
-        return torch.stack([self._crop(side, generator) for _ in range(count)])
+    @property
+    def train(self) -> list[Tensor]:
+        """Views of the training images."""
+        pieces = zip(self._offsets, self._shapes, strict=True)
+        return [self._pixels[offset : offset + prod(shape)].view(shape) for offset, shape in pieces]
 
-    def _crop(self, side: int, generator: torch.Generator) -> Tensor:
-        def below(limit: int) -> int:
-            return int(torch.randint(limit, (), generator=generator))
+    def crops(self, count: int, side: int, generator: torch.Generator, rescale: float = 1.0) -> Tensor:
+        """Random crops: (count, 3, side, side) uint8, on the device; half of them mirrored.
 
-        tile = self.train[below(len(self.train))]
-        top, left = below(tile.shape[1] - side + 1), below(tile.shape[2] - side + 1)
-        crop = tile[:, top : top + side, left : left + side]
-        return crop.flip(2) if below(2) else crop
+        Half of them are of larger parts of an image, made smaller by a factor between `rescale` and 1 (antialiased).
+        All random numbers come from `generator`, on the CPU. Raises ConfigError if no image has room for a crop.
+        """
+        first = bisect_left(self._least_sides, side)
+        if first == len(self._shapes):
+            raise ConfigError(f"No image has room for a crop of {side} pixels a side.")
+        numbers = torch.rand(count, 5, generator=generator, dtype=torch.float64)
+        windows, sizes = [], []
+        for which, shrink, top, left, _ in numbers.tolist():
+            index = first + int(which * (len(self._shapes) - first))
+            _, height, width = self._shapes[index]
+            size = min(round(side / (1 - (1 - rescale) * max(0.0, 2 * shrink - 1))), height, width)
+            corner = int(top * (height - size + 1)) * width + int(left * (width - size + 1))
+            offset = self._offsets[index] + corner
+            windows.append(self._pixels.as_strided((3, size, size), (height * width, width, 1), offset))
+            sizes.append(size)
+        largest = max(sizes)
+        parts = self._pixels.new_zeros(count, 3, largest, largest)
+        for part, window in zip(parts, windows, strict=True):
+            part[:, : window.shape[1], : window.shape[2]] = window
+        rows = _resampling(torch.tensor(sizes, device=self.device), side, largest)
+        mirrored = (numbers[:, 4] < 0.5).to(self.device)
+        columns = torch.where(mirrored[:, None, None], rows.flip(1), rows)
+        pixels = parts.to(self.device).float()
+        return (rows[:, None] @ (pixels @ columns[:, None].mT)).round_().to(torch.uint8)
+
+
+def _resampling(sizes: Tensor, side: int, largest: int) -> Tensor:
+    """Matrices (B, side, largest) that bring the first `sizes` (B,) of `largest` samples to `side`.
+
+    A triangle filter, as wide as two of the new samples, so nothing aliases; equal sizes give the identity.
+    """
+    ratio = (sizes / side)[:, None, None]
+    centres = (torch.arange(side, device=sizes.device)[:, None] + 0.5) * ratio - 0.5
+    samples = torch.arange(largest, device=sizes.device)
+    weights = (1 - (samples - centres).abs() / ratio).clamp_(min=0) * (samples < sizes[:, None, None])
+    return weights / weights.sum(2, keepdim=True)
 
 
 def _files(sources: Sequence[Path]) -> Iterator[tuple[str, bytes]]:

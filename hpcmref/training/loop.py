@@ -4,64 +4,27 @@ import contextlib
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hpcmref import checkpoints
-from hpcmref.errors import CheckpointError, ConfigError
+from hpcmref.errors import CheckpointError
 from hpcmref.model import HPCM, PRESETS
 from hpcmref.model.context import CrossAttentionCell
-from hpcmref.model.entropy import bits
-from hpcmref.model.hpcm import Estimate
-from hpcmref.model.layers import ResidualBlock, anchor_weights
+from hpcmref.model.layers import ResidualBlock
+from hpcmref.training.config import TrainingConfig
 from hpcmref.training.data import Tiles
+from hpcmref.training.objective import Objective, bits_per_pixel, mean_squared_error, psnr
+from hpcmref.training.ranks import Ranks, joined
 from hpcmref.training.start import start_from
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Everything that decides what a run does. Lengths in steps unless the name says otherwise."""
-
-    data: tuple[Path, ...]
-    output: Path
-    preset: str = "nano"
-    start: str | Path | None = None
-    """A model to begin with, by name or file; a state in `output` goes first."""
-    minutes: float = 60.0
-    batch: int = 12
-    crop: int = 128
-    last_batch: int = 4
-    last_crop: int = 256
-    last_part: float = 0.15
-    learning_rate: float = 1e-3
-    warm_up: int = 200
-    clip: float = 1.0
-    ema: float = 0.999
-    seed: int = 0
-    device: str = "cpu"
-    bfloat16: bool = True
-    compile: bool = False
-    limit: int | None = None
-    log_every: int = 50
-    save_minutes: float = 5.0
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ConfigError(f"There is no preset {self.preset!r}; there are {', '.join(PRESETS)}.")
-        if not PRESETS[self.preset].lambdas:
-            raise ConfigError(f"The preset {self.preset!r} has no rate anchors to train over.")
-        if self.crop % 64 or self.last_crop % 64 or min(self.crop, self.last_crop) < 64:
-            raise ConfigError("Crops must be multiples of 64 pixels.")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError("A run has at least one step.")
-        if self.minutes <= 0 or self.batch < 1 or self.last_batch < 1:
-            raise ConfigError("The budget and the batches must be positive.")
+from hpcmref.training.state import has_state, read_state, write_state
 
 
 @dataclass
@@ -75,13 +38,20 @@ class Report:
 
 
 class Trainer:
-    """The state of a run: model, optimiser, average, clock and random numbers; saved and resumed as a whole."""
+    """The state of a run: model, optimiser, average and clock; saved and resumed as a whole.
 
-    def __init__(self, config: TrainingConfig) -> None:
+    All random numbers of a step follow from the seed, the step and the rank, so there are none to save.
+    """
+
+    def __init__(self, config: TrainingConfig, ranks: Ranks | None = None) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
         self.device = torch.device(config.device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", self.ranks.local)
+            torch.cuda.set_device(self.device)
         torch.manual_seed(config.seed)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator()
         self.model = HPCM(PRESETS[config.preset]).initialise().to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = [parameter.detach().clone() for parameter in self.model.parameters()]
@@ -91,13 +61,14 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.seconds = 0.0
-        lambdas = torch.tensor(self.model.config.lambdas, device=self.device)
-        self.log_lambdas = lambdas.log()
         if config.bfloat16:
             _blocks_in_bfloat16(self.model, self.device.type)
-        self._losses: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._compute_losses
+        self.objective: nn.Module = Objective(self.model, config.metric).to(self.device)
         if config.compile:
-            self._losses = torch.compile(self._compute_losses, dynamic=False)
+            self.objective.compile(dynamic=False)
+        if self.ranks.count > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.objective = DistributedDataParallel(self.objective, device_ids=devices)
 
     def begin_with(self, trained: HPCM) -> None:
         """Take over the weights of a trained model, which may be smaller. Raises ConfigError if they do not fit."""
@@ -111,22 +82,39 @@ class Trainer:
             return min(1.0, self.step / self.config.steps)
         return min(1.0, self.seconds / (60 * self.config.minutes))
 
-    def run_step(self, tiles: Tiles) -> dict[str, float] | None:
-        """One optimiser step; bpp, PSNR in dB and loss of the batch, or None if it was skipped as not finite."""
+    def run_step(self, tiles: Tiles) -> Tensor | None:
+        """One optimiser step; loss, bits per pixel, PSNR in dB and gradient norm (4,), or None if it was skipped.
+
+        It is skipped, and counted, if the gradients are not finite.
+        """
+        x, quality = self.sample(tiles)
+        loss, measures = self.objective(x, quality)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = self.update()
+        return None if norm is None else torch.stack((loss.detach(), *measures.mean(1), norm))
+
+    def sample(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        """The batch of this step: images (B, 3, H, W) in 0..1 and qualities (B,)."""
+        seed = zlib.crc32(f"{self.config.seed} {self.step} {self.ranks.rank}".encode())
+        self.generator.manual_seed(seed)
+        torch.manual_seed(seed)  # for the noise in place of rounding
+        self.model.train()
+        phase = self.config.phase(self.progress)
+        x = tiles.crops(phase.batch, phase.crop, self.generator, self.config.rescale).to(self.device)
+        x = x.float().div_(255).contiguous(memory_format=torch.channels_last)
+        quality = torch.rand(phase.batch, generator=self.generator) * (self.model.config.qualities - 1)
+        if self.config.fixed_quality is not None:
+            quality.fill_(self.config.fixed_quality)
+        return x, quality.to(self.device)
+
+    def update(self) -> Tensor | None:
+        """Move weights and average along the gradients; their norm, or None if it is not finite and nothing moved."""
         config = self.config
-        last = self.progress >= 1 - config.last_part
-        batch, side = (config.last_batch, config.last_crop) if last else (config.batch, config.crop)
-        x = tiles.crops(batch, side, self.generator).to(self.device).float().div_(255)
-        x = x.contiguous(memory_format=torch.channels_last)
-        quality = torch.rand(batch, generator=self.generator).mul_(self.model.config.qualities - 1).to(self.device)
         rate = min(1.0, (self.step + 1) / config.warm_up) * 0.5 * (1 + math.cos(math.pi * self.progress))
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate * rate
-        self.model.train()
-        loss, bpp, mse = self._losses(x, quality)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.step += 1
         if not torch.isfinite(norm):
             self.skipped += 1
@@ -135,21 +123,7 @@ class Trainer:
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, list(self.model.parameters()), 1 - decay)
-        values = {"loss": loss.detach(), "bpp": bpp.mean(), "psnr": _psnr(mse).mean(), "norm": norm}
-        return {name: float(value) for name, value in values.items()}
-
-    def _compute_losses(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (), and bits per pixel (B,) and mean squared error (B,) in the 0..1 range.
-
-        The loss of an image is bpp + lambda 255^2 MSE, over lambda^0.4: about the same relative weight for every rate.
-        """
-        out = self.model(x, quality)
-        pixels = x.shape[2] * x.shape[3]
-        bpp = _total_bits(out) / pixels
-        mse = (out["x_hat"] - x).square().flatten(1).mean(1)
-        log_lambda = anchor_weights(quality, len(self.log_lambdas)) @ self.log_lambdas
-        weight = (-0.4 * (log_lambda - self.log_lambdas.mean())).exp()
-        return ((bpp + log_lambda.exp() * 255**2 * mse) * weight).mean(), bpp.detach(), mse.detach()
+        return norm
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[HPCM]:
@@ -173,87 +147,110 @@ class Trainer:
                 for tile in chosen:
                     x = tile[None, :, : tile.shape[1] // 64 * 64, : tile.shape[2] // 64 * 64].to(self.device) / 255
                     out = model(x, x.new_full((1,), quality))
-                    rate = _total_bits(out) / x[0, 0].numel()
-                    mse = (out["x_hat"].clamp(0, 1) - x).square().mean()
-                    sums += torch.stack((rate[0], _psnr(mse))).cpu()
-                bpp, psnr = (sums / len(chosen)).tolist()
-                values |= {f"bpp_{quality}": bpp, f"psnr_{quality}": psnr}
+                    decibels = psnr(mean_squared_error(out["x_hat"].clamp(0, 1), x))
+                    sums += torch.cat((bits_per_pixel(out), decibels)).cpu()
+                values[f"bpp_{quality}"], values[f"psnr_{quality}"] = (sums / len(chosen)).tolist()
         return values
 
-    def save(self, path: Path) -> None:
-        """Write the whole state, so that `load` continues as if nothing had happened."""
+    def save(self) -> None:
+        """Write the whole state to `output`, so that `load` continues as if nothing had happened."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average,
             "optimiser": self.optimiser.state_dict(),
             "clock": {"step": self.step, "skipped": self.skipped, "seconds": self.seconds},
-            "random": {"data": self.generator.get_state(), "noise": torch.get_rng_state()},
             "preset": self.config.preset,
         }
-        temporary = path.with_suffix(".part")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        write_state(self.config.output, state, f"{self.step:08d}", self.config.part_mb)
 
-    def load(self, path: Path) -> None:
+    def load(self) -> None:
         """Take over the state that `save` wrote. Raises CheckpointError if it is damaged or of another preset."""
+        state = read_state(self.config.output, self.device)
+        if (preset := state.get("preset")) != self.config.preset:
+            raise CheckpointError(f"{self.config.output} has a run of {preset!r}, not of {self.config.preset!r}.")
         try:
-            state = torch.load(path, weights_only=True, map_location=self.device)
-            preset = state["preset"]
-        except MemoryError:
-            raise
-        except Exception as error:  # the unpickler raises whatever damaged bytes lead it to
-            raise CheckpointError(f"{path} is not the state of a run, or is damaged.") from error
-        if preset != self.config.preset:
-            raise CheckpointError(f"{path} is a run of {preset!r}, not of {self.config.preset!r}.")
-        self.model.load_state_dict(state["model"])
-        _assign(self.average, state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.skipped, self.seconds = (state["clock"][name] for name in ("step", "skipped", "seconds"))
-        self.generator.set_state(state["random"]["data"].cpu())
-        torch.set_rng_state(state["random"]["noise"].cpu())
+            self.model.load_state_dict(state["model"])
+            _assign(self.average, state["average"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.step, self.skipped, self.seconds = (state["clock"][name] for name in ("step", "skipped", "seconds"))
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise CheckpointError(f"{self.config.output} has a run of another {preset!r}: {reason}") from error
 
 
 def train(config: TrainingConfig, report: Callable[[Report], None] = lambda _: None) -> Trainer:
     """Run (or resume, when `output` holds a state) until the budget is spent; `report` is called now and then.
 
-    Writes state.pt and log.jsonl to `config.output`; the caller exports the weights.
+    Writes the state and log.jsonl to `config.output`; the caller exports the weights. Under `torchrun` every process
+    calls this with the same configuration, gets other crops, and does the same steps; only the first one writes.
     """
-    config.output.mkdir(parents=True, exist_ok=True)
-    state = config.output / "state.pt"
-    tiles = Tiles(config.data, max(config.crop, config.last_crop), config.limit)
-    trainer = Trainer(config)
-    if state.exists():
-        trainer.load(state)
-    elif config.start is not None:
-        trainer.begin_with(checkpoints.load(checkpoints.find(config.start)).model)
-    with (config.output / "log.jsonl").open("a") as log:
-
-        def tell(kind: str, values: dict[str, float]) -> None:
-            entry = Report(kind, trainer.step, trainer.seconds / 60, values)
-            log.write(json.dumps(asdict(entry)) + "\n")
-            log.flush()
-            report(entry)
-
-        settings: dict[str, Any] = {name: str(value) for name, value in asdict(config).items()}
-        log.write(json.dumps({"kind": "start", "step": trainer.step, "config": settings}) + "\n")
-        window: list[dict[str, float]] = []
-        saved = trainer.seconds
-        while trainer.progress < 1:
-            begun = time.monotonic()
-            if (values := trainer.run_step(tiles)) is not None:
-                window.append(values)
-            trainer.seconds += time.monotonic() - begun
-            if trainer.step % config.log_every == 0 and window:
-                tell("train", {name: sum(row[name] for row in window) / len(window) for name in window[0]})
-                window.clear()
-            if trainer.progress >= 1 or trainer.seconds - saved > 60 * config.save_minutes:
-                begun = time.monotonic()
-                trainer.save(state)
-                if tiles.held_out:
-                    tell("validation", trainer.validate(tiles))
-                trainer.seconds += time.monotonic() - begun
-                saved = trainer.seconds
+    with joined(config.device) as ranks:
+        trainer = Trainer(config, ranks)
+        tiles = Tiles(config.data, min(phase.crop for phase in config.phases), config.limit, trainer.device)
+        config.output.mkdir(parents=True, exist_ok=True)
+        if has_state(config.output):
+            trainer.load()
+        elif config.start is not None:
+            trainer.begin_with(checkpoints.load(checkpoints.find(config.start)).model)
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(_Log(config.output / "log.jsonl", trainer, report)) if ranks.leads else None
+            _run(trainer, tiles, log)
     return trainer
+
+
+class _Log:
+    """log.jsonl, and who wants to know what goes there."""
+
+    def __init__(self, path: Path, trainer: Trainer, report: Callable[[Report], None]) -> None:
+        self._trainer = trainer
+        self._report = report
+        self._file = path.open("a")
+        settings: dict[str, Any] = {name: str(value) for name, value in asdict(trainer.config).items()}
+        self._write({"kind": "start", "step": trainer.step, "ranks": trainer.ranks.count, "config": settings})
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def tell(self, kind: str, values: dict[str, float]) -> None:
+        entry = Report(kind, self._trainer.step, self._trainer.seconds / 60, values)
+        self._write(asdict(entry))
+        self._report(entry)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+
+def _run(trainer: Trainer, tiles: Tiles, log: _Log | None) -> None:
+    """Steps until the budget is spent; the process with the log also saves and validates."""
+    config = trainer.config
+    window: list[Tensor] = []
+    saved = trainer.seconds
+    while trainer.progress < 1:
+        begun = time.monotonic()
+        if (values := trainer.run_step(tiles)) is not None:
+            window.append(values)
+        trainer.seconds += time.monotonic() - begun
+        if trainer.step % config.log_every == 0 and window:
+            means = torch.stack(window).mean(0).tolist()
+            window.clear()
+            if log is not None:
+                values_by_name = dict(zip(("loss", "bpp", "psnr", "norm"), means, strict=True))
+                log.tell("train", {**values_by_name, "skipped": trainer.skipped})
+        # All processes take the same steps, so one clock counts.
+        trainer.seconds = trainer.ranks.agree(trainer.seconds)
+        if trainer.progress >= 1 or trainer.seconds - saved > 60 * config.save_minutes:
+            saved = trainer.seconds
+            if log is not None:
+                begun = time.monotonic()
+                trainer.save()
+                if tiles.held_out:
+                    log.tell("validation", trainer.validate(tiles))
+                trainer.seconds += time.monotonic() - begun
+            trainer.seconds = trainer.ranks.agree(trainer.seconds)
 
 
 def _blocks_in_bfloat16(model: HPCM, device: str) -> None:
@@ -264,14 +261,6 @@ def _blocks_in_bfloat16(model: HPCM, device: str) -> None:
     for module in model.modules():
         if isinstance(module, ResidualBlock | CrossAttentionCell):
             module.forward = torch.autocast(device, torch.bfloat16)(module.forward)  # type: ignore[method-assign]
-
-
-def _total_bits(out: Estimate) -> Tensor:
-    return bits(out["likelihoods"]["y"]) + bits(out["likelihoods"]["z"])
-
-
-def _psnr(mse: Tensor) -> Tensor:
-    return -10 * mse.clamp(min=1e-10).log10()
 
 
 def _assign(targets: list[Any], sources: list[Tensor]) -> None:

@@ -1,0 +1,110 @@
+"""What does a run do? One frozen description, checked when it is made."""
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from hpcmref.errors import ConfigError
+from hpcmref.model import PRESETS
+from hpcmref.model.config import QUALITIES
+from hpcmref.similarity import MS_SSIM_LEAST_SIDE
+
+METRICS = ("mse", "ms-ssim")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run: from the fraction `begin` of the budget on, `batch` crops of `crop` pixels a side per step."""
+
+    begin: float
+    batch: int
+    crop: int
+
+
+def phases_of(text: str) -> tuple[Phase, ...]:
+    """The phases that "12x128,4x256@0.85" names: crops a step x pixels a side @ begin. Raises ConfigError."""
+    phases = []
+    for part in text.split(","):
+        if (match := re.fullmatch(r"(\d+)x(\d+)(?:@(\d*\.?\d+))?", part.strip())) is None:
+            raise ConfigError(f"{part!r} is not a phase of a run, such as 4x256@0.85.")
+        batch, crop, begin = match.groups()
+        phases.append(Phase(float(begin or 0), int(batch), int(crop)))
+    return tuple(phases)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that decides what a run does. Lengths in steps unless the name says otherwise.
+
+    start: a model to begin with, by name or file; a state in `output` goes first. phases: the batch is that of one
+    process. rescale: half of the crops are made smaller, by a factor between this and 1. rate: train for this one
+    lambda (of the MSE) instead of all. part_mb: the largest file of the state, in 10^6 bytes.
+    """
+
+    data: tuple[Path, ...]
+    output: Path
+    preset: str = "nano"
+    start: str | Path | None = None
+    minutes: float = 60.0
+    steps: int | None = None
+    phases: tuple[Phase, ...] = (Phase(0, 12, 128), Phase(0.85, 4, 256))
+    metric: str = "mse"
+    rate: float | None = None
+    rescale: float = 0.5
+    learning_rate: float = 1e-3
+    warm_up: int = 200
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    device: str = "cpu"
+    bfloat16: bool = True
+    compile: bool = False
+    limit: int | None = None
+    log_every: int = 50
+    save_minutes: float = 5.0
+    part_mb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"There is no preset {self.preset!r}; there are {', '.join(PRESETS)}.")
+        lambdas = PRESETS[self.preset].lambdas
+        if not lambdas:
+            raise ConfigError(f"The preset {self.preset!r} has no rate anchors to train over.")
+        if self.rate is not None and not lambdas[0] <= self.rate <= lambdas[-1]:
+            raise ConfigError(f"Lambda must be between {lambdas[0]} and {lambdas[-1]}.")
+        if self.metric not in METRICS:
+            raise ConfigError(f"The metric is {self.metric!r}; it must be {' or '.join(METRICS)}.")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError("A run has at least one step.")
+        if self.minutes <= 0 or (self.part_mb is not None and self.part_mb <= 0):
+            raise ConfigError("The budget and the size of a part must be positive.")
+        if not 0 < self.rescale <= 1:
+            raise ConfigError("Crops are rescaled by a factor above 0 and at most 1.")
+        self._check_phases()
+
+    def _check_phases(self) -> None:
+        if not self.phases or self.phases[0].begin != 0:
+            raise ConfigError("The first phase begins at 0.")
+        if any(second.begin <= first.begin for first, second in pairwise(self.phases)) or self.phases[-1].begin >= 1:
+            raise ConfigError("Phases begin one after the other, before 1.")
+        least = MS_SSIM_LEAST_SIDE if self.metric == "ms-ssim" else 64
+        for phase in self.phases:
+            if phase.crop % 64 or phase.crop < least:
+                raise ConfigError(f"Crops must be multiples of 64, and at least {least}, pixels a side.")
+            if phase.batch < 1:
+                raise ConfigError("A step needs at least one crop.")
+
+    def phase(self, progress: float) -> Phase:
+        """The phase at this fraction of the budget."""
+        return next(phase for phase in reversed(self.phases) if progress >= phase.begin)
+
+    @property
+    def fixed_quality(self) -> float | None:
+        """The quality (0..63) whose lambda is `rate`; None to train all."""
+        if self.rate is None:
+            return None
+        lambdas = np.log(PRESETS[self.preset].lambdas)
+        return float(np.interp(np.log(self.rate), lambdas, np.linspace(0, QUALITIES - 1, len(lambdas))))
