@@ -53,8 +53,8 @@ class MemoryConfig:
             raise ConfigError(f"topk {self.topk} is more than max_refs {self.max_refs}.")
         if not 0.001 <= self.temperature <= 1000:
             raise ConfigError(f"The memory's temperature is {self.temperature}; it must be within 0.001 to 1000.")
-        if not 1 <= self.value_resolution <= 64:
-            raise ConfigError(f"value_resolution is {self.value_resolution}; it must be within 1 to 64.")
+        if not 1 <= self.value_resolution <= 32:
+            raise ConfigError(f"value_resolution is {self.value_resolution}; it must be within 1 to 32.")
         if self.feature_map not in ("elu", "relu"):
             raise ConfigError(f"The feature map is {self.feature_map!r}; it must be 'elu' or 'relu'.")
 

@@ -8,7 +8,8 @@ module. References of all scales live on the lattice of s1 (one position for `ce
 of one scale can be handed to the next. The gate is closed when training begins: a bank changes nothing at first.
 
 light   a reference is a key, its mean, and a value, itself on the lattice of s1; recalled are the topk of the last
-        max_refs whose keys are the most similar to that of the present context
+        max_refs whose keys are the most similar to that of the present context (a 1x1 convolution of the mean is the
+        mean of the 1x1 convolution, and cheaper)
 full    the same, with values narrowed to fewer channels on a fixed grid, and widened again
 linear  all references together are two sums over such grids; every position attends to them linearly
 global  the same, over whole planes and with softmax as feature map
@@ -49,18 +50,22 @@ class Pool(nn.Module):
         return x if self.cell == 1 else F.avg_pool2d(x, self.cell)
 
 
-def grid_mean(x: Tensor, side: int) -> Tensor:
-    """Means over a grid of at most side x side cells: (B, C, h, w) -> (B, C, min(side, h), min(side, w)).
+class GridMean(nn.Module):
+    """Means over a grid of at most side x side cells."""
 
-    Summed in float64: exact in any order for integers below 2^24 (times a power of two) and up to 2^29 positions.
-    """
-    rows, columns = (_membership(length, side, x.device) for length in x.shape[2:])
-    sums = rows.T @ x.double() @ columns
-    return (sums / (rows.sum(0)[:, None] * columns.sum(0))).to(x.dtype)
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, h, w) -> (B, C, min(side, h), min(side, w)); summed in float64."""
+        rows, columns = (_membership(length, self.side, x.device) for length in x.shape[2:])
+        sums = rows.T @ x.double() @ columns
+        return (sums / (rows.sum(0)[:, None] * columns.sum(0))).to(x.dtype)
 
 
 def from_grid(x: Tensor, size: torch.Size, side: int) -> Tensor:
-    """The cell of `grid_mean` that every position is in: x (B, C, rows, columns) -> (B, C, *size)."""
+    """The cell of `GridMean` that every position is in: x (B, C, rows, columns) -> (B, C, *size)."""
     rows, columns = (_cells(length, side, x.device) for length in size)
     return x.index_select(2, rows).index_select(3, columns)
 
@@ -103,12 +108,13 @@ class MemoryBank(nn.Module, ABC):
 
     def write(self, state: State, context: Tensor) -> State:
         """The state with one more context (B, 2M, h, w)."""
-        return state._replace(references=self._with(state, context))
+        return state._replace(references=self._with(state, _full(context, state)))
 
     def read(self, state: State, context: Tensor) -> Tensor:
         """The context (B, 2M, h, w), joined by the gate with what the bank recalls; as it is if there is nothing."""
         if not state.references:
             return context
+        context = _full(context, state)
         lattice = self._on_lattice(context)
         recalled = self._recall(state, context, lattice)
         small = recalled if recalled.shape == lattice.shape else self._on_lattice(recalled)
@@ -130,6 +136,11 @@ class MemoryBank(nn.Module, ABC):
     @abstractmethod
     def _recall(self, state: State, context: Tensor, lattice: Tensor) -> Tensor:
         """What the references hold for a context: (B, 2M, h, w), or on the lattice of s1 as `lattice`, its means."""
+
+
+def _full(context: Tensor, state: State) -> Tensor:
+    """Attention may have been computed in bfloat16 (see training)."""
+    return context.to(state.quality.dtype)
 
 
 class Recall(nn.Module):
@@ -158,8 +169,10 @@ class ReferenceBank(MemoryBank):
         super().__init__(config, memory, scale)
         channels, narrow = 2 * config.M, 2 * config.M // memory.compress_ratio
         self.max_refs = memory.max_refs[scale - 1]
-        self.per_position = memory.per_position
         self.side = memory.value_resolution if memory.mode == "full" else None
+        # Where values are kept (the lattice of s1, or a fixed grid over it), and what keys and queries are made of.
+        self.grid = GridMean(self.side) if self.side else nn.Identity()
+        self.mean = nn.Identity() if memory.per_position else GridMean(1)
         self.conv_q = conv1x1(channels, narrow)
         self.conv_k = conv1x1(channels, narrow)
         self.conv_v = conv1x1(channels, narrow if self.side else channels)
@@ -167,22 +180,15 @@ class ReferenceBank(MemoryBank):
         self.recall = Recall(memory.topk[scale - 1], memory.temperature)
 
     def _with(self, state: State, context: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        plane = self._plane(self._on_lattice(context))
-        reference = (self.conv_k(self._asked(plane)), self.conv_v(plane))
+        plane = self.grid(self._on_lattice(context))
+        reference = (self.conv_k(self.mean(plane)), self.conv_v(plane))
         return (*state.references, reference)[-self.max_refs :]
 
     def _recall(self, state: State, context: Tensor, lattice: Tensor) -> Tensor:
         keys, values = zip(*state.references, strict=True)
-        recalled = self.widen(self.recall(self.conv_q(self._asked(self._plane(lattice))), list(keys), list(values)))
+        query = self.conv_q(self.mean(self.grid(lattice)))
+        recalled = self.widen(self.recall(query, list(keys), list(values)))
         return from_grid(recalled, lattice.shape[2:], self.side) if self.side else recalled
-
-    def _plane(self, lattice: Tensor) -> Tensor:
-        """Where values are kept: the lattice of s1, or a fixed grid over it."""
-        return grid_mean(lattice, self.side) if self.side else lattice
-
-    def _asked(self, plane: Tensor) -> Tensor:
-        """What keys and queries are made of (a mean and a 1x1 convolution may change places)."""
-        return plane if self.per_position else grid_mean(plane, 1)
 
 
 class LinearAttend(nn.Module):
@@ -233,7 +239,7 @@ class LinearBank(MemoryBank):
     def __init__(self, config: HPCMConfig, memory: MemoryConfig, scale: int) -> None:
         super().__init__(config, memory, scale)
         channels, narrow = 2 * config.M, 2 * config.M // memory.compress_ratio
-        self.side: int | None = memory.value_resolution
+        self.grid: nn.Module = GridMean(memory.value_resolution)
         self.conv_q = conv1x1(channels, narrow)
         self.conv_k = conv1x1(channels, narrow)
         self.conv_v = conv1x1(channels, narrow)
@@ -242,9 +248,7 @@ class LinearBank(MemoryBank):
         self.attend = LinearAttend(memory.num_heads, memory.feature_map)
 
     def _with(self, state: State, context: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        plane = self._on_lattice(context)
-        if self.side:
-            plane = grid_mean(plane, self.side)
+        plane = self.grid(self._on_lattice(context))
         sums = self.attend.summary(self.conv_k(plane), self.conv_v(plane), self.sharpness(state.quality))
         if state.references:
             (old,) = state.references
@@ -264,7 +268,7 @@ class LinearGlobalInterContext(LinearBank):
 
     def __init__(self, config: HPCMConfig, memory: MemoryConfig, scale: int) -> None:
         super().__init__(config, memory, scale)
-        self.side = None
+        self.grid = nn.Identity()
         self.attend = LinearAttend(memory.num_heads, "softmax")
 
 
