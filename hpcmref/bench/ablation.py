@@ -5,7 +5,7 @@ same crops, qualities, noise and number of steps for all of one seed, plain HPCM
 entropy path alone, so g_a, h_a, h_s and g_s keep their weights, and the features of all crops are computed once. The
 loss is the rate, weighted as in training; the weights that are judged are an average over the last steps.
 
-Kodak: bits per pixel are estimated by the model in float32, and PSNR is real; `report` writes real files of a few
+Kodak: bits per pixel are estimated by the model in float32, and PSNR is real; `cost` writes real files of a few
 images beside that, and measures the time that they take.
 `off` is judged after more steps, too: a variant whose step takes r times as long is compared with `off` after N steps
 (equal steps) and after r N (equal time, interpolated). Results are lines of JSON, one a run, and runs that are there
@@ -30,7 +30,12 @@ from PIL import Image
 from torch import Tensor
 
 from hpcmref import checkpoints
+from hpcmref.bench.bdrate import bd_rate
+from hpcmref.bench.curves import Curve, Point
+from hpcmref.bench.measure import PeakMemory
+from hpcmref.codec import Codec
 from hpcmref.errors import HpcmrefError
+from hpcmref.exact.cost import rate_of
 from hpcmref.model import HPCM
 from hpcmref.model.coders import Estimator
 from hpcmref.model.config import MEMORIES, MemoryConfig
@@ -116,10 +121,14 @@ def run(
     for seed in map(int, seeds.split(",")):
         for name in list(VARIANTS)[:first]:
             if (name, seed) not in done:
-                row = _tuned(trained, name, features, pictures, steps, batch, seed, output)
+                row = {"model": model, **_tuned(trained, name, features, pictures, steps, batch, seed, output)}
                 with results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
+
+
+def _weights(output: Path, name: str, seed: int) -> Path:
+    return output / f"{name.replace(', ', '-').replace(' ', '_')}.{seed}.pt"
 
 
 def _rows(results: Path) -> list[dict[str, Any]]:
@@ -202,7 +211,7 @@ def _tuned(
         losses.append(float(loss.detach()))
         if step in last:
             curves[step] = [_judged(judged, pictures, quality) for quality in QUALITIES]
-    torch.save(judged.state_dict(), output / f"{name.replace(', ', '-').replace(' ', '_')}.{seed}.pt")
+    torch.save(judged.state_dict(), _weights(output, name, seed))
     return {
         "variant": name,
         "seed": seed,
@@ -272,6 +281,154 @@ def _use(model: HPCM, pictures: list[Picture]) -> dict[str, Any]:
         "opening": round(statistics.fmean(float(values.abs().mean()) for values in kept), 4),
         "closed_percent": round(100 * (closed_rate / open_rate - 1), 4),
     }
+
+
+@app.command()
+def cost(
+    output: Annotated[Path, typer.Argument(help="The folder of `run`.")],
+    kodak: Annotated[Path, typer.Option(help="The images to code.")],
+    limit: Annotated[int, typer.Option(help="How many of them.")] = 2,
+    repeat: Annotated[int, typer.Option(help="How often each is coded; the best time counts.")] = 3,
+    quality: Annotated[int, typer.Option(help="At which quality.")] = 24,
+) -> None:
+    """Measure real files, time and memory of every variant against `off`, coded in turns: cost.jsonl."""
+    images = [Image.open(path).convert("RGB") for path in sorted(kodak.glob("*.png"))[:limit]]
+    names = list(dict.fromkeys(row["variant"] for row in _rows(output / "results.jsonl")))
+    plain = _codec("off", output)
+    done = {row["variant"] for row in _rows(output / "cost.jsonl")}
+    for name in names:
+        if name not in done:
+            row = _cost(name, plain if name == "off" else _codec(name, output), plain, images, repeat, quality)
+            with (output / "cost.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+def _codec(name: str, output: Path) -> Codec:
+    """The codec of a variant's first seed."""
+    state = torch.load(_weights(output, name, 0), weights_only=True)
+    trained = checkpoints.load(checkpoints.find(_rows(output / "results.jsonl")[0]["model"])).model
+    model = HPCM(replace(trained.config, memory=VARIANTS[name])).eval()
+    model.load_state_dict(state)
+    path = _weights(output, name, 0).with_suffix(".safetensors")
+    checkpoints.save(model, path, name, {})
+    return Codec(checkpoints.load(path), name, torch.device("cpu"))
+
+
+def _cost(
+    name: str, codec: Codec, plain: Codec, images: Sequence[Image.Image], repeat: int, quality: int
+) -> dict[str, Any]:
+    """Bytes, ratios of time to that of `plain`, and working memory in bytes; a line of cost.jsonl."""
+    best: dict[tuple[bool, str, int], float] = {}
+    memory = size = 0
+    pixels = sum(image.width * image.height for image in images)
+    estimated = statistics.fmean(rate_of(codec, codec.model.entropy, image, quality)[0] for image in images)
+    for index, image in enumerate(images):
+        for _ in range(repeat):
+            for is_plain, each in ((False, codec), (True, plain)):
+                with PeakMemory("cpu") as peak:
+                    begun = time.process_time()
+                    data = each.encode(image, quality)
+                    encoded = time.process_time()
+                    each.decode(data)
+                    spent = {"encode": encoded - begun, "decode": time.process_time() - encoded}
+                for kind, seconds in spent.items():
+                    key = (is_plain, kind, index)
+                    best[key] = min(seconds, best.get(key, seconds))
+                if not is_plain:
+                    memory = max(memory, peak.bytes or 0)
+        size += len(codec.encode(image, quality))
+    totals = {
+        (is_plain, kind): sum(best[is_plain, kind, index] for index in range(len(images)))
+        for is_plain in (False, True)
+        for kind in ("encode", "decode")
+    }
+    return {
+        "variant": name,
+        "encode_ratio": round(totals[False, "encode"] / totals[True, "encode"], 3),
+        "decode_ratio": round(totals[False, "decode"] / totals[True, "decode"], 3),
+        "memory": memory,
+        "file_bpp": round(8 * size / pixels, 5),
+        "estimated_bpp": round(estimated, 5),
+    }
+
+
+@app.command()
+def report(
+    output: Annotated[Path, typer.Argument(help="The folder of `run` and `cost`.")],
+    figure: Annotated[Path | None, typer.Option(help="A PNG file to draw.")] = None,
+) -> None:
+    """Print the table of all variants in Markdown, and draw it."""
+    rows = _rows(output / "results.jsonl")
+    costs = {row["variant"]: row for row in _rows(output / "cost.jsonl")}
+    plain = {row["seed"]: row for row in rows if row["variant"] == "off"}
+    deltas: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["variant"] != "off" and row["seed"] in plain:
+            deltas.setdefault(row["variant"], []).append(_deltas(row, plain[row["seed"]]))
+    names = ("memory", "equal steps", "equal time", "step", "encode", "decode", "MB", "numbers", "closed")
+    print(f"| {' | '.join(names)} |\n| {' | '.join(['---'] * len(names))} |")
+    for name in dict.fromkeys(row["variant"] for row in rows if row["seed"] in plain):
+        print(_line(name, [row for row in rows if row["variant"] == name], deltas.get(name, []), costs.get(name)))
+    if figure is not None:
+        _draw(deltas, figure)
+
+
+def _curve(name: str, points: Sequence[Sequence[float]]) -> Curve:
+    return Curve(name, tuple(Point(bpp, psnr) for bpp, psnr in points))
+
+
+def _deltas(row: dict[str, Any], plain: dict[str, Any]) -> tuple[float, float]:
+    """BD-rate in percent against `off` after as many steps, and after as many seconds."""
+    steps = sorted(map(int, plain["curves"]))
+    found = _curve(row["variant"], row["curves"][str(row["steps"])])
+    wanted = min(row["steps"] * row["step_ratio"], steps[-1])
+    later = np.array([plain["curves"][str(step)] for step in steps])  # (steps, qualities, 2)
+    at = [[float(np.interp(wanted, steps, column)) for column in quality.T] for quality in later.transpose(1, 0, 2)]
+    deltas = (bd_rate(_curve("off", plain["curves"][str(row["steps"])]), found), bd_rate(_curve("off", at), found))
+    return deltas[0].value or 0.0, deltas[1].value or 0.0
+
+
+def _line(
+    name: str, rows: Sequence[dict[str, Any]], deltas: Sequence[tuple[float, float]], cost: dict[str, Any] | None
+) -> str:
+    """A row of the table; of several seeds the mean, and each in brackets."""
+    cells = ["", ""]
+    for column in range(2 if deltas else 0):
+        values = [delta[column] for delta in deltas]
+        each = f" ({', '.join(f'{value:+.2f}' for value in values)})" if len(values) > 1 else ""
+        cells[column] = f"{statistics.fmean(values):+.2f} %{each}"
+    cells.append(f"x {statistics.fmean(row['step_ratio'] for row in rows):.2f}")
+    if cost is None:
+        cells += ["", "", ""]
+    else:
+        cells += [f"x {cost['encode_ratio']:.2f}", f"x {cost['decode_ratio']:.2f}", f"{cost['memory'] / 1e6:.0f}"]
+    cells.append(f"{rows[0]['parameters'] / 1e6:.2f} M")
+    closed = [row["closed_percent"] for row in rows if "closed_percent" in row]
+    cells.append(f"{statistics.fmean(closed):+.2f} %" if closed else "")
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _draw(deltas: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    """BD-rate of every variant: a point a seed, and a bar for their mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 0.3 * len(deltas)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for row, values in enumerate(deltas.values()):
+        for column, (label, colour) in enumerate((("equal steps", "tab:blue"), ("equal time", "tab:orange"))):
+            height = row + 0.4 * column - 0.2
+            each = [value[column] for value in values]
+            axes.barh(height, statistics.fmean(each), 0.35, color=colour, alpha=0.6, label=label if row == 0 else None)
+            axes.plot(each, [height] * len(each), "k.", markersize=4)
+    axes.set_yticks(range(len(deltas)), list(deltas))
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("BD-rate against plain HPCM, fine-tuned alike, in percent (Kodak, RGB PSNR)")
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
