@@ -222,7 +222,7 @@ def load(model: str | Path | None = None, device: str = "auto") -> Codec:
     longer than encoding a small image. Raises CheckpointError, ConfigError.
     """
     with _loading:  # threads that ask for a codec at once get the same one
-        return _kept(checkpoints.find(model), _device(device).type)
+        return _kept(checkpoints.find(model), device_of(device).type)
 
 
 def fresh(model: str | Path | None = None, device: str = "auto") -> Codec:
