@@ -369,6 +369,12 @@ class TestCheckpoints:
             assert model["fingerprint"] in table
             assert Path(model["path"]).is_file()
 
+    def test_presets_are_those_of_the_document(self) -> None:
+        printed = call("checkpoints", "presets").stdout
+        document = (Path(__file__).parent.parent / "checkpoints.md").read_text()
+        assert printed.startswith("preset")
+        assert all(f"    {line.rstrip()}\n" in document for line in printed.splitlines())
+
     def test_convert_refuses_what_is_not_a_checkpoint(self, folder: Path) -> None:
         Path("official.pth.tar").write_bytes(b"no checkpoint")
         result = call("checkpoints", "convert", "official.pth.tar", "-o", "x.safetensors", "--preset", "base")

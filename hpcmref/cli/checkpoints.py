@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,7 +38,38 @@ def list_models(
     if as_json:
         print(json.dumps([_facts(model) for model in models], indent=2))
     else:
-        _print_table(models)
+        rows = [
+            (
+                f"{model.name} (default)" if model.default else model.name,
+                model.preset,
+                f"{model.parameters / 1e6:.2f} M",
+                f"{model.size / 1e6:.1f} MB",
+                model.fingerprint.hex(),
+                model.description,
+            )
+            for model in models
+        ]
+        _print_table(("name", "preset", "parameters", "size", "fingerprint", "description"), rows, numbers=(2, 3))
+
+
+@app.command("presets")
+def list_presets() -> None:
+    """List the architectures: numbers in all, and thousands of multiplications a pixel in each part."""
+    import torch
+
+    from hpcmref.model import HPCM, PRESETS
+    from hpcmref.model.cost import PARTS, macs_per_pixel
+
+    rows = []
+    for name, config in PRESETS.items():
+        macs = macs_per_pixel(config)
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in HPCM(config).parameters())
+        counts = (macs[part] / 1e3 for part in PARTS)
+        rows.append(
+            (name, f"{parameters / 1e6:.2f} M", *(f"{each:.1f}" for each in (*counts, sum(macs.values()) / 1e3)))
+        )
+    _print_table(("preset", "parameters", *PARTS, "kMAC/pixel"), rows, numbers=range(1, 8))
 
 
 @app.command()
@@ -77,25 +109,18 @@ def _facts(model: CheckpointInfo) -> dict[str, Any]:
     }
 
 
-def _print_table(models: list[CheckpointInfo]) -> None:
+def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int]) -> None:
+    """`numbers`: which columns are set flush right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=10_000)  # no terminal to fit, so a line a model, whatever its length
+        console = Console(width=10_000)  # no terminal to fit, so a line a row, whatever its length
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("name", "preset", "parameters", "size", "fingerprint", "description"):
-        table.add_column(heading, justify="right" if heading in ("parameters", "size") else "left")
-    for model in models:
-        cells = (
-            f"{model.name} (default)" if model.default else model.name,
-            model.preset,
-            f"{model.parameters / 1e6:.2f} M",
-            f"{model.size / 1e6:.1f} MB",
-            model.fingerprint.hex(),
-            model.description,
-        )
-        table.add_row(*map(Text, cells))  # Text, because a plain str would be read as markup
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if column in numbers else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text, because a plain str would be read as markup
     console.print(table)
