@@ -26,7 +26,7 @@ from hpcmref.model.coders import Coder
 from hpcmref.model.config import HPCMConfig
 from hpcmref.model.layers import DWConvRB, RateTable, conv1x1
 from hpcmref.model.schedule import S1, S2, STEPS_S1, STEPS_S2, STEPS_S3, Lattice, Step, displaced_source
-from hpcmref.model.strips import in_strips
+from hpcmref.model.strips import POSITIONS, in_strips
 
 
 class SpatialPrior(nn.Module):
@@ -202,8 +202,9 @@ class ContextModel(nn.Module):
                 context_next = context
             else:
                 plane = context_next if memory is None else None
-                side = attention.window
-                context_next = in_strips(attention, context, context_next, halo=0, unit=side, into=plane)
+                # Smaller strips: query, key, value and their products take ten times the plane.
+                attend = partial(in_strips, attention, halo=0, unit=attention.window, positions=POSITIONS // 4)
+                context_next = attend(context, context_next, into=plane)
             del context
             context_next, memory = _remember(memory, replaced, context_next, before_prior=False)
         return context_next, y_hat, memory

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 POSITIONS = 2**14
-"""Positions of the 1/16 latent lattice in a strip: 4 megapixels, a few hundred megabytes of the widest activations."""
+"""Positions of the 1/16 latent lattice in a strip: 4 megapixels, a few hundred megabytes of what convolutions need."""
 
 
 def in_strips(
