@@ -25,7 +25,8 @@ from hpcmref.cli import app
 from hpcmref.codec import load
 from hpcmref.errors import CheckpointError, ConfigError, ImageError
 from hpcmref.model import PRESETS
-from hpcmref.training import Phase, Report, Trainer, TrainingConfig, phases_of, train
+from hpcmref.model.cost import macs_per_pixel
+from hpcmref.training import Phase, Report, Trainer, TrainingConfig, phases_of, profile, train
 from hpcmref.training.data import Tiles
 from hpcmref.training.objective import LAMBDA_POWER
 from hpcmref.training.state import read_state, write_state
@@ -315,6 +316,31 @@ def test_one_rate_alone() -> None:
     trainer = Trainer(configured(rate=lambdas[-1]))
     _, quality = trainer.sample(Tiles(SMALL.data, 64))
     assert quality.tolist() == [63, 63]
+
+
+def test_a_profile_measures_every_phase_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def short(config: TrainingConfig) -> list[profile.Profile]:
+        measured.extend(profile_of(config, steps=1))
+        return measured
+
+    profile_of = profile.profile
+    monkeypatch.setattr(profile, "profile", short)
+    result = CliRunner().invoke(
+        app, ["train", str(DATA / "sample.png"), "-o", str(tmp_path / "run"), "--crops", "1x64,2x64@0.9", "--profile"]
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("images/s") == 2
+    assert not (tmp_path / "run").exists()
+    assert [each.phase for each in measured] == [Phase(0, 1, 64), Phase(0.9, 2, 64)]
+    for each in measured:
+        assert tuple(each.seconds) == profile.PARTS
+        assert each.images * sum(each.seconds.values()) == pytest.approx(each.phase.batch)
+        assert each.flops / each.pixels == pytest.approx(6 * sum(macs_per_pixel(TRAINABLE, each.phase.crop).values()))
+        parts = [part for _, part in each.kernels]
+        assert parts == sorted(parts, reverse=True)
+        assert 0.3 < sum(parts) <= 1
 
 
 # --- the state -----------------------------------------------------------------------------------------------------
