@@ -21,6 +21,14 @@ def train(
         Path, typer.Option("-o", "--output", metavar="DIR", help="For state, log and weights; resumes a state.")
     ] = Path("run"),
     preset: Annotated[str, typer.Option("--preset", help="The architecture: nano or light.")] = "nano",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="NAME",
+            help="A memory bank: light, full, linear, global, cross, memory-saving, accurate or fast.",
+        ),
+    ] = None,
     start: Annotated[
         str | None,
         typer.Option("--from", metavar="MODEL", help="Begin with a trained model, which may have a lower M."),
@@ -60,7 +68,7 @@ def train(
     from hpcmref.training import train as run
 
     config = TrainingConfig(
-        data=tuple(data), output=output, preset=preset, start=start, minutes=minutes, steps=steps,
+        data=tuple(data), output=output, preset=preset, memory=memory, start=start, minutes=minutes, steps=steps,
         phases=phases_of(crops), metric=metric, rate=rate, rescale=rescale, learning_rate=learning_rate, seed=seed,
         device=device, bfloat16=bfloat16, compile=compile_, limit=limit, part_mb=part_mb,
     )  # fmt: skip
@@ -72,13 +80,13 @@ def train(
         return
     provenance = {
         "minutes": trainer.seconds / 60, "steps": trainer.step, "processes": trainer.ranks.count, "seed": seed,
-        "metric": metric, "lambda": rate, "from": start,
+        "metric": metric, "lambda": rate, "memory": memory, "from": start,
     }  # fmt: skip
     with trainer.averaged() as model:
         made = checkpoints.save(
             model,
             output / f"{preset}.safetensors",
-            description=f"{preset}, {trainer.seconds / 60:.0f} minutes of training",
+            description=f"{config.name}, {trainer.seconds / 60:.0f} minutes of training",
             provenance=provenance,
         )
     if not quiet:

@@ -25,7 +25,8 @@ noise. Here the entropy path consists of two kinds of operations, and neither le
    runs eagerly, never compiled: every operation is a kernel of its own. Those that PyTorch writes as a + alpha * b have
    alpha = 1, for which contraction changes nothing. exp, pow, exp2, ldexp (a pow in PyTorch), gammainc and softmax
    are not prescribed by IEEE 754 and do not occur: powers of two are made of their bits, the exponential of attention
-   is a table of 201 integers, and the CDF tables are stored.
+   is a table of 201 integers, and the CDF tables are stored. Square roots are prescribed, but PyTorch's are not always
+   so rounded (MKL); where a memory bank needs them, an integer test corrects the whole part (`memory._root`).
 
 So a layer takes its input to integers, x_int = clamp(round(x * 2^e), -limit, limit) with an exponent e for every input
 channel, convolves, and the sums come out as numbers with an exponent for every output channel. Exponents and limits are
@@ -37,7 +38,9 @@ What might still differ, and why it does not:
 
 - *Denormals, overflow.* Exponents are within +-40 and learned numbers multiples of 2^-24 up to 2^15, checked at load.
   So every number that is not rounded to an integer next is 0 or between 2^-110 and 2^120: flushing denormals changes
-  nothing, and there is no infinity to subtract from another.
+  nothing, and there is no infinity to subtract from another. (What a memory bank adds to a context can be smaller, but
+  the context is rounded to multiples of 2^-40 next, and a denormal moves no number that is not rounded to 0 anyway.)
+- *Which references a memory bank recalls* is a comparison of integers, and of equal ones the oldest is taken.
 - *The sign of zero* depends on the order of a sum. Nothing divides by it or reads its sign.
 - *Symbols* are integers in the file. Encoder and decoder add the same integer to the same mean.
 - *Constants* come from the checkpoint or from + - * / sqrt of numbers in it, one operation at a time.

@@ -19,6 +19,7 @@ from hpcmref.exact.layers import (
     output_peaks,
     output_sums,
 )
+from hpcmref.exact.memory import OF_MEMORY
 from hpcmref.model.context import Attend, CrossAttentionCell
 from hpcmref.model.hpcm import EntropyPath
 from hpcmref.model.layers import RateTable, ResidualBlock
@@ -82,6 +83,8 @@ def attach(entropy: EntropyPath, grids: Grids) -> EntropyPath:
             entropy.set_submodule(name, ExactConv(module, grids.get(name, {}), name))
         elif isinstance(module, RateTable):
             entropy.set_submodule(name, ExactRateTable(module, name))
+        elif type(module) in OF_MEMORY:
+            entropy.set_submodule(name, OF_MEMORY[type(module)](module))
     for name, module in list(entropy.named_modules()):
         if isinstance(module, CrossAttentionCell):
             _attach_attention(module, grids.get(f"{name}.attend", {}), f"{name}.attend")
@@ -95,7 +98,7 @@ def attach(entropy: EntropyPath, grids: Grids) -> EntropyPath:
 def _attach_attention(cell: CrossAttentionCell, grids: Mapping[str, Tensor], name: str) -> None:
     layers: dict[str, Any] = {"query": cell.conv_q, "key": cell.conv_k, "value": cell.conv_v}
     channels = len(layers["query"].bias)
-    cell.attend = ExactAttend(channels, cell.heads, grids, cell.window**2, name)  # type: ignore[assignment]
+    cell.attend = ExactAttend(channels, cell.heads, grids, cell.tokens, name)  # type: ignore[assignment]
     for operand, layer in layers.items():
         layer.scale_output(grids[operand])
 
@@ -152,7 +155,7 @@ def _attention_grids(cell: CrossAttentionCell, query: Tensor, key: Tensor, value
     bound = BOUNDS[torch.float32] - 1
     query, key, value = (_usable(x).view(cell.heads, -1) for x in (query, key, value))
     limit = int((bound / query.shape[1]) ** 0.5)
-    value_limit = bound // (cell.window**2 * max(EXP_TABLE))
+    value_limit = bound // (cell.tokens * max(EXP_TABLE))
     scores = torch.floor((limit**2 / (query * key)).log2().amin(1, keepdim=True))
     of_query = torch.round((scores + (key / query).log2()) / 2)
     of_value = torch.floor((value_limit / value).log2())

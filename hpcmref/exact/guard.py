@@ -149,6 +149,7 @@ def _operations(device: str) -> Iterator[tuple[str, bool]]:
     a, b = (random.uniform(-1000, 1000, 4096).astype(np.float32) for _ in range(2))
     halves = (np.arange(-2048, 2048) + 0.5).astype(np.float32)
     x, y = torch.tensor(a, device=device), torch.tensor(b, device=device)
+    fine = np.abs(a).astype(np.float64) / 3
     results = {
         "addition": (x + y, a + b),
         "subtraction": (x - y, a - b),
@@ -156,6 +157,7 @@ def _operations(device: str) -> Iterator[tuple[str, bool]]:
         "division": (x / y, a / b),
         "rounding": (torch.tensor(halves, device=device).round_(), np.rint(halves)),
         "LeakyReLU": (F.leaky_relu(x, 0.01), np.where(a > 0, a, a * np.float32(0.01))),
+        "float64 division": (torch.tensor(fine, device=device) / y, fine / b),
     }
     for name, (result, expected) in results.items():
         yield name, np.array_equal(result.cpu().numpy(), expected)

@@ -1,12 +1,62 @@
 """Which networks does a model have? One frozen description, and the presets."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 from hpcmref.errors import ConfigError
 
+T = TypeVar("T", "MemoryConfig", "HPCMConfig")
+
 QUALITIES = 64
 """Quality settings of a variable-rate model: 0 (smallest file) to 63 (best picture)."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The shape of a memory bank (see `memory.py`). Checked when it is made (ConfigError).
+
+    scales: which of s1, s2 and s3 have one; transfer: each goes on with the references of the one before.
+    before_prior: what is read goes into the next prior alone, and not into the context that attention sees.
+    max_refs, topk: references kept and recalled (light, full; cross recalls all that it keeps), in s1, s2 and s3.
+    compress_ratio, temperature: divide the channels of keys, and the similarities (light, full).
+    value_resolution: side of the grid of values (full, linear). feature_map: of linear.
+    per_position: light and full choose references for every position, not once an image.
+    """
+
+    mode: str
+    scales: tuple[int, ...] = (3,)
+    transfer: bool = False
+    before_prior: bool = False
+    max_refs: tuple[int, int, int] = (2, 3, 4)
+    topk: tuple[int, int, int] = (1, 2, 2)
+    compress_ratio: int = 4
+    temperature: float = 0.1
+    num_heads: int = 8
+    value_resolution: int = 8
+    feature_map: str = "elu"
+    per_position: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("light", "full", "linear", "global", "cross"):
+            raise ConfigError(f"The memory is {self.mode!r}; it must be light, full, linear, global or cross.")
+        if not self.scales or list(self.scales) != sorted(set(self.scales)) or not {1, 2, 3} >= set(self.scales):
+            raise ConfigError(f"The memory's scales are {self.scales}; they must be of 1, 2 and 3, ascending.")
+        if self.before_prior and 1 in self.scales:
+            raise ConfigError("There is nothing to read before the prior of s1: it has one.")
+        if self.transfer and (self.mode == "cross" or self.scales not in ((1, 2, 3), (2, 3), (1, 2))):
+            raise ConfigError("Transfer is between scales that follow each other, and not with the mode cross.")
+        if (len(self.max_refs), len(self.topk)) != (3, 3):
+            raise ConfigError("max_refs and topk are three numbers: of s1, s2 and s3.")
+        if min(*self.max_refs, *self.topk, self.compress_ratio, self.num_heads) < 1 or max(self.max_refs) > 16:
+            raise ConfigError("The memory's numbers must be positive, and max_refs at most 16.")
+        if any(topk > max_refs for topk, max_refs in zip(self.topk, self.max_refs, strict=True)):
+            raise ConfigError(f"topk {self.topk} is more than max_refs {self.max_refs}.")
+        if not 0.001 <= self.temperature <= 1000:
+            raise ConfigError(f"The memory's temperature is {self.temperature}; it must be within 0.001 to 1000.")
+        if not 1 <= self.value_resolution <= 32:
+            raise ConfigError(f"value_resolution is {self.value_resolution}; it must be within 1 to 32.")
+        if self.feature_map not in ("elu", "relu"):
+            raise ConfigError(f"The feature map is {self.feature_map!r}; it must be 'elu' or 'relu'.")
 
 
 @dataclass(frozen=True)
@@ -16,7 +66,7 @@ class HPCMConfig:
     M and N are the channels of y and z. `stages` describes g_a as (width, blocks) from full to low resolution and
     `synthesis` g_s in the opposite order; `transform` says how they are wired: "conv" is the paper's (halving the
     resolution before every stage), "dct" works at 1/8 resolution and starts as a DCT. `lambdas` are the rate anchors
-    of a variable-rate model, ascending; none for a model of one rate.
+    of a variable-rate model, ascending; none for a model of one rate. Without `memory` it is plain HPCM.
     """
 
     preset: str
@@ -35,6 +85,7 @@ class HPCMConfig:
     windows: tuple[int, int, int] = (4, 8, 8)
     displaced_s2: bool = False
     lambdas: tuple[float, ...] = ()
+    memory: MemoryConfig | None = None
 
     def __post_init__(self) -> None:
         if self.transform not in ("conv", "dct"):
@@ -49,6 +100,15 @@ class HPCMConfig:
             raise ConfigError(f"{self.heads} heads do not divide the 2 M = {2 * self.M} context channels.")
         if len(self.lambdas) == 1 or list(self.lambdas) != sorted(set(self.lambdas)):
             raise ConfigError("Rate anchors must be two or more, ascending.")
+        if self.memory is not None:
+            self._check_memory(self.memory)
+
+    def _check_memory(self, memory: MemoryConfig) -> None:
+        narrow, rest = divmod(2 * self.M, memory.compress_ratio)
+        if rest:
+            raise ConfigError(f"compress_ratio {memory.compress_ratio} does not divide the {2 * self.M} channels.")
+        if memory.mode in ("linear", "global", "cross") and narrow % memory.num_heads:
+            raise ConfigError(f"num_heads {memory.num_heads} does not divide the {narrow} channels of keys.")
 
     @property
     def anchors(self) -> int:
@@ -61,19 +121,28 @@ class HPCMConfig:
         return QUALITIES if self.lambdas else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` is its inverse."""
-        return asdict(self)
+        """JSON-ready form; `from_dict` is its inverse. Without a memory there is no word of it."""
+        values = asdict(self)
+        if self.memory is None:
+            del values["memory"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "HPCMConfig":
         """The configuration that `to_dict` wrote. Raises ConfigError on unknown or missing names."""
-        names = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - names):
+        if values.get("memory") is not None:
+            values = {**values, "memory": _made(MemoryConfig, values["memory"])}
+        return _made(cls, values)
+
+
+def _made(cls: type[T], values: dict[str, Any]) -> T:
+    """A configuration from its names and JSON values. Raises ConfigError."""
+    try:
+        if unknown := sorted(set(values) - set(cls.__dataclass_fields__)):
             raise ConfigError(f"Unknown model settings: {', '.join(unknown)}.")
-        try:
-            return cls(**{name: _tuples(value) for name, value in values.items()})
-        except TypeError as error:
-            raise ConfigError(f"Not a model configuration: {error}.") from error
+        return cls(**{name: _tuples(value) for name, value in values.items()})
+    except TypeError as error:
+        raise ConfigError(f"Not a model configuration: {error}.") from error
 
 
 def _tuples(value: Any) -> Any:
@@ -113,3 +182,17 @@ PRESETS: dict[str, HPCMConfig] = {
         _official("phi", 4, (2, 1), (3, 2), 0),
     )
 }  # fmt: skip
+
+_EVERYWHERE: dict[str, Any] = {"scales": (1, 2, 3), "transfer": True}
+
+MEMORIES: dict[str, MemoryConfig] = {
+    "light": MemoryConfig("light"),
+    "full": MemoryConfig("full", **_EVERYWHERE),
+    "linear": MemoryConfig("linear", **_EVERYWHERE),
+    "global": MemoryConfig("global"),
+    "cross": MemoryConfig("cross"),
+    "memory-saving": MemoryConfig("light", compress_ratio=8, max_refs=(2, 2, 2)),
+    "accurate": MemoryConfig("light", compress_ratio=2, max_refs=(6, 6, 6), topk=(3, 3, 3)),
+    "fast": MemoryConfig("light", topk=(1, 1, 1), temperature=0.05),
+}
+"""Every mode with its usual numbers, and three presets of the mode light."""

@@ -10,10 +10,13 @@
 
 A prior sees what all steps before it left: context_next (2M) and y_hat so far (M, zero where nothing is coded yet). Its
 output `context` is the scales and means of this step; cross attention over the last context_next makes the next one.
+Where a scale has a memory bank (`memory.py`), each context_next that is replaced is written to it, and what is read
+joins the new one.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +53,13 @@ class Attend(nn.Module):
 
 
 class CrossAttentionCell(nn.Module):
-    """Attention inside windows: queries from this step's context, keys and values from the context before it."""
+    """Attention inside windows: queries from this step's context, keys and values from contexts before it."""
 
-    def __init__(self, channels: int, window: int, heads: int) -> None:
+    def __init__(self, channels: int, window: int, heads: int, contexts: int = 1) -> None:
+        """contexts: the most that there are before."""
         super().__init__()
         self.window = window
+        self.tokens = contexts * window**2
         self.heads = heads
         self.conv_q = conv1x1(channels, channels)
         self.conv_k = conv1x1(channels, channels)
@@ -62,29 +67,33 @@ class CrossAttentionCell(nn.Module):
         self.conv_out = conv1x1(channels, channels)
         self.attend = Attend()
 
-    def forward(self, context: Tensor, context_prev: Tensor) -> Tensor:
-        """context, context_prev: (B, C, h, w) -> (B, C, h, w). Windows that reach over the edge see what is inside."""
+    def forward(self, context: Tensor, *contexts_prev: Tensor) -> Tensor:
+        """All (B, C, h, w), also the result. Windows that reach over the edge see what is inside."""
         height, width = context.shape[2:]
         query = self._windows(self.conv_q(context))
-        key = self._windows(self.conv_k(context_prev))
-        value = self._windows(self.conv_v(context_prev))
+        key = torch.cat([self._windows(self.conv_k(each)) for each in contexts_prev], dim=3)
+        value = torch.cat([self._windows(self.conv_v(each)) for each in contexts_prev], dim=3)
         inside = self._inside(height, width, context.device)
+        if inside is not None:
+            inside = inside.repeat(1, 1, 1, len(contexts_prev))
         return self._plane(self.attend(query, key, value, inside), height, width) + self.conv_out(context)
 
     def _windows(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, windows, heads, tokens, C/heads), zero outside of the plane."""
         side = self.window
         height, width = x.shape[2:]
-        x = F.pad(x, (0, -width % side, 0, -height % side))
+        if height % side or width % side:
+            x = F.pad(x, (0, -width % side, 0, -height % side))
         x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).unflatten(1, (self.heads, -1))
         return x.permute(0, 3, 5, 1, 4, 6, 2).flatten(4, 5).flatten(1, 2)
 
     def _plane(self, x: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of `_windows`."""
+        """The inverse of `_windows`, channels last in memory."""
         side = self.window
         rows = -(-height // side)
-        x = x.unflatten(3, (side, side)).unflatten(1, (rows, -1))
-        return x.permute(0, 3, 6, 1, 4, 2, 5).flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, :, :height, :width]
+        x = x.unflatten(3, (side, side)).unflatten(1, (rows, -1))  # (B, row, column, heads, row, column, C/heads)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+        return x.permute(0, 3, 1, 2)[:, :, :height, :width]
 
     def _inside(self, height: int, width: int, device: torch.device) -> Tensor | None:
         """Which keys of each window lie in the plane: (windows, 1, 1, tokens) bool; None if all do."""
@@ -96,10 +105,26 @@ class CrossAttentionCell(nn.Module):
         return (rows & cols).view(-1, 1, 1, side * side)
 
 
+class Bank(Protocol):
+    """A memory bank, whose state is a value: see `memory.py`."""
+
+    before_prior: bool
+
+    def start(self, quality: Tensor, before: Any) -> Any:
+        """The state at the start of a scale: quality (B,), and the state that the scale before ended with."""
+
+    def write(self, state: Any, context: Tensor) -> Any:
+        """The state with one more context."""
+
+    def read(self, state: Any, context: Tensor) -> Tensor:
+        """The context joined with what the bank recalls."""
+
+
 class ContextModel(nn.Module):
     """HPCM's hierarchical progressive context model (paper section 3; official HPCM_Base.py, forward_hpcm)."""
 
-    def __init__(self, config: HPCMConfig) -> None:
+    def __init__(self, config: HPCMConfig, banks: nn.ModuleDict) -> None:
+        """banks: a memory bank for some of the scales "s1", "s2" and "s3"."""
         super().__init__()
         width, both = config.context_width, 2 * config.M
         self.displaced_s2 = config.displaced_s2
@@ -116,6 +141,7 @@ class ContextModel(nn.Module):
         self.quant_steps = nn.ModuleList(RateTable(torch.ones(config.anchors), width) for _ in range(10))
         self.attn_s1, self.attn_s2, self.attn_s3 = map(attention, config.windows)
         self.context_net = nn.ModuleList(conv1x1(both, both) for _ in range(2))
+        self.banks = banks
 
     def forward(self, hyper: Tensor, quality: Tensor, coder: Coder) -> Tensor:
         """Walk the schedule once.
@@ -123,25 +149,30 @@ class ContextModel(nn.Module):
         hyper: (B, 2M, H, W), the scales and means that h_s predicts, H and W multiples of 4; quality: (B,). Returns
         y_hat (B, M, H, W).
         """
-        quant_steps = [table(quality) for table in self.quant_steps]
+        # Without gradients, y_hat and the context of each scale are planes that are overwritten, and hyper becomes one.
+        rows = [table(quality) for table in self.quant_steps]
 
         hyper_s2 = _halves(S2.down, hyper)
         context = _halves(S1.down, hyper_s2)
-        y_hat = _code(STEPS_S1[0], context, coder)
-        context, y_hat = self._scale(
-            STEPS_S1[1:], context, y_hat, coder, self.adaptor_s1, self.prior_s1_s2, quant_steps[:1], self.attn_s1
+        y_hat = torch.zeros_like(context[:, : context.shape[1] // 2])
+        y_hat = _code(STEPS_S1[0], context, y_hat, coder)
+        memory = self._memory("s1", quality, None)
+        context, y_hat, memory = self._scale(
+            STEPS_S1[1:], context, y_hat, coder, self.adaptor_s1, self.prior_s1_s2, rows[:1], self.attn_s1, memory
         )
 
         if self.displaced_s2:
             hyper_s2 = _displaced(hyper)
-        context = self.context_net[0](_put(S1, hyper_s2, context))
-        context, y_hat = self._scale(
-            STEPS_S2, context, S1.up(y_hat), coder, self.adaptor_s2, self.prior_s1_s2, quant_steps[1:4], self.attn_s2
+        context = _mixed(self.context_net[0], _put(S1, hyper_s2, context))
+        y_hat, memory = S1.up(y_hat), self._memory("s2", quality, memory)
+        context, y_hat, memory = self._scale(
+            STEPS_S2, context, y_hat, coder, self.adaptor_s2, self.prior_s1_s2, rows[1:4], self.attn_s2, memory
         )
 
-        context = self.context_net[1](_put(S2, hyper, context))
-        _, y_hat = self._scale(
-            STEPS_S3, context, S2.up(y_hat), coder, self.adaptor_s3, self.prior_s3, quant_steps[4:], self.attn_s3
+        context = _mixed(self.context_net[1], _put(S2, hyper, context))
+        y_hat, memory = S2.up(y_hat), self._memory("s3", quality, memory)
+        _, y_hat, _ = self._scale(
+            STEPS_S3, context, y_hat, coder, self.adaptor_s3, self.prior_s3, rows[4:], self.attn_s3, memory
         )
         return y_hat
 
@@ -155,19 +186,49 @@ class ContextModel(nn.Module):
         prior: SpatialPrior,
         quant_steps: list[Tensor],
         attention: CrossAttentionCell | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The network steps of one scale; returns context_next and y_hat after them."""
+        memory: tuple[Bank, Any] | None,
+    ) -> tuple[Tensor, Tensor, tuple[Bank, Any] | None]:
+        """The network steps of one scale; returns context_next, y_hat and the memory after them."""
+        replaced = None
         for step, adaptor, quant_step in zip(steps, adaptors, quant_steps, strict=True):
+            seen, memory = _remember(memory, replaced, context_next, before_prior=True)
             predict = partial(_predict, prior, adaptor, quant_step)
-            context = in_strips(predict, context_next, y_hat, halo=prior.halo)
-            y_hat = y_hat + _code(step, context, coder)
+            context = in_strips(predict, seen, y_hat, halo=prior.halo)
+            y_hat = _code(step, context, y_hat, coder)
             if step is STEPS_S3[-1]:
                 break
+            replaced = context_next
             if attention is None:
                 context_next = context
             else:
-                context_next = in_strips(attention, context, context_next, halo=0, unit=attention.window)
-        return context_next, y_hat
+                plane = context_next if memory is None else None
+                side = attention.window
+                context_next = in_strips(attention, context, context_next, halo=0, unit=side, into=plane)
+            del context
+            context_next, memory = _remember(memory, replaced, context_next, before_prior=False)
+        return context_next, y_hat, memory
+
+    def _memory(self, scale: str, quality: Tensor, before: tuple[Bank, Any] | None) -> tuple[Bank, Any] | None:
+        """The bank of a scale and its state at the start, if it has one."""
+        if scale not in self.banks:
+            return None
+        bank: Any = self.banks[scale]
+        return bank, bank.start(quality, None if before is None else before[1])
+
+
+def _remember(
+    memory: tuple[Bank, Any] | None, replaced: Tensor | None, context: Tensor, before_prior: bool
+) -> tuple[Tensor, tuple[Bank, Any] | None]:
+    """Write the context that was replaced, and join the new one with what is read: its result, and the memory.
+
+    before_prior: where this is; a bank acts in one of the two places.
+    """
+    if memory is None or memory[0].before_prior != before_prior:
+        return context, memory
+    bank, state = memory
+    if replaced is not None:
+        state = bank.write(state, replaced)
+    return bank.read(state, context), (bank, state)
 
 
 def _predict(
@@ -177,10 +238,15 @@ def _predict(
     return prior(adaptor(torch.cat((context_next, y_hat), dim=1)), quant_step)
 
 
-def _code(step: Step, context: Tensor, coder: Coder) -> Tensor:
-    """The latents of one step at their places (B, M, h, w), zero elsewhere."""
+def _code(step: Step, context: Tensor, y_hat: Tensor, coder: Coder) -> Tensor:
+    """y_hat (B, M, h, w) with the latents of one step at their places."""
     scales, means = context.chunk(2, dim=1)
-    return step.place(coder.code(step, step.select(scales), step.select(means)))
+    return step.put(y_hat, coder.code(step, step.select(scales), step.select(means)))
+
+
+def _mixed(convolution: nn.Module, context: Tensor) -> Tensor:
+    """1x1 convolution of a context (B, 2M, h, w)."""
+    return in_strips(convolution, context, halo=0, into=context)
 
 
 def _halves(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -189,9 +255,12 @@ def _halves(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _put(lattice: Lattice, hyper: Tensor, context: Tensor) -> Tensor:
-    """Hyper parameters on the finer lattice, with the positions coded so far replaced by their context."""
+    """Hyper parameters on the finer lattice, with the positions coded so far replaced by their context: hyper itself,
+    or with gradients a copy.
+    """
     pairs = zip(hyper.chunk(2, dim=1), context.chunk(2, dim=1), strict=True)
-    return torch.cat([lattice.put(fine, coarse) for fine, coarse in pairs], dim=1)
+    halves = [lattice.put(fine, coarse) for fine, coarse in pairs]
+    return torch.cat(halves, dim=1) if torch.is_grad_enabled() else hyper
 
 
 def _displaced(hyper: Tensor) -> Tensor:

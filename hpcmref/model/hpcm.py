@@ -10,6 +10,7 @@ from hpcmref.model.coders import Coder, Estimator
 from hpcmref.model.config import HPCMConfig
 from hpcmref.model.context import ContextModel
 from hpcmref.model.layers import RateTable
+from hpcmref.model.memory import banks
 from hpcmref.model.strips import POSITIONS, in_strips
 from hpcmref.model.transforms import g_a, g_s, h_a, h_s, halo, hyper_halo, start_as_dct
 
@@ -41,7 +42,7 @@ class EntropyPath(nn.Module):
         self.means_hyper = RateTable(torch.zeros(config.anchors), config.N)
         self.scales_hyper = RateTable(torch.ones(config.anchors), config.N)
         self.h_s = h_s(config)
-        self.context = ContextModel(config)
+        self.context = ContextModel(config, banks(config))
 
     def forward(self, quality: Tensor, size: tuple[int, int], coder: Coder) -> Tensor:
         """Code one batch: quality (B,), size of z (h, w) -> y_hat (B, M, 4h, 4w)."""

@@ -1,15 +1,15 @@
 """What does a run do? One frozen description, checked when it is made."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from hpcmref.errors import ConfigError
-from hpcmref.model import PRESETS
-from hpcmref.model.config import QUALITIES
+from hpcmref.model import PRESETS, HPCMConfig
+from hpcmref.model.config import MEMORIES, QUALITIES
 from hpcmref.similarity import MS_SSIM_LEAST_SIDE
 
 METRICS = ("mse", "ms-ssim")
@@ -39,14 +39,16 @@ def phases_of(text: str) -> tuple[Phase, ...]:
 class TrainingConfig:
     """Everything that decides what a run does. Lengths in steps unless the name says otherwise.
 
-    start: a model to begin with, by name or file; a state in `output` goes first. phases: the batch is that of one
-    process. rescale: half of the crops are made smaller, by a factor between this and 1. rate: train for this one
-    lambda (of the MSE) instead of all. part_mb: the largest file of the state, in 10^6 bytes.
+    memory: a bank of MEMORIES. start: a model to begin with, by name or file (a bank that it has not is closed at
+    first); a state in `output` goes first. phases: the batch is that of one process. rescale: half of the crops are
+    made smaller, by a factor between this and 1. rate: train for this one lambda (of the MSE) instead of all. part_mb:
+    the largest file of the state, in 10^6 bytes.
     """
 
     data: tuple[Path, ...]
     output: Path
     preset: str = "nano"
+    memory: str | None = None
     start: str | Path | None = None
     minutes: float = 60.0
     steps: int | None = None
@@ -70,7 +72,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ConfigError(f"There is no preset {self.preset!r}; there are {', '.join(PRESETS)}.")
-        lambdas = PRESETS[self.preset].lambdas
+        if self.memory is not None and self.memory not in MEMORIES:
+            raise ConfigError(f"There is no memory {self.memory!r}; there are {', '.join(MEMORIES)}.")
+        lambdas = self.model.lambdas
         if not lambdas:
             raise ConfigError(f"The preset {self.preset!r} has no rate anchors to train over.")
         if self.rate is not None and not lambdas[0] <= self.rate <= lambdas[-1]:
@@ -102,9 +106,19 @@ class TrainingConfig:
         return next(phase for phase in reversed(self.phases) if progress >= phase.begin)
 
     @property
+    def model(self) -> HPCMConfig:
+        """The networks: the preset with its memory bank."""
+        return replace(PRESETS[self.preset], memory=None if self.memory is None else MEMORIES[self.memory])
+
+    @property
+    def name(self) -> str:
+        """What is trained, for people and to tell one run's state from another's."""
+        return self.preset if self.memory is None else f"{self.preset} with memory {self.memory}"
+
+    @property
     def fixed_quality(self) -> float | None:
         """The quality (0..63) whose lambda is `rate`; None to train all."""
         if self.rate is None:
             return None
-        lambdas = np.log(PRESETS[self.preset].lambdas)
+        lambdas = np.log(self.model.lambdas)
         return float(np.interp(np.log(self.rate), lambdas, np.linspace(0, QUALITIES - 1, len(lambdas))))

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcmref import checkpoints
 from hpcmref.errors import CheckpointError
-from hpcmref.model import HPCM, PRESETS
+from hpcmref.model import HPCM
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.layers import ResidualBlock
 from hpcmref.training.config import TrainingConfig
@@ -52,7 +52,7 @@ class Trainer:
             torch.cuda.set_device(self.device)
         torch.manual_seed(config.seed)
         self.generator = torch.Generator()
-        self.model = HPCM(PRESETS[config.preset]).initialise().to(self.device)
+        self.model = HPCM(config.model).initialise().to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = [parameter.detach().clone() for parameter in self.model.parameters()]
         self.optimiser = torch.optim.AdamW(
@@ -159,15 +159,15 @@ class Trainer:
             "average": self.average,
             "optimiser": self.optimiser.state_dict(),
             "clock": {"step": self.step, "skipped": self.skipped, "seconds": self.seconds},
-            "preset": self.config.preset,
+            "preset": self.config.name,
         }
         write_state(self.config.output, state, f"{self.step:08d}", self.config.part_mb)
 
     def load(self) -> None:
         """Take over the state that `save` wrote. Raises CheckpointError if it is damaged or of another preset."""
         state = read_state(self.config.output, self.device)
-        if (preset := state.get("preset")) != self.config.preset:
-            raise CheckpointError(f"{self.config.output} has a run of {preset!r}, not of {self.config.preset!r}.")
+        if (preset := state.get("preset")) != self.config.name:
+            raise CheckpointError(f"{self.config.output} has a run of {preset!r}, not of {self.config.name!r}.")
         try:
             self.model.load_state_dict(state["model"])
             _assign(self.average, state["average"])
