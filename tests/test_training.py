@@ -25,6 +25,7 @@ from hpcmref.cli import app
 from hpcmref.codec import load
 from hpcmref.errors import CheckpointError, ConfigError, ImageError
 from hpcmref.model import PRESETS
+from hpcmref.model.config import MEMORIES
 from hpcmref.model.cost import macs_per_pixel
 from hpcmref.training import Phase, Report, Trainer, TrainingConfig, phases_of, profile, train
 from hpcmref.training.data import Tiles
@@ -239,6 +240,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.Mo
     resumed = Trainer(trainer.config)
     resumed.load()
     assert (resumed.step, resumed.skipped) == (3, 1)
+
+
+@pytest.mark.parametrize("memory", [None, *MEMORIES])
+def test_every_number_gets_a_gradient(memory: str | None) -> None:
+    """In bfloat16 too, and with every memory bank; processes that train together wait for all of them."""
+    trainer = Trainer(configured(memory=memory, phases=(Phase(0, 1, 64),)))
+    assert trainer.run_step(Tiles(SMALL.data, 64)) is not None
+    assert [name for name, parameter in trainer.model.named_parameters() if parameter.grad is None] == []
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
 def test_the_average_lends_itself_to_the_model() -> None:

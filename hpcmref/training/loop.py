@@ -260,7 +260,16 @@ def _blocks_in_bfloat16(model: HPCM, device: str) -> None:
     """
     for module in model.modules():
         if isinstance(module, ResidualBlock | CrossAttentionCell):
-            module.forward = torch.autocast(device, torch.bfloat16)(module.forward)  # type: ignore[method-assign]
+            module.forward = _in_bfloat16(module.forward, device)  # type: ignore[method-assign]
+
+
+def _in_bfloat16(forward: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+    def run(*inputs: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            result = forward(*inputs)
+        return result.float()
+
+    return run
 
 
 def _assign(targets: list[Any], sources: list[Tensor]) -> None:
