@@ -275,6 +275,7 @@ def test_the_average_lends_itself_to_the_model() -> None:
         {"phases": (Phase(0, 1, 64), Phase(0, 1, 128))},
         {"phases": (Phase(0, 1, 64), Phase(1, 1, 128))},
         {"metric": "vmaf"},
+        {"device": "tpu"},
         {"metric": "ms-ssim"},  # its window does not fit into crops of 64
         {"rate": 0.5},
         {"rescale": 0.0},
@@ -421,6 +422,27 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str,
     write_state(tmp_path, {**read_state(tmp_path, torch.device("cpu")), **changes}, "changed")
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         trainer.load()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_missed() -> None:
+    with pytest.raises(ConfigError, match="no CUDA device 0"):
+        Trainer(configured(device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [(), ("--compile",)])
+def test_the_recipe_for_a_gpu(tmp_path: Path, compiled: tuple[str, ...]) -> None:
+    """The command of checkpoints.md, on one photograph and for a few steps; the model codes on the CPU."""
+    arguments = ["train", str(DATA / "sample.png"), "-o", str(tmp_path), "--preset", "light", "--device", "cuda"]
+    result = CliRunner().invoke(
+        app, [*arguments, "--crops", "4x192,1x256@0.9", "--shard-mb", "15", "--steps", "10", *compiled]
+    )
+    assert result.exit_code == 0, result.output
+    assert max(part.stat().st_size for part in tmp_path.glob("*.part")) <= 15 * 10**6
+    codec = load(tmp_path / "light.safetensors", "cpu")
+    assert codec.decode(codec.encode(Image.new("RGB", (70, 70), "teal"), 30)).size == (70, 70)
 
 
 # --- from photographs to a codec -----------------------------------------------------------------------------------

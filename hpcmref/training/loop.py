@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcmref import checkpoints
-from hpcmref.errors import CheckpointError
+from hpcmref.errors import CheckpointError, ConfigError
 from hpcmref.model import HPCM
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.layers import ResidualBlock
@@ -48,6 +48,8 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.device = torch.device(config.device)
         if self.device.type == "cuda":
+            if self.ranks.local >= torch.cuda.device_count():
+                raise ConfigError(f"There is no CUDA device {self.ranks.local} here, of {torch.cuda.device_count()}.")
             self.device = torch.device("cuda", self.ranks.local)
             torch.cuda.set_device(self.device)
         torch.manual_seed(config.seed)
