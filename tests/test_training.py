@@ -25,7 +25,9 @@ from hpcmref.cli import app
 from hpcmref.codec import load
 from hpcmref.errors import CheckpointError, ConfigError, ImageError
 from hpcmref.model import PRESETS
-from hpcmref.training import Phase, Report, Trainer, TrainingConfig, phases_of, train
+from hpcmref.model.config import MEMORIES
+from hpcmref.model.cost import macs_per_pixel
+from hpcmref.training import Phase, Report, Trainer, TrainingConfig, phases_of, profile, train
 from hpcmref.training.data import Tiles
 from hpcmref.training.objective import LAMBDA_POWER
 from hpcmref.training.state import read_state, write_state
@@ -240,6 +242,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.Mo
     assert (resumed.step, resumed.skipped) == (3, 1)
 
 
+@pytest.mark.parametrize("memory", [None, *MEMORIES])
+def test_every_number_gets_a_gradient(memory: str | None) -> None:
+    """In bfloat16 too, and with every memory bank; processes that train together wait for all of them."""
+    trainer = Trainer(configured(memory=memory, phases=(Phase(0, 1, 64),)))
+    assert trainer.run_step(Tiles(SMALL.data, 64)) is not None
+    assert [name for name, parameter in trainer.model.named_parameters() if parameter.grad is None] == []
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
 def test_the_average_lends_itself_to_the_model() -> None:
     trainer = Trainer(SMALL)
     for average in trainer.average:
@@ -264,6 +275,7 @@ def test_the_average_lends_itself_to_the_model() -> None:
         {"phases": (Phase(0, 1, 64), Phase(0, 1, 128))},
         {"phases": (Phase(0, 1, 64), Phase(1, 1, 128))},
         {"metric": "vmaf"},
+        {"device": "tpu"},
         {"metric": "ms-ssim"},  # its window does not fit into crops of 64
         {"rate": 0.5},
         {"rescale": 0.0},
@@ -315,6 +327,31 @@ def test_one_rate_alone() -> None:
     trainer = Trainer(configured(rate=lambdas[-1]))
     _, quality = trainer.sample(Tiles(SMALL.data, 64))
     assert quality.tolist() == [63, 63]
+
+
+def test_a_profile_measures_every_phase_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def short(config: TrainingConfig) -> list[profile.Profile]:
+        measured.extend(profile_of(config, steps=1))
+        return measured
+
+    profile_of = profile.profile
+    monkeypatch.setattr(profile, "profile", short)
+    result = CliRunner().invoke(
+        app, ["train", str(DATA / "sample.png"), "-o", str(tmp_path / "run"), "--crops", "1x64,2x64@0.9", "--profile"]
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("images/s") == 2
+    assert not (tmp_path / "run").exists()
+    assert [each.phase for each in measured] == [Phase(0, 1, 64), Phase(0.9, 2, 64)]
+    for each in measured:
+        assert tuple(each.seconds) == profile.PARTS
+        assert each.images * sum(each.seconds.values()) == pytest.approx(each.phase.batch)
+        assert each.flops / each.pixels == pytest.approx(6 * sum(macs_per_pixel(TRAINABLE, each.phase.crop).values()))
+        parts = [part for _, part in each.kernels]
+        assert parts == sorted(parts, reverse=True)
+        assert 0.3 < sum(parts) <= 1
 
 
 # --- the state -----------------------------------------------------------------------------------------------------
@@ -385,6 +422,27 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str,
     write_state(tmp_path, {**read_state(tmp_path, torch.device("cpu")), **changes}, "changed")
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         trainer.load()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_missed() -> None:
+    with pytest.raises(ConfigError, match="no CUDA device 0"):
+        Trainer(configured(device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [(), ("--compile",)])
+def test_the_recipe_for_a_gpu(tmp_path: Path, compiled: tuple[str, ...]) -> None:
+    """The command of checkpoints.md, on one photograph and for a few steps; the model codes on the CPU."""
+    arguments = ["train", str(DATA / "sample.png"), "-o", str(tmp_path), "--preset", "light", "--device", "cuda"]
+    result = CliRunner().invoke(
+        app, [*arguments, "--crops", "4x192,1x256@0.9", "--shard-mb", "15", "--steps", "10", *compiled]
+    )
+    assert result.exit_code == 0, result.output
+    assert max(part.stat().st_size for part in tmp_path.glob("*.part")) <= 15 * 10**6
+    codec = load(tmp_path / "light.safetensors", "cpu")
+    assert codec.decode(codec.encode(Image.new("RGB", (70, 70), "teal"), 30)).size == (70, 70)
 
 
 # --- from photographs to a codec -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import typer
 from hpcmref.cli.options import QuietOption
 
 if TYPE_CHECKING:
-    from hpcmref.training import Report
+    from hpcmref.training import Report, TrainingConfig
 
 
 def train(
@@ -19,7 +19,7 @@ def train(
     ],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="DIR", help="For state, log and weights; resumes a state.")
-    ],
+    ] = Path("run"),
     preset: Annotated[str, typer.Option("--preset", help="The architecture: nano or light.")] = "nano",
     memory: Annotated[
         str | None,
@@ -57,6 +57,9 @@ def train(
     part_mb: Annotated[
         float | None, typer.Option("--shard-mb", help="Split the state into files of at most so many 10^6 bytes.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Train nothing; measure some steps and what the machine can do.")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train a model and export it: DIR/PRESET.safetensors, for use with -m."""
@@ -69,6 +72,9 @@ def train(
         phases=phases_of(crops), metric=metric, rate=rate, rescale=rescale, learning_rate=learning_rate, seed=seed,
         device=device, bfloat16=bfloat16, compile=compile_, limit=limit, part_mb=part_mb,
     )  # fmt: skip
+    if profile:
+        _profile(config)
+        return
     trainer = run(config, (lambda _: None) if quiet else _print)
     if not trainer.ranks.leads:
         return
@@ -90,3 +96,21 @@ def train(
 def _print(report: Report) -> None:
     values = "  ".join(f"{name} {value:.3f}" for name, value in report.values.items())
     print(f"{report.minutes:6.1f} min  step {report.step:6d}  {report.kind:10s}  {values}", flush=True)
+
+
+def _profile(config: TrainingConfig) -> None:
+    import torch
+
+    from hpcmref.training import profile
+
+    peaks = {str(dtype)[6:]: profile.peak(config.device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    print("peak here  " + "  ".join(f"{name} {peak / 1e9:.0f} GFLOP/s" for name, peak in peaks.items()))
+    used = peaks["bfloat16" if config.bfloat16 else "float32"]
+    for each in profile.profile(config):
+        step = sum(each.seconds.values())
+        print(f"{each.phase.batch} crops of {each.phase.crop} x {each.phase.crop}: {1e3 * step:.1f} ms a step")
+        print(f"  {each.images:.1f} images/s, {each.pixels / 1e6:.2f} megapixels/s, {each.memory / 1e9:.2f} GB")
+        print(f"  {each.flops / 1e9:.0f} GFLOP/s, {each.flops / used:.0%} of the peak")
+        print("  " + "  ".join(f"{part} {spent / step:.1%}" for part, spent in each.seconds.items()))
+        for name, part in each.kernels:
+            print(f"  {part:6.1%}  {name}")

@@ -79,6 +79,8 @@ class TrainingConfig:
             raise ConfigError(f"The preset {self.preset!r} has no rate anchors to train over.")
         if self.rate is not None and not lambdas[0] <= self.rate <= lambdas[-1]:
             raise ConfigError(f"Lambda must be between {lambdas[0]} and {lambdas[-1]}.")
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"The device is {self.device!r}; it must be cpu or cuda.")
         if self.metric not in METRICS:
             raise ConfigError(f"The metric is {self.metric!r}; it must be {' or '.join(METRICS)}.")
         if self.steps is not None and self.steps < 1:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcmref import checkpoints
-from hpcmref.errors import CheckpointError
+from hpcmref.errors import CheckpointError, ConfigError
 from hpcmref.model import HPCM
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.layers import ResidualBlock
@@ -48,6 +48,8 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.device = torch.device(config.device)
         if self.device.type == "cuda":
+            if self.ranks.local >= torch.cuda.device_count():
+                raise ConfigError(f"There is no CUDA device {self.ranks.local} here, of {torch.cuda.device_count()}.")
             self.device = torch.device("cuda", self.ranks.local)
             torch.cuda.set_device(self.device)
         torch.manual_seed(config.seed)
@@ -260,7 +262,16 @@ def _blocks_in_bfloat16(model: HPCM, device: str) -> None:
     """
     for module in model.modules():
         if isinstance(module, ResidualBlock | CrossAttentionCell):
-            module.forward = torch.autocast(device, torch.bfloat16)(module.forward)  # type: ignore[method-assign]
+            module.forward = _in_bfloat16(module.forward, device)  # type: ignore[method-assign]
+
+
+def _in_bfloat16(forward: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+    def run(*inputs: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            result = forward(*inputs)
+        return result.float()
+
+    return run
 
 
 def _assign(targets: list[Any], sources: list[Tensor]) -> None:
