@@ -32,7 +32,7 @@ from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.memory import GridMean, LinearAttend, Pool, Recall, State, from_grid, top
 from hpcmref.model.strips import in_strips
 from hpcmref.training import Phase, TrainingConfig
-from hpcmref.training.loop import Trainer
+from hpcmref.training.loop import Trainer, _blocks_in_bfloat16
 from hpcmref.training.start import start_from
 
 BANKS = {name: dataclasses.replace(bank, num_heads=4, value_resolution=3) for name, bank in MEMORIES.items()}
@@ -397,6 +397,16 @@ def test_a_run_puts_a_closed_bank_on_a_trained_model(tmp_path: Path, monkeypatch
         assert torch.equal(model(x, quality)["x_hat"], expected)
     with pytest.raises(ConfigError, match="no memory 'lite'"):
         dataclasses.replace(config, memory="lite")
+
+
+@pytest.mark.parametrize("name", ["light", "full", "linear", "cross"])
+def test_a_bank_trains_in_bfloat16(name: str) -> None:
+    """Attention gives bfloat16 then, and a bank computes in float32 all the same."""
+    model = opened(name).train()
+    _blocks_in_bfloat16(model, "cpu")
+    model(torch.rand(1, 3, 64, 64), torch.tensor([9.0]))["likelihoods"]["y"].log2().mean().backward()
+    gradients = [parameter.grad for parameter in model.entropy.context.banks.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
 def test_a_state_is_a_value() -> None:
