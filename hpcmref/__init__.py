@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 DEFAULT_QUALITY = 32
 
+DEFAULT_MAX_PIXELS = 1 << 27
+"""Larger images are not decoded unless the caller allows it: 134 megapixels, for which there should be 8 GB."""
+
 _register()
 
-__all__ = ["DEFAULT_QUALITY", "Codec", "HpcmrefError", "__version__", "decode", "encode", "load"]
+__all__ = ["DEFAULT_MAX_PIXELS", "DEFAULT_QUALITY", "Codec", "HpcmrefError", "__version__", "decode", "encode", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ from hpcmref.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from hpcmref.exact.convert import Grids
     from hpcmref.model import HPCM
@@ -117,7 +118,7 @@ def save(model: HPCM, path: Path, description: str, provenance: Mapping[str, Any
     with torch.device("meta"):
         stored = HPCM(model.config)
     stored.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    for module, grids in _calibrated(stored.eval(), torch.float32 if half else torch.float64).items():
+    for module, grids in calibrated(stored.eval(), torch.float32 if half else torch.float64).items():
         tensors |= {f"{_GRID}{module}.{name}": grid for name, grid in grids.items()}
     metadata = {
         "config": model.config.to_dict(),
@@ -130,16 +131,21 @@ def save(model: HPCM, path: Path, description: str, provenance: Mapping[str, Any
     return info(path)
 
 
-def _calibrated(model: HPCM, dtype: torch.dtype) -> Grids:
+def tiles() -> list[Image.Image]:
+    """The photographs that grids are chosen with: 256x256 RGB."""
+    from PIL import Image
+
+    return [Image.open(path).convert("RGB") for path in sorted(_TILES.glob("*.webp"))]
+
+
+def calibrated(model: HPCM, dtype: torch.dtype) -> Grids:
     """Exact grids of a model, from the calibration tiles and a quality at each end and two between."""
     import numpy as np
     import torch
-    from PIL import Image
 
     from hpcmref.exact import calibrate
 
-    tiles = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(_TILES.glob("*.webp"))]
-    images = [torch.from_numpy(tile.copy()).permute(2, 0, 1)[None].float() / 255 for tile in tiles]
+    images = [torch.from_numpy(np.array(tile)).permute(2, 0, 1)[None].float() / 255 for tile in tiles()]
 
     def run() -> None:
         for image in images:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,10 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hpcmref import DEFAULT_QUALITY, checkpoints, container, imageio
+from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, checkpoints, container, imageio
 from hpcmref.checkpoints import Checkpoint
 from hpcmref.container import Container
-from hpcmref.errors import ConfigError, DecodeError, HpcmrefError, ModelMismatchError, TruncatedError, UnsupportedError
+from hpcmref.errors import (
+    ConfigError,
+    DecodeError,
+    HpcmrefError,
+    ImageError,
+    ModelMismatchError,
+    TruncatedError,
+    UnsupportedError,
+)
 from hpcmref.exact import attach, exactly
 from hpcmref.extras import extras_of
 from hpcmref.model.coders import SymbolReader, SymbolWriter
@@ -26,21 +38,13 @@ EXACT = 1
 
 
 @dataclass(frozen=True)
-class _Analysed:
-    """An image after g_a: pixels (H, W, 3) uint8, whether it is grey, chunks, and features (1, M, H/16, W/16)."""
+class _Frame:
+    """What a file says of its image besides the latents."""
 
-    pixels: np.ndarray
+    width: int
+    height: int
     grey: bool
     chunks: tuple[tuple[int, bytes], ...]
-    features: Tensor
-
-    @property
-    def height(self) -> int:
-        return self.pixels.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.pixels.shape[1]
 
 
 class Codec:
@@ -65,7 +69,13 @@ class Codec:
         quality: 0 (smallest) to 63 (best); None is the default. A model of one rate knows only None. Raises ConfigError
         for another quality and ImageError for an image that the format cannot hold.
         """
-        return self._encoded(self._analysed(image), self._checked(quality))
+        quality = self._checked(quality)
+        frame, x = self._framed(image)
+        with self._inference():
+            x = self.model.features(x, _to_unit)
+            y, z = self.model.latents(x, self._rate(quality))
+            del x  # large images need the room
+            return self._encoded(frame, y, z, quality)[0]
 
     def encode_to(
         self, image: Image.Image, *, size: int | None = None, bpp: float | None = None, psnr: float | None = None
@@ -78,101 +88,115 @@ class Codec:
         """
         if sum(target is not None for target in (size, bpp, psnr)) != 1:
             raise ConfigError("exactly one of size, bits per pixel and PSNR can be the target")
-        picture = self._analysed(image)
-        limit = size if bpp is None else bpp * picture.width * picture.height / 8
+        frame, x = self._framed(image)
+        limit = size if bpp is None else bpp * frame.width * frame.height / 8
         low, high = 0, self.model.config.qualities - 1
         best: bytes | None = None
-        while low <= high:
-            quality = (low + high) // 2
-            data = self._encoded(picture, quality)
-            if limit is not None:  # the largest file within the limit
-                reached = len(data) <= limit
-                low, high = (quality + 1, high) if reached else (low, quality - 1)
-            else:  # the smallest file that is good enough
-                assert psnr is not None
-                reached = _psnr(self._pixels_of(data), picture.pixels) >= psnr
-                low, high = (low, quality - 1) if reached else (quality + 1, high)
-            best = data if reached else best
+        with self._inference():
+            features = self.model.features(x, _to_unit)
+            while low <= high:
+                quality = (low + high) // 2
+                data, y_hat = self._encoded(frame, *self.model.latents(features, self._rate(quality)), quality)
+                if limit is not None:  # the largest file within the limit
+                    reached = len(data) <= limit
+                    low, high = (quality + 1, high) if reached else (low, quality - 1)
+                else:  # the smallest file that is good enough
+                    assert psnr is not None
+                    shown = self._pixels(y_hat, quality, frame)
+                    reached = _psnr(shown, _cropped(x, frame)) >= psnr
+                    low, high = (low, quality - 1) if reached else (quality + 1, high)
+                best = data if reached else best
         if best is None:
             wanted = f"{psnr} dB" if psnr is not None else f"{limit:.0f} bytes"
             raise HpcmrefError(f"no quality of the model {self.name} reaches {wanted} with this image")
         return best
 
-    def _analysed(self, image: Image.Image) -> _Analysed:
+    def _framed(self, image: Image.Image) -> tuple[_Frame, Tensor]:
+        """What the file says of an image, and its pixels (1, 3, H', W') uint8, padded to multiples of 64."""
         picture = imageio.picture_of(image)
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            features = self.model.features(_padded(picture.pixels, self.device), _to_unit)
-        return _Analysed(picture.pixels, picture.grey, picture.extras.chunks(), features)
+        height, width = picture.pixels.shape[:2]
+        frame = _Frame(width, height, picture.grey, picture.extras.chunks())
+        return frame, _padded(picture.pixels, self.device)
 
-    def _encoded(self, picture: _Analysed, quality: int) -> bytes:
+    def _encoded(self, frame: _Frame, y: Tensor, z: Tensor, quality: int) -> tuple[bytes, Tensor]:
+        """The file of y (1, M, h, w) and z, and the y_hat that it decodes to."""
         encoder = SymbolEncoder()
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            rate = self._rate(quality)
-            y, z = self.model.latents(picture.features, rate)
-            writer = SymbolWriter(y, z, self._thresholds, [encoder])
-            with exactly(self.device):
-                self.entropy(rate, (z.shape[2], z.shape[3]), writer)
-        return container.write(
-            Container(
-                arithmetic=EXACT,
-                fingerprint=self.fingerprint,
-                quality=quality,
-                width=picture.width,
-                height=picture.height,
-                grey=picture.grey,
-                latent_checksum=writer.checksums[0],
-                payload=encoder.finish(),
-                chunks=picture.chunks,
-            )
+        writer = SymbolWriter(y, z, self._thresholds, [encoder])
+        with exactly(self.device):
+            y_hat = self.entropy(self._rate(quality), (z.shape[2], z.shape[3]), writer)
+        file = Container(
+            arithmetic=EXACT,
+            fingerprint=self.fingerprint,
+            quality=quality,
+            width=frame.width,
+            height=frame.height,
+            grey=frame.grey,
+            latent_checksum=writer.checksums[0],
+            payload=encoder.finish(),
+            chunks=frame.chunks,
         )
+        return container.write(file), y_hat
 
-    def decode(self, data: bytes, upto: int = 3, partial: bool = False) -> Image.Image:
+    def decode(
+        self, data: bytes, upto: int = 3, partial: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS
+    ) -> Image.Image:
         """The image of a file, in the mode of the original (see `hpcmref.imageio`), with its metadata in `info`.
 
         upto: the last scale (1, 2 or 3) whose latents are read; those of later scales are taken as predicted.
         partial: decode a truncated file up to the last scale that is whole.
+        max_pixels: larger images are refused, before there is room made for them.
 
-        Raises FormatError or UnsupportedError for what is not such a file, ModelMismatchError for the file of another
-        model, and DecodeError where the decoded latents are not those that were encoded.
+        Raises FormatError or UnsupportedError for what is not such a file, ImageError for too large an image,
+        ModelMismatchError for the file of another model, DecodeError where the decoded latents are not those that were
+        encoded, and ConfigError for another scale.
         """
+        if upto not in (1, 2, 3):
+            raise ConfigError(f"the scale is {upto}, and must be 1, 2 or 3")
         file = container.parse(data, partial)
-        return imageio.image_of(self._decoded(file, upto, partial), file.grey, extras_of(file))
-
-    def _pixels_of(self, data: bytes) -> np.ndarray:
-        return self._decoded(container.parse(data))
-
-    def _decoded(self, file: Container, upto: int = 3, partial: bool = False) -> np.ndarray:
-        """Pixels (H, W, 3) uint8."""
+        if (pixels := file.width * file.height) > max_pixels:
+            raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
         if file.arithmetic != EXACT:
             raise UnsupportedError(f"the file uses arithmetic {file.arithmetic}, which this hpcmref does not know")
         if file.fingerprint != self.fingerprint:
             raise ModelMismatchError(_mismatch(file.fingerprint, self.name, self.fingerprint))
         if file.quality >= self.model.config.qualities:
             raise DecodeError(f"the file has quality {file.quality}, which the model {self.name} does not")
+        with self._inference():
+            shown = self._pixels(self._decoded(file, upto), file.quality, file)
+        return imageio.image_of(shown.cpu().numpy(), file.grey, extras_of(file))
+
+    def _decoded(self, file: Container, upto: int) -> Tensor:
+        """y_hat (1, M, h, w) of a file up to a scale: `upto`, or in a truncated file the last that is whole."""
         config = self.model.config
         size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
         symbols = size[0] * size[1] * (config.N + 16 * config.M)
+        while upto:
+            source = SymbolDecoder(file.payload, symbols)
+            reader = SymbolReader(self._thresholds, [source], upto)
+            try:
+                with exactly(self.device):
+                    y_hat = self.entropy(self._rate(file.quality), size, reader)
+            except TruncatedError:
+                if not file.truncated:
+                    raise
+            else:
+                if reader.checksums[0] == file.latent_checksum if upto == 3 else not file.truncated or source.is_whole:
+                    return y_hat
+                del y_hat
+            if not file.truncated:
+                raise DecodeError("the decoded latents are not the encoded ones: the file is damaged or forged")
+            upto -= 1
+        raise DecodeError("the file ends before its first scale does: nothing of it can be shown")
+
+    def _pixels(self, y_hat: Tensor, quality: int, frame: _Frame | Container) -> Tensor:
+        """What is seen of y_hat: (H, W, 3) uint8."""
+        return _cropped(self.model.synthesise(y_hat, self._rate(quality), _to_bytes), frame).contiguous()
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Networks run without gradients and in the precision of their weights, whatever the caller has set."""
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            rate = self._rate(file.quality)
-            while True:
-                source = SymbolDecoder(file.payload, symbols)
-                reader = SymbolReader(self._thresholds, [source], upto)
-                try:
-                    with exactly(self.device):
-                        y_hat = self.entropy(rate, size, reader)
-                except TruncatedError:
-                    if not partial:
-                        raise
-                else:
-                    if reader.checksums[0] == file.latent_checksum if upto == 3 else not partial or source.is_whole:
-                        break
-                if not partial:
-                    raise DecodeError("the decoded latents are not the encoded ones: the file is damaged or forged")
-                upto -= 1
-                if not upto:
-                    raise DecodeError("the file ends before its first scale does: nothing of it can be shown")
-            pixels = self.model.synthesise(y_hat, rate, _to_bytes)
-        return pixels[0, :, : file.height, : file.width].permute(1, 2, 0).contiguous().cpu().numpy()
+            yield
 
     def _checked(self, quality: int | None) -> int:
         qualities = self.model.config.qualities
@@ -188,15 +212,26 @@ class Codec:
         return torch.tensor([float(quality)], device=self.device)
 
 
-@lru_cache(maxsize=2)
+_loading = threading.Lock()
+
+
 def load(model: str | Path | None = None, device: str = "auto") -> Codec:
     """The codec of a model: a registry name, a .safetensors file, or None for the default that ships with hpcmref.
 
     device: "cpu", "cuda", or "auto" for CUDA where there is one. The last two codecs are kept, since loading takes
     longer than encoding a small image. Raises CheckpointError, ConfigError.
     """
+    with _loading:  # threads that ask for a codec at once get the same one
+        return _kept(checkpoints.find(model), device_of(device).type)
+
+
+def fresh(model: str | Path | None = None, device: str = "auto") -> Codec:
+    """As `load`, but a codec of the caller's own, which is not kept."""
     path = checkpoints.find(model)
-    return Codec(checkpoints.load(path), path.stem, _device(device))
+    return Codec(checkpoints.load(path), path.stem, device_of(device))
+
+
+_kept = lru_cache(maxsize=2)(fresh)
 
 
 def codec_for(fingerprint: bytes, device: str = "auto", model: str | Path | None = None) -> Codec:
@@ -225,9 +260,11 @@ def encode(
     return load(model, device).encode(image, quality)
 
 
-def decode(data: bytes, device: str = "auto", model: str | Path | None = None) -> Image.Image:
+def decode(
+    data: bytes, device: str = "auto", model: str | Path | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> Image.Image:
     """The image of a file; see `Codec.decode` and `codec_for`."""
-    return codec_for(container.parse(data).fingerprint, device, model).decode(data)
+    return codec_for(container.parse(data).fingerprint, device, model).decode(data, max_pixels=max_pixels)
 
 
 def _mismatch(wanted: bytes, name: str, found: bytes) -> str:
@@ -235,7 +272,7 @@ def _mismatch(wanted: bytes, name: str, found: bytes) -> str:
     return f"the file was made with the model {known or 'of fingerprint'} ({wanted.hex()}), not {name} ({found.hex()})"
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
@@ -262,7 +299,13 @@ def _to_bytes(x: Tensor) -> Tensor:
     return x.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
 
-def _psnr(pixels: np.ndarray, reference: np.ndarray) -> float:
-    """dB, of uint8 arrays of one shape; infinite for equal ones."""
-    error = np.square(pixels.astype(np.float32) - reference).mean(dtype=np.float64)
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+def _cropped(x: Tensor, frame: _Frame | Container) -> Tensor:
+    """Planes (1, 3, H', W') -> what is seen of them, (H, W, 3)."""
+    return x[0, :, : frame.height, : frame.width].permute(1, 2, 0)
+
+
+def _psnr(shown: Tensor, reference: Tensor) -> float:
+    """dB, of (H, W, 3) uint8; infinite for equal ones."""
+    rows = zip(shown.split(64), reference.split(64), strict=True)
+    error = sum(int((x.int() - y.int()).square_().sum()) for x, y in rows)
+    return 10 * math.log10(255**2 * shown.numel() / error) if error else math.inf

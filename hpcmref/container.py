@@ -67,6 +67,7 @@ class Container:
     chunks: (tag 1..255, bytes) in file order, at most 64, each tag of `Tag` at most once; a reader skips the tags that
         it does not know.
     version: of the format.
+    truncated: the end of the payload is missing (see `parse`).
     """
 
     arithmetic: int
@@ -79,6 +80,7 @@ class Container:
     payload: bytes
     chunks: tuple[tuple[int, bytes], ...] = ()
     version: int = VERSION
+    truncated: bool = False
 
     def __post_init__(self) -> None:
         _check_range("version", self.version, VERSION, VERSION)
@@ -154,7 +156,9 @@ def _parse_truncated(body: bytes) -> Container | None:
     fields = _fields(reader, skip=())
     announced = reader.varint()
     left = len(body) - file.tell()
-    return _checked(fields, file.read(left // 4 * 4)) if left < announced + _U32.size else None
+    if left >= announced + _U32.size:
+        return None
+    return _checked(fields | {"truncated": True}, file.read(left // 4 * 4))
 
 
 def peek(file: IO[bytes]) -> Container:

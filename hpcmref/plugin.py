@@ -66,13 +66,15 @@ class HpcmImageFile(ImageFile.ImageFile):
         """Decode the file, if that is not done: of a truncated one what there is, if LOAD_TRUNCATED_IMAGES is set."""
         if self._is_encoded and self.fp is not None:
             from hpcmref.codec import codec_for
-            from hpcmref.container import parse
+            from hpcmref.container import MAX_PIXELS, parse
 
+            # Pillow's own limit on pixels was asked when the file was opened.
             partial = bool(ImageFile.LOAD_TRUNCATED_IMAGES)
             self.fp.seek(0)
             data = self.fp.read()
             try:
-                image = codec_for(parse(data, partial).fingerprint).decode(data, partial=partial)
+                codec = codec_for(parse(data, partial).fingerprint)
+                image = codec.decode(data, partial=partial, max_pixels=MAX_PIXELS)
             except HpcmrefError as error:
                 raise OSError(str(error)) from error
             self.im = image.im

@@ -97,12 +97,16 @@ class SymbolEncoder:
             return
         if symbols.min() < -(1 << 15) or symbols.max() >= 1 << 15:
             raise ConfigError("a symbol does not fit into 16 bits")
-        escapes = tables.escapes[indexes]
-        escaped = (symbols < tables.lowest[indexes]) | (symbols >= escapes)
-        self._append(np.where(escaped, escapes, symbols), indexes)
-        if escaped.any():
-            values = symbols[escaped].astype("<i2").view(np.uint8)
-            self._append(values, np.full(values.size, tables.of_bytes))
+        values = []
+        for i in range(0, symbols.size, _BLOCK):
+            block, rows = symbols[i : i + _BLOCK], indexes[i : i + _BLOCK]
+            escapes = tables.escapes[rows]
+            escaped = (block < tables.lowest[rows]) | (block >= escapes)
+            self._append(np.where(escaped, escapes, block), rows)
+            values.append(block[escaped].astype("<i2").view(np.uint8))
+        escaped_bytes = np.concatenate(values)
+        if escaped_bytes.size:
+            self._append(escaped_bytes, np.full(escaped_bytes.size, tables.of_bytes))
 
     def finish(self) -> bytes:
         """The bytes of all symbols: empty without any, else a multiple of 4, at least 8. Ends the encoder's life."""

@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 from hpcmref import DEFAULT_QUALITY
 from hpcmref.cli import app
 from hpcmref.container import Container, parse, write
-from hpcmref.errors import CheckpointError, ModelMismatchError
+from hpcmref.errors import CheckpointError, ImageError, ModelMismatchError
 
 FINGERPRINT = b"fake"
 
@@ -55,8 +55,11 @@ class FakeCodec:
             )
         )
 
-    def decode(self, data: bytes, upto: int = 3, partial: bool = False) -> Image.Image:
-        image = Image.open(io.BytesIO(parse(data).payload))
+    def decode(self, data: bytes, upto: int = 3, partial: bool = False, max_pixels: int = 2**27) -> Image.Image:
+        file = parse(data)
+        if file.width * file.height > max_pixels:
+            raise ImageError(f"more than {max_pixels} pixels")
+        image = Image.open(io.BytesIO(file.payload))
         image.load()
         return image
 
@@ -266,6 +269,20 @@ class TestRun:
         result = call("decode", "a.bin", "b.bin", "-o", "out")
         assert (result.exit_code, result.stderr) == (1, "hpcmref: b.bin: written by 676f6e65, and 66616b65 is here\n")
         assert Path("out/a.png").exists()
+
+    def test_a_folder_is_searched_for_both_suffixes(self, loads: list[object]) -> None:
+        call("encode", picture("a.png"), "-o", "in/a.bin")
+        call("encode", "a.png", "-o", "in/b.hpcm")
+        call("encode", "a.png", "-o", "in/c.dat")
+        assert call("decode", "in", "-o", "out").exit_code == 0
+        assert files() == ["a.png", "in/a.bin", "in/b.hpcm", "in/c.dat", "out/a.png", "out/b.png"]
+        assert "c.dat" not in call("info", "in").stdout
+
+    def test_a_limit_of_pixels(self, loads: list[object]) -> None:
+        call("encode", picture("a.png", size=(10, 10)), picture("b.png", size=(10, 11)), "-o", "out")
+        result = call("decode", "out", "-o", "back", "--max-pixels", "100")
+        assert (result.exit_code, result.stderr) == (1, "hpcmref: out/b.bin: more than 100 pixels\n")
+        assert Path("back/a.png").exists()
 
     def test_debug_shows_the_traceback(self, loads: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HPCMREF_DEBUG", "1")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from hpcmref.errors import (
     ConfigError,
     DecodeError,
     FormatError,
+    HpcmrefError,
+    ImageError,
     ModelMismatchError,
     UnsupportedError,
 )
@@ -327,6 +332,144 @@ def test_damage_anywhere(codec: Codec, small: Image.Image, seed: int) -> None:
         broken[int(random.integers(0, len(data)))] ^= int(random.integers(1, 256))
         with pytest.raises((FormatError, UnsupportedError)):
             codec.decode(bytes(broken))
+
+
+# --- targets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "target", [{"size": 900}, {"bpp": 1.2}, {"psnr": 30.0}, {"size": 10**6}, {"psnr": 1.0}], ids=str
+)
+def test_a_target_is_met_as_closely_as_can_be(
+    codec: Codec, small: Image.Image, target: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quality next to the chosen one misses the target, or is further from it; seven trials, and one g_a."""
+    calls = {"g_a": 0, "entropy": 0}
+    for name, network in (("g_a", codec.model.g_a), ("entropy", codec.entropy)):
+        forward = network.forward
+
+        def counted(*args: Any, name: str = name, forward: Any = forward) -> Any:
+            calls[name] += 1
+            return forward(*args)
+
+        monkeypatch.setattr(network, "forward", counted)
+    data = codec.encode_to(small, **target)  # type: ignore[arg-type]
+    assert calls["g_a"] == 1
+    assert calls["entropy"] <= 7
+    quality = container.parse(data).quality
+    assert data == codec.encode(small, quality)
+
+    def meets(quality: int) -> bool:
+        data = codec.encode(small, quality)
+        if "psnr" in target:
+            return psnr(codec.decode(data), small) >= target["psnr"]
+        return len(data) <= target.get("size", target.get("bpp", 0) * small.width * small.height / 8)
+
+    assert meets(quality)
+    nearer = quality - 1 if "psnr" in target else quality + 1
+    assert not 0 <= nearer <= 63 or not meets(nearer)
+    assert 0 <= nearer <= 63 or target in ({"size": 10**6}, {"psnr": 1.0})
+
+
+@pytest.mark.parametrize("target", [{"size": 20}, {"bpp": 0.001}, {"psnr": 80.0}], ids=str)
+def test_a_target_that_no_quality_meets(codec: Codec, small: Image.Image, target: dict[str, float]) -> None:
+    with pytest.raises(HpcmrefError, match="no quality"):
+        codec.encode_to(small, **target)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("targets", [{}, {"size": 900, "psnr": 30.0}])
+def test_there_is_one_target(codec: Codec, small: Image.Image, targets: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="exactly one"):
+        codec.encode_to(small, **targets)
+
+
+# --- parts of a file -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def previews(codec: Codec, sample: Image.Image) -> tuple[bytes, list[Image.Image]]:
+    """A file of 128 x 64, and what is seen of its scales 1, 1 to 2, and 1 to 3."""
+    data = codec.encode(sample.crop((120, 40, 248, 104)), 40)
+    return data, [codec.decode(data, upto) for upto in (1, 2, 3)]
+
+
+def test_every_scale_adds_to_the_picture(previews: tuple[bytes, list[Image.Image]], sample: Image.Image) -> None:
+    data, shown = previews
+    original = sample.crop((120, 40, 248, 104))
+    first, second, third = (psnr(image, original) for image in shown)
+    assert first < second - 1 < third - 3
+    assert shown[2].tobytes() == hpcmref.decode(data, device="cpu").tobytes()
+
+
+@pytest.mark.parametrize("upto", [0, 4, -1])
+def test_a_scale_that_there_is_not(codec: Codec, previews: tuple[bytes, list[Image.Image]], upto: int) -> None:
+    with pytest.raises(ConfigError, match=str(upto)):
+        codec.decode(previews[0], upto)
+
+
+def test_a_truncated_file_shows_its_whole_scales(codec: Codec, previews: tuple[bytes, list[Image.Image]]) -> None:
+    """The shorter it is, the fewer; and never a part of one."""
+    data, shown = previews
+    pictures = [image.tobytes() for image in shown]
+    last, seen = 3, set()
+    for length in (*range(len(data) - 1, 40, -len(data) // 14), 30):
+        with pytest.raises(FormatError):
+            codec.decode(data[:length])
+        try:
+            scale = 1 + pictures.index(codec.decode(data[:length], partial=True).tobytes())
+        except DecodeError:
+            scale = 0
+        assert scale <= last
+        last = scale
+        seen.add(scale)
+    assert seen == {0, 1, 2, 3}
+
+
+def test_who_allows_parts_of_a_file_gets_no_damaged_whole(
+    codec: Codec, previews: tuple[bytes, list[Image.Image]]
+) -> None:
+    """A file whose checksum fits is all there: if its latents are wrong, it is not shown in part."""
+    data, _ = previews
+    file = container.parse(data)
+    assert codec.decode(data, partial=True).tobytes() == codec.decode(data).tobytes()
+    half = len(file.payload) // 8 * 4
+    for changes in (
+        {"latent_checksum": file.latent_checksum ^ 1},
+        {"payload": file.payload[:half]},
+        {"payload": file.payload[:half] + bytes(len(file.payload) - half)},
+    ):
+        with pytest.raises((DecodeError, FormatError)):
+            codec.decode(forged(data, **changes), partial=True)
+
+
+# --- limits --------------------------------------------------------------------------------------------------------
+
+
+def test_larger_images_than_allowed_are_refused(codec: Codec, small: Image.Image, files: dict[int, bytes]) -> None:
+    data = codec.encode(small, 20)
+    assert codec.decode(data, max_pixels=70 * 45).size == (70, 45)
+    for attempt in (codec.decode, partial(hpcmref.decode, device="cpu")):
+        with pytest.raises(ImageError, match=r"3150.*3149"):
+            attempt(data, max_pixels=70 * 45 - 1)  # type: ignore[operator]
+    with pytest.raises(ImageError, match=str(hpcmref.DEFAULT_MAX_PIXELS)):
+        codec.decode(forged(data, width=1 << 14, height=(1 << 13) + 1))
+
+
+def test_threads_that_load_a_model_at_once_load_it_once(one_rate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Path] = []
+
+    def slow(path: Path) -> checkpoints.Checkpoint:
+        loaded.append(path)
+        time.sleep(0.05)
+        return checkpoints_load(path)
+
+    checkpoints_load = checkpoints.load
+    monkeypatch.setattr(checkpoints, "load", slow)
+    path = shutil.copy(one_rate, one_rate.with_name("once.safetensors"))
+    with ThreadPoolExecutor(8) as pool:
+        codecs = list(pool.map(lambda _: load(path, "cpu"), range(8)))
+    assert len(loaded) == 1
+    assert all(codec is codecs[0] for codec in codecs)
 
 
 # --- models of one rate and other models -------------------------------------------------------------------------

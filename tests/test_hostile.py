@@ -43,7 +43,8 @@ Forge = Callable[[Container], Container]
 
 # A sentence on what the file tries -> how it is made of an honest one, 64 x 64 RGBA.
 CORPUS: dict[str, Forge] = {
-    "announces 268 megapixels, and has the payload of 64 x 64": lambda f: replace(f, width=1 << 14, height=1 << 14),
+    "announces 268 megapixels, the most that the format holds": lambda f: replace(f, width=1 << 14, height=1 << 14),
+    "announces 134 megapixels, and has the payload of 64 x 64": lambda f: replace(f, width=1 << 14, height=1 << 13),
     "announces the longest row there may be": lambda f: replace(f, width=1 << 15, height=1),
     "announces the longest column there may be, and no payload": lambda f: replace(
         f, width=1, height=1 << 15, payload=b""
@@ -107,13 +108,8 @@ def header_bytes(honest: bytes) -> int:
 def test_the_corpus(codec: Codec, honest: bytes, sentence: str, partial: bool) -> None:
     data = write(CORPUS[sentence](parse(honest)))
     start = time.monotonic()
-    try:
-        image = codec.decode(data, partial=partial)
-    except HpcmrefError:
-        pass
-    else:
-        assert partial  # who asks for what can be had of a damaged file may get that
-        assert image.size == (SIDE, SIDE)
+    with pytest.raises(HpcmrefError):
+        codec.decode(data, partial=partial)
     assert time.monotonic() - start < 10
 
 
@@ -209,8 +205,7 @@ def peak():
 
 honest, *hostile = sorted(Path(sys.argv[1]).iterdir())
 codec = load(device="cpu")
-for partial in (False, True):
-    codec.decode(honest.read_bytes(), partial=partial)
+codec.decode(honest.read_bytes())
 before = peak()
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 2**29, size + 2**29))

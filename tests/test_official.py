@@ -85,7 +85,8 @@ class Recorder(Estimator):
         """Tensors of the 11 steps, each value at its place in y."""
         whole = torch.zeros_like(self.y)
         for step, value in zip(STEPS, values, strict=True):
-            placed = step.place(value)
+            batch, channels, height, width = value.shape
+            placed = step.put(torch.zeros(batch, step.groups * channels, height, width).to(value), value)
             whole += {1: lambda x: S2.up(S1.up(x)), 2: S2.up, 3: lambda x: x}[step.scale](placed)
         return whole
 
@@ -105,7 +106,7 @@ def test_parity(preset: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Recorder, "made", [], raising=False)
     monkeypatch.setattr("hpcmref.model.hpcm.Estimator", Recorder)
     params: list[Tensor] = []
-    model.entropy.h_s.register_forward_hook(lambda module, inputs, output: params.append(output))
+    model.entropy.h_s.register_forward_hook(lambda module, inputs, output: params.append(output.clone()))
     with torch.no_grad():
         out = model(x)
     (recorder,) = Recorder.made

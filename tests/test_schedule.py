@@ -34,9 +34,15 @@ def numbered(channels: int, height: int, width: int, batch: int = 2) -> Tensor:
     return torch.arange(1, batch * channels * height * width + 1).view(batch, channels, height, width).float()
 
 
+def alone(step: Step, values: Tensor) -> Tensor:
+    """What a step codes, at its places in a plane of its lattice, zero elsewhere."""
+    batch, channels, height, width = values.shape
+    return step.put(torch.zeros(batch, step.groups * channels, height, width), values)
+
+
 def on_y(step: Step, values: Tensor) -> Tensor:
     """What a step codes, at its places in y, zero elsewhere."""
-    placed = step.place(values)
+    placed = alone(step, values)
     if step.scale == 1:
         placed = S1.up(placed)
     return S2.up(placed) if step.scale < 3 else placed
@@ -62,7 +68,7 @@ def test_a_coarser_scale_is_what_a_finer_one_leaves_out() -> None:
     for lattice, steps, groups in ((S1, STEPS_S2, 4), (S2, STEPS_S3, 8)):
         height, width = 8, 8
         taken = lattice.up(torch.ones(1, 16, height // 2, width // 2))
-        coded = sum(step.place(torch.ones(1, 16 // groups, height, width)) for step in steps)
+        coded = sum(alone(step, torch.ones(1, 16 // groups, height, width)) for step in steps)
         assert torch.equal(taken + coded, torch.ones(1, 16, height, width))
 
 
@@ -88,17 +94,32 @@ def test_down_put_and_up_undo_each_other(lattice: Lattice, size: tuple[int, int]
     assert torch.equal(lattice.down(put), values)
     assert torch.equal(torch.where(put < 0, put, 0), lattice.up(values))
     assert torch.equal(torch.where(put < 0, 0, x) + lattice.up(values), put)
-    assert bool((x > 0).all())  # `put` does not write into its argument
+    assert bool((x > 0).all())  # with gradients, `put` does not write into its argument
+
+
+def test_without_gradients_planes_are_overwritten() -> None:
+    with torch.no_grad():
+        for lattice in (S1, S2):
+            x = numbered(16, 4, 8)
+            expected = torch.where(lattice.up(torch.ones(2, 16, 2, 4)) == 1, -1, x)
+            assert lattice.put(x, -torch.ones(2, 16, 2, 4)) is x
+            assert torch.equal(x, expected)
+        for step in STEPS:
+            x = numbered(16, 4, 8)
+            values = -torch.ones(2, 16 // step.groups, 4, 8)
+            expected = torch.where(alone(step, values) == -1, -1, x)
+            assert step.put(x, values) is x
+            assert torch.equal(x, expected)
 
 
 @pytest.mark.parametrize("step", STEPS, ids=range(11))
 @pytest.mark.parametrize("size", [(4, 4), (6, 10), (1, 3)])
-def test_select_and_place_undo_each_other(step: Step, size: tuple[int, int]) -> None:
+def test_select_and_put_undo_each_other(step: Step, size: tuple[int, int]) -> None:
     """At any size: attention windows and priors may see planes that do not fill a tile."""
     x = numbered(16, *size)
     values = step.select(x)
     assert values.shape == (2, 16 // step.groups, *size)
-    placed = step.place(values)
+    placed = alone(step, values)
     assert torch.equal(step.select(placed), values)
     assert torch.equal(placed[placed != 0], x[placed != 0])
     assert placed.count_nonzero() == values.numel()

@@ -156,9 +156,9 @@ class HpcmrefCodec:
 @functools.cache
 def _network(model: str, device: str) -> Network:
     # Not `codec.load`: that keeps two models only, and a run may go round more of them for every image.
-    from hpcmref.codec import load
+    from hpcmref.codec import fresh
 
-    return load.__wrapped__(model, device)
+    return fresh(model, device)
 
 
 @functools.cache
@@ -240,9 +240,9 @@ def _hpcmref(text: str, device: str) -> HpcmrefCodec:
 
 def _resolved(device: str) -> str:
     """ "cpu" or "cuda" for "auto" too."""
-    from hpcmref.codec import _device
+    from hpcmref.codec import device_of
 
-    return _device(device).type
+    return device_of(device).type
 
 
 def _options(text: str) -> dict[str, Any]:

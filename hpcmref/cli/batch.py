@@ -20,7 +20,8 @@ from hpcmref.cli.failures import report
 from hpcmref.errors import CheckpointError, ConfigError, HpcmrefError
 
 STREAM = "-"
-ENCODED_SUFFIX = ".bin"
+ENCODED_SUFFIX = ".bin"  # of files that are written
+ENCODED_SUFFIXES = (ENCODED_SUFFIX, ".hpcm")  # of files that a folder is searched for
 
 
 @dataclass(frozen=True)

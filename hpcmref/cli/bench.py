@@ -124,6 +124,14 @@ def bench(
             "--csv", metavar="FILE", help="Write averages and measurements, with tabs if FILE ends with .tsv."
         ),
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Instead: where the time of hpcmref goes, on the first image (or a made-up one of 768x512). A model "
+            "may also be a preset without weights: base, large, phi, light.",
+        ),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option("--report", metavar="DIR", help="Write a page with curves, tables and a viewer, and PNG curves."),
@@ -131,6 +139,10 @@ def bench(
     quiet: QuietOption = False,
 ) -> None:
     """Measure codecs side by side on your own images: size, quality, time, memory, BD-rate."""
+    if profile:
+        for model in models.split(",") if models else [_default()]:
+            _profile(model, _images(folders or [])[:1], device.value, repeat)
+        return
     _need_extra()
     from hpcmref.bench import codecs as known
     from hpcmref.bench import curves, output
@@ -346,6 +358,43 @@ def _comparison_cells(each: Comparison) -> list[str]:
         "-" if similar.value is None else f"{similar.value:+.2f} %",
         rate.note,
     ]
+
+
+def _profile(model: str, images: Sequence[Path], device: str, repeat: int) -> None:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from hpcmref import checkpoints, codec
+    from hpcmref.bench import profile
+    from hpcmref.imageio import open_image
+    from hpcmref.model import PRESETS
+
+    known = {each.name for each in checkpoints.available()}
+    untrained = model in PRESETS and model not in known
+    measured = profile.untrained(model, device) if untrained else codec.load(model, device)
+    image = open_image(images[0]) if images else profile.photograph()
+    found = profile.profile(measured, image, repeat=repeat)
+    console = Console()
+    console.print(
+        f"{measured.name}, {image.width}x{image.height}, {torch.get_num_threads()} threads, best of {repeat}. The best "
+        f"here: {2e-9 * found.macs_per_second:.0f} GFLOP/s (float32 convolution), "
+        f"{1e-9 * found.bytes_per_second:.1f} GB/s (copy)."
+    )
+    for name, costs in (("encode", found.encode), ("decode", found.decode)):
+        total = sum(cost.seconds for cost in costs.values())
+        table = Table(name, "ms", "share", "MMAC", "GFLOP/s", "of the best", "MB moved", "GB/s", "of the best")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        whole = profile.Cost(total, *(sum(getattr(each, key) for each in costs.values()) for key in ("macs", "moved")))
+        for stage, cost in (*costs.items(), ("all", whole)):
+            macs, moved = (each / max(cost.seconds, 1e-9) for each in (cost.macs, cost.moved))
+            table.add_row(
+                stage, f"{1e3 * cost.seconds:.1f}", f"{cost.seconds / total:.1%}", f"{1e-6 * cost.macs:.0f}",
+                f"{2e-9 * macs:.0f}", f"{macs / found.macs_per_second:.0%}", f"{1e-6 * cost.moved:.0f}",
+                f"{1e-9 * moved:.1f}", f"{moved / found.bytes_per_second:.0%}",
+            )  # fmt: skip
+        console.print(table)
 
 
 def _report(results: Results, images: Sequence[Path], codecs: Sequence[Codec], folder: Path, quiet: bool) -> None:

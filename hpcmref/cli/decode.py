@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpcmref.cli.batch import ENCODED_SUFFIX, Job, plan, run
+from hpcmref import DEFAULT_MAX_PIXELS
+from hpcmref.cli.batch import ENCODED_SUFFIXES, Job, plan, run
 from hpcmref.cli.options import Device, DeviceOption, ForceOption, ModelOption, QuietOption
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def decode(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILE", help="Encoded files, folders of .bin files, or - for standard input."),
+        typer.Argument(metavar="FILE", help="Encoded files, folders of .bin and .hpcm files, or - for standard input."),
     ],
     output: Annotated[
         str | None,
@@ -38,6 +39,9 @@ def decode(
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Decode a truncated file as far as it goes.")
     ] = False,
+    max_pixels: Annotated[
+        int, typer.Option("--max-pixels", metavar="N", min=1, help="Refuse larger images.")
+    ] = DEFAULT_MAX_PIXELS,
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     force: ForceOption = False,
@@ -60,11 +64,11 @@ def decode(
         if job.target is not None and not job.is_stream:
             format_of(job.target)  # refuses an unknown suffix now, and not after the decoding
         data = job.read()
-        image = codec(parse(data, allow_partial).fingerprint).decode(data, upto, allow_partial)
+        image = codec(parse(data, allow_partial).fingerprint).decode(data, upto, allow_partial, max_pixels)
         if job.target is None or job.is_stream:
             job.write(render(image, "PNG"))
         else:
             save_image(image, job.target)
         return f"{job.name} -> {job.target_name}: {image.width}x{image.height} {image.mode}"
 
-    run(plan(files, output, {ENCODED_SUFFIX}, ".png"), work, quiet)
+    run(plan(files, output, ENCODED_SUFFIXES, ".png"), work, quiet)

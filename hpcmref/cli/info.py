@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hpcmref.cli.batch import ENCODED_SUFFIX, Job, expand, run
+from hpcmref.cli.batch import ENCODED_SUFFIXES, Job, expand, run
 
 ARITHMETIC = {1: "exact integers"}
 
@@ -15,7 +15,7 @@ ARITHMETIC = {1: "exact integers"}
 def info(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILE", help="Encoded files, folders of .bin files, or - for standard input."),
+        typer.Argument(metavar="FILE", help="Encoded files, folders of .bin and .hpcm files, or - for standard input."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array with one object a file.")] = False,
 ) -> None:
@@ -26,7 +26,7 @@ def info(
         described.append(_facts(job))
 
     try:
-        run([Job(source, None) for source in expand(files, {ENCODED_SUFFIX})], work, quiet=True)
+        run([Job(source, None) for source in expand(files, ENCODED_SUFFIXES)], work, quiet=True)
     finally:
         print(json.dumps(described, indent=2) if as_json else "\n".join(map(_text, described)))
 

@@ -216,7 +216,7 @@ class ExactAttend(nn.Module):
         if inside is not None:
             scores = scores.masked_fill_(~inside, -float(BOUNDS[torch.float32]))
         below = (scores.amax(-1, keepdim=True) - scores).mul_(self.step).round_().clamp_(max=len(EXP_TABLE) - 1)
-        weights = self.table[below.to(torch.int32)]
+        weights = self.table.index_select(0, below.to(torch.int32).flatten()).view(below.shape)
         if inside is not None:
             weights = weights.mul_(inside)
         return (weights @ value).div_(weights.sum(-1, keepdim=True)).mul_(self.value_scale)

@@ -82,16 +82,18 @@ class CrossAttentionCell(nn.Module):
         """(B, C, h, w) -> (B, windows, heads, tokens, C/heads), zero outside of the plane."""
         side = self.window
         height, width = x.shape[2:]
-        x = F.pad(x, (0, -width % side, 0, -height % side))
+        if height % side or width % side:
+            x = F.pad(x, (0, -width % side, 0, -height % side))
         x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).unflatten(1, (self.heads, -1))
         return x.permute(0, 3, 5, 1, 4, 6, 2).flatten(4, 5).flatten(1, 2)
 
     def _plane(self, x: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of `_windows`."""
+        """The inverse of `_windows`, channels last in memory."""
         side = self.window
         rows = -(-height // side)
-        x = x.unflatten(3, (side, side)).unflatten(1, (rows, -1))
-        return x.permute(0, 3, 6, 1, 4, 2, 5).flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, :, :height, :width]
+        x = x.unflatten(3, (side, side)).unflatten(1, (rows, -1))  # (B, row, column, heads, row, column, C/heads)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+        return x.permute(0, 3, 1, 2)[:, :, :height, :width]
 
     def _inside(self, height: int, width: int, device: torch.device) -> Tensor | None:
         """Which keys of each window lie in the plane: (windows, 1, 1, tokens) bool; None if all do."""
@@ -147,11 +149,13 @@ class ContextModel(nn.Module):
         hyper: (B, 2M, H, W), the scales and means that h_s predicts, H and W multiples of 4; quality: (B,). Returns
         y_hat (B, M, H, W).
         """
+        # Without gradients, y_hat and the context of each scale are planes that are overwritten, and hyper becomes one.
         rows = [table(quality) for table in self.quant_steps]
 
         hyper_s2 = _halves(S2.down, hyper)
         context = _halves(S1.down, hyper_s2)
-        y_hat = _code(STEPS_S1[0], context, coder)
+        y_hat = torch.zeros_like(context[:, : context.shape[1] // 2])
+        y_hat = _code(STEPS_S1[0], context, y_hat, coder)
         memory = self._memory("s1", quality, None)
         context, y_hat, memory = self._scale(
             STEPS_S1[1:], context, y_hat, coder, self.adaptor_s1, self.prior_s1_s2, rows[:1], self.attn_s1, memory
@@ -159,13 +163,13 @@ class ContextModel(nn.Module):
 
         if self.displaced_s2:
             hyper_s2 = _displaced(hyper)
-        context = self.context_net[0](_put(S1, hyper_s2, context))
+        context = _mixed(self.context_net[0], _put(S1, hyper_s2, context))
         y_hat, memory = S1.up(y_hat), self._memory("s2", quality, memory)
         context, y_hat, memory = self._scale(
             STEPS_S2, context, y_hat, coder, self.adaptor_s2, self.prior_s1_s2, rows[1:4], self.attn_s2, memory
         )
 
-        context = self.context_net[1](_put(S2, hyper, context))
+        context = _mixed(self.context_net[1], _put(S2, hyper, context))
         y_hat, memory = S2.up(y_hat), self._memory("s3", quality, memory)
         _, y_hat, _ = self._scale(
             STEPS_S3, context, y_hat, coder, self.adaptor_s3, self.prior_s3, rows[4:], self.attn_s3, memory
@@ -190,14 +194,17 @@ class ContextModel(nn.Module):
             seen, memory = _remember(memory, replaced, context_next, before_prior=True)
             predict = partial(_predict, prior, adaptor, quant_step)
             context = in_strips(predict, seen, y_hat, halo=prior.halo)
-            y_hat = y_hat + _code(step, context, coder)
+            y_hat = _code(step, context, y_hat, coder)
             if step is STEPS_S3[-1]:
                 break
             replaced = context_next
             if attention is None:
                 context_next = context
             else:
-                context_next = in_strips(attention, context, context_next, halo=0, unit=attention.window)
+                plane = context_next if memory is None else None
+                side = attention.window
+                context_next = in_strips(attention, context, context_next, halo=0, unit=side, into=plane)
+            del context
             context_next, memory = _remember(memory, replaced, context_next, before_prior=False)
         return context_next, y_hat, memory
 
@@ -231,10 +238,15 @@ def _predict(
     return prior(adaptor(torch.cat((context_next, y_hat), dim=1)), quant_step)
 
 
-def _code(step: Step, context: Tensor, coder: Coder) -> Tensor:
-    """The latents of one step at their places (B, M, h, w), zero elsewhere."""
+def _code(step: Step, context: Tensor, y_hat: Tensor, coder: Coder) -> Tensor:
+    """y_hat (B, M, h, w) with the latents of one step at their places."""
     scales, means = context.chunk(2, dim=1)
-    return step.place(coder.code(step, step.select(scales), step.select(means)))
+    return step.put(y_hat, coder.code(step, step.select(scales), step.select(means)))
+
+
+def _mixed(convolution: nn.Module, context: Tensor) -> Tensor:
+    """1x1 convolution of a context (B, 2M, h, w)."""
+    return in_strips(convolution, context, halo=0, into=context)
 
 
 def _halves(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -243,9 +255,12 @@ def _halves(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _put(lattice: Lattice, hyper: Tensor, context: Tensor) -> Tensor:
-    """Hyper parameters on the finer lattice, with the positions coded so far replaced by their context."""
+    """Hyper parameters on the finer lattice, with the positions coded so far replaced by their context: hyper itself,
+    or with gradients a copy.
+    """
     pairs = zip(hyper.chunk(2, dim=1), context.chunk(2, dim=1), strict=True)
-    return torch.cat([lattice.put(fine, coarse) for fine, coarse in pairs], dim=1)
+    halves = [lattice.put(fine, coarse) for fine, coarse in pairs]
+    return torch.cat(halves, dim=1) if torch.is_grad_enabled() else hyper
 
 
 def _displaced(hyper: Tensor) -> Tensor:

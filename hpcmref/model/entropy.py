@@ -74,8 +74,8 @@ def bits(likelihoods: Tensor) -> Tensor:
 
 
 def scale_index(scales: Tensor, thresholds: Tensor) -> Tensor:
-    """Row of the CDF table of each scale: the number of `thresholds` (ascending, (59,)) below it, int64."""
-    return torch.bucketize(scales.contiguous(), thresholds)
+    """Row of the CDF table of each scale: the number of `thresholds` (ascending, (59,)) below it, int32."""
+    return torch.bucketize(scales.contiguous(), thresholds, out_int32=True)
 
 
 def quantise(residual: Tensor) -> Tensor:

@@ -124,7 +124,8 @@ class MemoryBank(nn.Module, ABC):
         coarse = recalled.shape == lattice.shape
         recalled = recalled[:, :, :, None, :, None] if coarse else recalled.view_as(blocks)
         change = (recalled - blocks).mul_(gate[:, :, :, None, :, None])
-        return change.add_(blocks).flatten(4, 5).flatten(2, 3)
+        joined = change.add_(blocks).flatten(4, 5).flatten(2, 3)
+        return torch.empty_like(context).copy_(joined)  # in its layout: kernels round by layout
 
     def _on_lattice(self, x: Tensor) -> Tensor:
         return in_strips(self.pool, x, halo=0, unit=self.pool.cell)

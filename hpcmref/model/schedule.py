@@ -32,8 +32,10 @@ class Lattice:
         )
 
     def put(self, x: Tensor, values: Tensor) -> Tensor:
-        """x (B, C, H, W) with the lattice's positions replaced by values (B, C, H/2, W/2)."""
-        result = x.clone()
+        """x (B, C, H, W) with the lattice's positions replaced by values (B, C, H/2, W/2): x itself, or with gradients
+        a copy.
+        """
+        result = x.clone() if torch.is_grad_enabled() else x
         size = x.shape[1] // len(self.phases)
         for group, (row, col) in enumerate(self.phases):
             channels = slice(group * size, (group + 1) * size)
@@ -43,7 +45,7 @@ class Lattice:
     def up(self, values: Tensor) -> Tensor:
         """Values (B, C, H/2, W/2) on the finer lattice (B, C, H, W), zero elsewhere."""
         batch, channels, height, width = values.shape
-        return self.put(values.new_zeros(batch, channels, 2 * height, 2 * width), values)
+        return self.put(_zeros(values, batch, channels, 2 * height, 2 * width), values)
 
 
 S2 = Lattice(((0, 0), (1, 1), (0, 1), (1, 0)) * 2)
@@ -69,15 +71,26 @@ class Step:
         grouped = x.unflatten(1, (self.groups, -1))
         return grouped.gather(1, self._index(grouped.shape, x.device)).squeeze(1)
 
-    def place(self, values: Tensor) -> Tensor:
-        """Values (B, C/G, h, w) at their places in (B, C, h, w), zero elsewhere: the inverse of `select`."""
-        batch, channels, height, width = values.shape
-        shape = torch.Size((batch, self.groups, channels, height, width))
-        return values.new_zeros(shape).scatter(1, self._index(shape, values.device), values.unsqueeze(1)).flatten(1, 2)
+    def put(self, x: Tensor, values: Tensor) -> Tensor:
+        """x (B, C, h, w) with values (B, C/G, h, w) where this step codes: x itself, or with gradients a copy.
+
+        The inverse of `select`.
+        """
+        grouped = x.unflatten(1, (self.groups, -1))
+        index = self._index(grouped.shape, x.device)
+        if torch.is_grad_enabled():
+            return grouped.scatter(1, index, values.unsqueeze(1)).flatten(1, 2)
+        grouped.scatter_(1, index, values.unsqueeze(1))
+        return x
 
     def _index(self, shape: torch.Size, device: torch.device) -> Tensor:
         batch, _, channels, height, width = shape
         return self.table(height, width, device).expand(batch, 1, channels, height, width)
+
+
+def _zeros(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
+    """Zeros (B, C, H, W), channels last in memory as all that the networks compute."""
+    return like.new_zeros(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _step(scale: int, cells: Sequence[Sequence[tuple[int, int]]], order: Sequence[int], side: int) -> Step:

@@ -10,20 +10,26 @@ POSITIONS = 2**14
 
 
 def in_strips(
-    function: Callable[..., Tensor], *inputs: Tensor, halo: int, unit: int = 1, positions: int = POSITIONS
+    function: Callable[..., Tensor],
+    *inputs: Tensor,
+    halo: int,
+    unit: int = 1,
+    positions: int = POSITIONS,
+    into: Tensor | None = None,
 ) -> Tensor:
     """function(*inputs), computed in strips of about `positions` positions where there are more.
 
     inputs: (B, C, h, w), all of one height; the result has a fixed number of rows for every row of them. The function
     must be local: rows of its result depend on no more than `halo` units of `unit` rows above and below; strips begin
     at multiples of the unit. Then the result is the same as that of the whole, but for the order of float sums.
+
+    into: where strips are put together, a tensor like the result; without a halo it may be one of the inputs.
     """
     height, width = inputs[0].shape[2:]
     units = -(-height // unit)
     step = max(1, positions // (unit * width))
     if step >= units or torch.is_grad_enabled():
         return function(*inputs)
-    result: Tensor | None = None
     for start in range(0, units, step):
         stop = min(start + step, units)
         top, bottom = unit * max(0, start - halo), min(unit * (stop + halo), height)
@@ -34,8 +40,10 @@ def in_strips(
             return row * numerator // denominator
 
         first, last = unit * start, min(unit * stop, height)
-        if result is None:
-            result = part.new_empty(*part.shape[:2], rows(height), part.shape[3])
-        result[:, :, rows(first) : rows(last)] = part[:, :, rows(first - top) : rows(last - top)]
-    assert result is not None
-    return result
+        if into is None:
+            layout = torch.channels_last if part.is_contiguous(memory_format=torch.channels_last) else None
+            shape = (*part.shape[:2], rows(height), part.shape[3])
+            into = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
+        into[:, :, rows(first) : rows(last)] = part[:, :, rows(first - top) : rows(last - top)]
+    assert into is not None
+    return into

@@ -1,0 +1,66 @@
+"""Does the profile count what is computed, book it where it belongs, and leave everything as it was?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DATA
+from models import TINY, model_of
+from torch import nn
+from typer.testing import CliRunner
+
+from hpcmref import checkpoints
+from hpcmref.bench.profile import Profile, photograph, profile
+from hpcmref.checkpoints import Checkpoint
+from hpcmref.cli import app
+from hpcmref.codec import Codec
+
+SIDE = 128
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Codec:
+    model = model_of(TINY)
+    return Codec(Checkpoint(model, checkpoints.calibrated(model, torch.float32), bytes(4)), "tiny", torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def found(tiny: Codec) -> Profile:
+    return profile(tiny, photograph(SIDE, SIDE), repeat=2)
+
+
+def test_multiplications_are_those_of_the_networks(tiny: Codec, found: Profile) -> None:
+    """Counted by hand: every weight of a 1x1 or full convolution works once for every position of its output."""
+    positions = {"h_a": SIDE**2 // 256, "g_a": SIDE**2 // 64, "g_s": SIDE**2 // 64}
+    for name, costs in (("g_a", found.encode), ("g_s", found.decode)):
+        expected = 0
+        for module in getattr(tiny.model, name).modules():
+            if isinstance(module, nn.Conv2d):
+                expected += module.weight.numel() * positions[name] // (module.stride[0] * module.stride[1])
+            elif isinstance(module, nn.ConvTranspose2d):  # each input position works with all taps
+                expected += module.weight.numel() * positions[name] // 4
+        assert costs[name].macs == expected
+    context = {stage: cost.macs for stage, cost in found.encode.items() if stage[:2] in ("s1", "s2", "s3")}
+    assert context == {stage: cost.macs for stage, cost in found.decode.items() if stage in context}
+    assert min(context[f"s{scale} {part}"] for scale in (1, 2, 3) for part in ("adaptor", "prior", "attention")) > 0
+
+
+def test_every_stage_has_its_time(found: Profile) -> None:
+    stages = {"pixels", "rest", "h_s", "range coder", "file", "context_net", "s1 rest", "s3 prior"}
+    assert stages | {"g_a", "h_a"} <= set(found.encode)
+    assert stages | {"g_s"} <= set(found.decode)
+    assert all(cost.seconds > 0 for costs in (found.encode, found.decode) for cost in costs.values())
+    assert found.encode["range coder"].macs == 0
+
+
+def test_nothing_stays_watched(tiny: Codec, found: Profile) -> None:
+    watched = [
+        name for part in (tiny.model, tiny.entropy) for name, each in part.named_modules() if "forward" in vars(each)
+    ]
+    assert watched == []
+
+
+def test_the_command_shows_a_table() -> None:
+    result = CliRunner().invoke(app, ["bench", "--profile", str(DATA / "sample.png"), "--repeat", "1"])
+    assert result.exit_code == 0, result.output
+    assert {"nano,", "encode", "decode", "GFLOP/s"} <= set(result.output.split())
