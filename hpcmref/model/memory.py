@@ -140,7 +140,7 @@ class MemoryBank(nn.Module, ABC):
 
 
 def _full(context: Tensor, state: State) -> Tensor:
-    """Attention may have been computed in bfloat16 (see training)."""
+    """Attention may have been computed in bfloat16 (training), also inside a bank."""
     return context.to(state.quality.dtype)
 
 
@@ -289,7 +289,7 @@ class MultiRefCrossAttentionCell(MemoryBank):
 
     def _recall(self, state: State, context: Tensor, lattice: Tensor) -> Tensor:
         def attend(context: Tensor, *references: Tensor) -> Tensor:
-            return self.widen(self.cell(self.narrow(context), *references))
+            return self.widen(self.cell(self.narrow(context), *references).to(context.dtype))
 
         references = [reference for (reference,) in state.references]
         return in_strips(attend, context, *references, halo=0, unit=self.cell.window)
