@@ -31,6 +31,7 @@ from hpcmref.exact import attach, exactly
 from hpcmref.extras import extras_of
 from hpcmref.model.coders import SymbolReader, SymbolWriter
 from hpcmref.model.hpcm import STRIDE
+from hpcmref.model.layers import in_bfloat16
 from hpcmref.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
 
 EXACT = 1
@@ -57,6 +58,9 @@ class Codec:
         self.device = device
         self.model = checkpoint.model.to(device).eval()
         self.entropy = attach(checkpoint.model.entropy, checkpoint.grids).to(device)
+        if _has_bfloat16(device):
+            for network in (self.model.g_a, self.model.h_a, self.model.g_s):
+                in_bfloat16(network)
         for part in (self.model, self.entropy):
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # A scale takes the table whose scale is nearest to it in ratio.
@@ -280,6 +284,12 @@ def device_of(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here")
     return torch.device(name)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """The processor has instructions for bfloat16, without which it would be slower than float32."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so they may go
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def _padded(pixels: np.ndarray, device: torch.device) -> Tensor:

@@ -449,6 +449,17 @@ def test_torch_is_not_imported(folder: Path, arguments: list[str]) -> None:
     assert "torch" not in result.stdout.decode().split()
 
 
+def test_encoding_imports_nothing_that_is_slow(folder: Path) -> None:
+    """Parts of torch that it imports when they are first needed take longer than encoding does."""
+    Image.new("RGB", (8, 8)).save("small.png")
+    script = "import sys; from hpcmref.cli import app; app(sys.argv[1:], standalone_mode=False); print(*sys.modules)"
+    result = python("-c", script, "encode", "small.png", "--quiet")
+    imported = set(result.stdout.decode().split())
+    assert "torch.nn" in imported, result.stderr
+    slow = {"sympy", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "compressai", "matplotlib", "scipy"}
+    assert not imported & slow
+
+
 def test_nobody_reads_stdout(folder: Path) -> None:
     for arguments in (["--help"], ["checkpoints", "list"]):
         reader, writer = os.pipe()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hpcmref.errors import CheckpointError
 from hpcmref.model.config import QUALITIES
-from hpcmref.model.layers import RateTable
+from hpcmref.model.layers import RateTable, pointwise
 
 BOUNDS = {torch.float32: 2**24, torch.float64: 2**53}
 """A sum of integers whose magnitudes add up to less is exact in this type, in whatever order it is computed."""
@@ -118,6 +118,8 @@ def _convolution_of(layer: nn.Conv2d | nn.ConvTranspose2d, name: str) -> Callabl
         if layer.stride != layer.kernel_size or any((*layer.padding, *layer.output_padding, layer.groups - 1)):
             raise CheckpointError(f"{name} is a transposed convolution whose outputs overlap.")
         return partial(F.conv_transpose2d, stride=layer.stride)
+    if layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1:
+        return pointwise
     if layer.groups == 1:
         return partial(F.conv2d, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
     if (layer.groups, layer.kernel_size, layer.stride, layer.padding) != (layer.in_channels, (3, 3), (1, 1), (1, 1)):

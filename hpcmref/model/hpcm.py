@@ -1,5 +1,6 @@
 """HPCM: the transforms and the entropy path, put together."""
 
+import math
 from collections.abc import Callable
 from typing import TypedDict
 
@@ -70,9 +71,9 @@ class HPCM(nn.Module):
         self.log_inverse_gain: RateTable | None = None
         if config.lambdas:
             # Quantiser step 0.47 of the 0..1 pixel range at lambda 0.0018, and the square-root law of rate theory.
-            start = 0.75 + 0.5 * torch.log(torch.tensor(config.lambdas) / 0.0018)
-            self.log_gain = RateTable(start, config.M)
-            self.log_inverse_gain = RateTable(-start, config.M)
+            start = [0.75 + 0.5 * math.log(each / 0.0018) for each in config.lambdas]
+            self.log_gain = RateTable(torch.tensor(start), config.M)
+            self.log_inverse_gain = RateTable(torch.tensor([-each for each in start]), config.M)
 
     def initialise(self) -> "HPCM":
         """Prepare untrained weights: the DCT start of the dct transforms, scales that begin near 1."""
