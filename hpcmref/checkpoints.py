@@ -99,11 +99,18 @@ def _metadata(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint of hpcmref.") from error
 
 
-def save(model: HPCM, path: Path, description: str, provenance: Mapping[str, Any], half: bool = True) -> CheckpointInfo:
+def save(
+    model: HPCM,
+    path: Path,
+    description: str,
+    provenance: Mapping[str, Any],
+    half: bool = True,
+    sums: str = "float32",
+) -> CheckpointInfo:
     """Write a checkpoint with its exact grids, whole or not at all.
 
-    half: weights in float16, grids for sums in float32 (fast); else float32, and sums in float64 (for models that need
-    more bits than float32 has room for: see `hpcmref.exact`). Raises CheckpointError for weights that are not finite.
+    half: weights in float16, else in float32. sums: float32 (fast), or float64 for models that need more bits than
+    float32 has room for (see `hpcmref.exact`). Raises CheckpointError for weights that are not finite.
     """
     import torch
     from safetensors.torch import save as to_bytes
@@ -118,7 +125,7 @@ def save(model: HPCM, path: Path, description: str, provenance: Mapping[str, Any
     with torch.device("meta"):
         stored = HPCM(model.config)
     stored.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    for module, grids in calibrated(stored.eval(), torch.float32 if half else torch.float64).items():
+    for module, grids in calibrated(stored.eval(), {"float32": torch.float32, "float64": torch.float64}[sums]).items():
         tensors |= {f"{_GRID}{module}.{name}": grid for name, grid in grids.items()}
     metadata = {
         "config": model.config.to_dict(),
@@ -212,8 +219,11 @@ def load_official(state_dict: Mapping[str, torch.Tensor], preset: str) -> HPCM:
     return _filled(model, tensors, keys, f"The official checkpoint for {preset!r}").eval()
 
 
-def convert_official(source: Path, target: Path, preset: str) -> CheckpointInfo:
-    """Convert a .pth.tar of the official code to a checkpoint of ours (float32). Raises CheckpointError."""
+def convert_official(source: Path, target: Path, preset: str, sums: str = "float64") -> CheckpointInfo:
+    """Convert a .pth.tar of the official code to a checkpoint of ours (float32); `sums` as in `save`.
+
+    Raises CheckpointError.
+    """
     import torch
 
     try:
@@ -230,7 +240,7 @@ def convert_official(source: Path, target: Path, preset: str) -> CheckpointInfo:
     ):
         raise CheckpointError(f"{source} does not hold a state_dict: names with their tensors.")
     model = load_official(state, preset)
-    return save(model, target, f"Official HPCM {preset}", {"source": source.name}, half=False)
+    return save(model, target, f"Official HPCM {preset}", {"source": source.name}, half=False, sums=sums)
 
 
 def _filled(model: HPCM, tensors: Mapping[str, torch.Tensor], keys: Mapping[str, str], owner: str) -> HPCM:

@@ -122,6 +122,7 @@ def test_the_fingerprint_names_the_entropy_path(folder: Path, single: tuple[HPCM
     model, expected = single
     assert fingerprint(folder, model, description="other", provenance={"a": 1}) == expected
     assert fingerprint(folder, model, half=False) != expected
+    assert fingerprint(folder, model, sums="float64") != expected
     for name in ("means_hyper.values", "h_s.0.bias", "context.adaptor_s2.1.weight", "context.attn_s3.conv_k.weight"):
         other = copy.deepcopy(model)
         with torch.no_grad():

@@ -51,6 +51,7 @@ def test_every_stage_has_its_time(found: Profile) -> None:
     assert stages | {"g_s"} <= set(found.decode)
     assert all(cost.seconds > 0 for costs in (found.encode, found.decode) for cost in costs.values())
     assert found.encode["range coder"].macs == 0
+    assert found.plain_encode > 0 < found.plain_decode
 
 
 def test_nothing_stays_watched(tiny: Codec, found: Profile) -> None:

@@ -5,12 +5,13 @@
 Every call of a stage is timed; what it spends in stages inside it is theirs. Multiplications and bytes are counted in
 a run of their own: of convolutions and matrix products, and of the operands and results of all tensor operations,
 wherever they were (a cache or memory). They are compared with the best that the same process reaches: a float32
-convolution, and a copy.
+convolution, and a copy; and the whole with the same networks as plain PyTorch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import time
 from collections import defaultdict
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -31,6 +33,8 @@ from hpcmref import checkpoints, container, imageio, rangecoder
 from hpcmref.checkpoints import Checkpoint
 from hpcmref.codec import Codec, device_of
 from hpcmref.model import HPCM, PRESETS
+from hpcmref.model.coders import Estimator
+from hpcmref.model.hpcm import STRIDE
 from hpcmref.render import render
 
 REST = "rest"
@@ -49,13 +53,16 @@ class Cost:
 class Profile:
     """Stages of encoding and decoding in the order in which they first begin, and the best rates of the process.
 
-    macs_per_second is of a float32 convolution, bytes_per_second (read and written) of a copy of 64 MiB.
+    macs_per_second is of a float32 convolution, bytes_per_second (read and written) of a copy of 64 MiB. plain_encode
+    and plain_decode are the seconds that `plain` measures.
     """
 
     encode: dict[str, Cost]
     decode: dict[str, Cost]
     macs_per_second: float
     bytes_per_second: float
+    plain_encode: float
+    plain_decode: float
 
 
 def profile(codec: Codec, image: Image.Image, quality: int | None = None, repeat: int = 5) -> Profile:
@@ -64,7 +71,38 @@ def profile(codec: Codec, image: Image.Image, quality: int | None = None, repeat
     data = codec.encode(image, quality)
     encode = _measured(codec, partial(_encode, codec, png, quality), repeat)
     decode = _measured(codec, partial(_decode, codec, data), repeat)
-    return Profile(encode, decode, *_best_rates(codec.device))
+    return Profile(encode, decode, *_best_rates(codec.device), *plain(codec, image, quality, repeat))
+
+
+def plain(codec: Codec, image: Image.Image, quality: int | None = None, repeat: int = 5) -> tuple[float, float]:
+    """Seconds that the networks of encoding and of decoding take as plain PyTorch; the best of `repeat` runs.
+
+    All in float32, in PyTorch's own layout, whole planes, one operation after the other, and nothing coded: the same
+    modules as research code runs them.
+    """
+    model = copy.deepcopy(codec.model).float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.requires_grad_(False)  # and gradients stay enabled, for without them modules save memory and time
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(codec.device).permute(2, 0, 1)[None]
+    height, width = (side // STRIDE * STRIDE for side in pixels.shape[2:])
+    x = pixels[:, :, :height, :width].contiguous().float() / 255
+    rate = torch.tensor([float(quality or 0)], device=codec.device)
+    encode = decode = float("inf")
+    for _ in range(repeat + 1):
+        begun = _now(codec.device)
+        y, z = model.latents(model.features(x), rate)
+        shape = (z.shape[2], z.shape[3])
+        model.entropy(rate, shape, Estimator(y, z, noise=False))
+        encoded = _now(codec.device)
+        model.synthesise(model.entropy(rate, shape, Estimator(y, z, noise=False)), rate)
+        decode = min(decode, _now(codec.device) - encoded)
+        encode = min(encode, encoded - begun)
+    return encode, decode
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def untrained(preset: str, device: str) -> Codec:
@@ -111,9 +149,7 @@ class _Stages:
             self._names.pop()
 
     def _book(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
+        now = _now(self._device)
         self.current.seconds += now - self._since
         self._since = now
 
