@@ -67,7 +67,7 @@ class Trainer:
             _blocks_in_bfloat16(self.model, self.device.type)
         self.objective: nn.Module = Objective(self.model, config.metric).to(self.device)
         if config.compile:
-            self.objective.compile(dynamic=False)
+            _compile_blocks(self.model)
         if self.ranks.count > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.objective = DistributedDataParallel(self.objective, device_ids=devices)
@@ -263,6 +263,16 @@ def _blocks_in_bfloat16(model: HPCM, device: str) -> None:
     for module in model.modules():
         if isinstance(module, ResidualBlock | CrossAttentionCell):
             module.forward = _in_bfloat16(module.forward, device)  # type: ignore[method-assign]
+
+
+def _compile_blocks(model: HPCM) -> None:
+    """Compile the residual blocks, where most of the time goes; a step as a whole takes many minutes to compile."""
+    from torch._dynamo import config
+
+    config.cache_size_limit = 256  # each width, plane and type of gradient is compiled once
+    for module in model.modules():
+        if isinstance(module, ResidualBlock):
+            module.compile(dynamic=False)
 
 
 def _in_bfloat16(forward: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
