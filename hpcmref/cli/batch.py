@@ -167,19 +167,28 @@ def run(jobs: Sequence[Job], work: Callable[[Job], str | None], quiet: bool = Fa
     failed = False
     with _progress(len(jobs), quiet) as advance:
         for job in jobs:
-            try:
+
+            def done(job: Job = job) -> str | None:
                 with _warnings_as_lines(job, quiet):
-                    outcome = work(job)
-            except (CheckpointError, ConfigError, BrokenPipeError):
-                raise
-            except Exception as error:
-                report(error, job.name)
-                failed = True
-            else:
-                _print_outcome(job, outcome, quiet)
+                    return work(job)
+
+            failed |= not _succeeds(job, done, quiet)
             advance()
     if failed:
         raise typer.Exit(1)
+
+
+def _succeeds(job: Job, work: Callable[[], str | None], quiet: bool) -> bool:
+    """Do it and print what it returns; or print one line on stderr, unless the error ends the run."""
+    try:
+        outcome = work()
+    except (CheckpointError, ConfigError, BrokenPipeError):
+        raise
+    except Exception as error:
+        report(error, job.name)
+        return False
+    _print_outcome(job, outcome, quiet)
+    return True
 
 
 @dataclass(frozen=True)
@@ -222,18 +231,14 @@ def run_spread(
                     advance()
 
         for (job, _), result in execute(_Worker(work), inputs(), processes, ray):
-            try:
+
+            def finished(job: Job = job, result: Outcome | Exception = result) -> str | None:
                 if isinstance(result, Exception):
                     raise result
                 _print_warnings(job, result.warnings, quiet)
-                outcome = finish(job, result.data)
-            except (CheckpointError, ConfigError, BrokenPipeError):
-                raise
-            except Exception as error:
-                report(error, job.name)
-                failed = True
-            else:
-                _print_outcome(job, outcome, quiet)
+                return finish(job, result.data)
+
+            failed |= not _succeeds(job, finished, quiet)
             advance()
     if failed:
         raise typer.Exit(1)
