@@ -131,6 +131,7 @@ def main(
     from hpcmref._version import __version__
     from hpcmref.imageio import atomic_write
 
+    output.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
     title = f"hpcmref {__version__}, {model or 'default model'}"
     for megapixels in map(float, sizes.split(",")):
