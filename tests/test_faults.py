@@ -76,12 +76,12 @@ def files() -> list[str]:
 
 @posix
 def test_no_room_for_the_output(folder: Path) -> None:
-    """The kernel refuses what goes beyond 200 bytes, as it does on a full disk: the old file stays, and no other."""
+    """The kernel refuses what goes beyond 100 bytes, as it does on a full disk: the old file stays, and no other."""
     import resource
 
     Image.radial_gradient("L").resize((64, 64)).save("a.png")
     Path("a.bin").write_bytes(b"precious")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # noqa: E731
     result = shell("encode", "a.png", "-q", "63", "--force", preexec_fn=limit)
     assert result.returncode == 1
     assert result.stderr == b"hpcmref: a.png: cannot write a.bin: File too large\n"
