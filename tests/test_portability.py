@@ -147,7 +147,7 @@ def test_strips_change_nothing(
 
 
 def test_what_differs_all_the_same_is_an_error(codec: Codec, files: list[bytes]) -> None:
-    """A machine that computed one layer otherwise would decode symbols that do not fit the checksum, or the file's end."""
+    """A machine that computed one layer otherwise would decode symbols that fit neither checksum nor payload."""
     bias = codec.entropy.context.adaptor_s1[0].bias
     bias *= 2
     try:
