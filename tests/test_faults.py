@@ -175,6 +175,7 @@ def test_an_interrupt_in_a_batch(folder: Path, sample: Image.Image) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "hpcmref", "encode", "in", "-o", "out"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
