@@ -150,12 +150,15 @@ def test_what_differs_all_the_same_is_an_error(codec: Codec, files: list[bytes])
     """A machine that computed one layer otherwise would decode symbols that fit neither checksum nor payload."""
     bias = codec.entropy.context.adaptor_s1[0].bias
     bias *= 2
+    said = []
     try:
         for file in files:
-            with pytest.raises((DecodeError, TruncatedError), match=r"latents|payload"):
+            with pytest.raises((DecodeError, TruncatedError), match=r"latents|payload") as caught:
                 codec.decode(file)
+            said.append(str(caught.value))
     finally:
         bias /= 2
+    assert any("latents" in each for each in said), said
 
 
 # --- other processes -----------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from hpcmref.model import HPCM, PRESETS
 from hpcmref.model.coders import Estimator
 from hpcmref.model.hpcm import STRIDE
 from hpcmref.render import render
+from hpcmref.training.profile import now
 
 REST = "rest"
 
@@ -88,21 +89,15 @@ def plain(codec: Codec, image: Image.Image, quality: int | None = None, repeat: 
     rate = torch.tensor([float(quality or 0)], device=codec.device)
     encode = decode = float("inf")
     for _ in range(repeat + 1):
-        begun = _now(codec.device)
+        begun = now(codec.device.type)
         y, z = model.latents(model.features(x), rate)
         shape = (z.shape[2], z.shape[3])
         model.entropy(rate, shape, Estimator(y, z, noise=False))
-        encoded = _now(codec.device)
+        encoded = now(codec.device.type)
         model.synthesise(model.entropy(rate, shape, Estimator(y, z, noise=False)), rate)
-        decode = min(decode, _now(codec.device) - encoded)
+        decode = min(decode, now(codec.device.type) - encoded)
         encode = min(encode, encoded - begun)
     return encode, decode
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def untrained(preset: str, device: str) -> Codec:
@@ -149,9 +144,9 @@ class _Stages:
             self._names.pop()
 
     def _book(self) -> None:
-        now = _now(self._device)
-        self.current.seconds += now - self._since
-        self._since = now
+        moment = now(self._device.type)
+        self.current.seconds += moment - self._since
+        self._since = moment
 
 
 def _encode(codec: Codec, png: bytes, quality: int | None, stages: _Stages) -> None:

@@ -58,9 +58,9 @@ def peak(device: str, dtype: torch.dtype) -> float:
         for run, operations in trials:
             run()
             for _ in range(5):
-                begun = _now(device)
+                begun = now(device)
                 run()
-                best = max(best, operations / (_now(device) - begun))
+                best = max(best, operations / (now(device) - begun))
     return best
 
 
@@ -71,16 +71,16 @@ def _profile(config: TrainingConfig, phase: Phase, tiles: Tiles, steps: int) -> 
         trainer.run_step(tiles)
     seconds = [0.0] * len(PARTS)
     for _ in range(steps):
-        times = [_now(device)]
+        times = [now(device)]
         x, quality = trainer.sample(tiles)
-        times.append(_now(device))
+        times.append(now(device))
         loss, _ = trainer.objective(x, quality)
-        times.append(_now(device))
+        times.append(now(device))
         trainer.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        times.append(_now(device))
+        times.append(now(device))
         trainer.update()
-        times.append(_now(device))
+        times.append(now(device))
         for part in range(len(PARTS)):
             seconds[part] += (times[part + 1] - times[part]) / steps
     images = phase.batch / sum(seconds)
@@ -115,7 +115,7 @@ def _memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _now(device: str) -> float:
+def now(device: str) -> float:
     """Seconds, when all that was asked of the device is done."""
     if device == "cuda":
         torch.cuda.synchronize()
