@@ -105,12 +105,10 @@ def save(
     description: str,
     provenance: Mapping[str, Any],
     half: bool = True,
-    sums: str = "float32",
 ) -> CheckpointInfo:
     """Write a checkpoint with its exact grids, whole or not at all.
 
-    half: weights in float16, else in float32. sums: float32 (fast), or float64 for models that need more bits than
-    float32 has room for (see `hpcmref.exact`). Raises CheckpointError for weights that are not finite.
+    half: weights in float16, else in float32. Raises CheckpointError for weights that are not finite.
     """
     import torch
     from safetensors.torch import save as to_bytes
@@ -125,7 +123,7 @@ def save(
     with torch.device("meta"):
         stored = HPCM(model.config)
     stored.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    for module, grids in calibrated(stored.eval(), {"float32": torch.float32, "float64": torch.float64}[sums]).items():
+    for module, grids in calibrated(stored.eval()).items():
         tensors |= {f"{_GRID}{module}.{name}": grid for name, grid in grids.items()}
     metadata = {
         "config": model.config.to_dict(),
@@ -145,7 +143,7 @@ def tiles() -> list[Image.Image]:
     return [Image.open(path).convert("RGB") for path in sorted(_TILES.glob("*.webp"))]
 
 
-def calibrated(model: HPCM, dtype: torch.dtype) -> Grids:
+def calibrated(model: HPCM) -> Grids:
     """Exact grids of a model, from the calibration tiles and a quality at each end and two between."""
     import numpy as np
     import torch
@@ -159,7 +157,7 @@ def calibrated(model: HPCM, dtype: torch.dtype) -> Grids:
             for quality in sorted({part * (model.config.qualities - 1) // 3 for part in range(4)}):
                 model(image, torch.tensor([float(quality)]))
 
-    return calibrate(model.entropy, run, dtype)
+    return calibrate(model.entropy, run)
 
 
 @dataclass(frozen=True)
@@ -219,11 +217,8 @@ def load_official(state_dict: Mapping[str, torch.Tensor], preset: str) -> HPCM:
     return _filled(model, tensors, keys, f"The official checkpoint for {preset!r}").eval()
 
 
-def convert_official(source: Path, target: Path, preset: str, sums: str = "float64") -> CheckpointInfo:
-    """Convert a .pth.tar of the official code to a checkpoint of ours (float32); `sums` as in `save`.
-
-    Raises CheckpointError.
-    """
+def convert_official(source: Path, target: Path, preset: str) -> CheckpointInfo:
+    """Convert a .pth.tar of the official code to a checkpoint of ours (float32). Raises CheckpointError."""
     import torch
 
     try:
@@ -240,7 +235,7 @@ def convert_official(source: Path, target: Path, preset: str, sums: str = "float
     ):
         raise CheckpointError(f"{source} does not hold a state_dict: names with their tensors.")
     model = load_official(state, preset)
-    return save(model, target, f"Official HPCM {preset}", {"source": source.name}, half=False, sums=sums)
+    return save(model, target, f"Official HPCM {preset}", {"source": source.name}, half=False)
 
 
 def _filled(model: HPCM, tensors: Mapping[str, torch.Tensor], keys: Mapping[str, str], owner: str) -> HPCM:

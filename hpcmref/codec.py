@@ -52,17 +52,20 @@ class Codec:
     """One model, ready to encode and decode. Keeps no state between images."""
 
     def __init__(self, checkpoint: Checkpoint, name: str, device: torch.device) -> None:
-        """Raises CheckpointError if the checkpoint's entropy path cannot be made exact."""
+        """Takes over the checkpoint's model, with an exact entropy path instead of its own.
+
+        Raises CheckpointError if there can be none.
+        """
         self.name = name
         self.fingerprint = checkpoint.fingerprint
         self.device = device
-        self.model = checkpoint.model.to(device).eval()
-        self.entropy = attach(checkpoint.model.entropy, checkpoint.grids).to(device)
+        self.model = checkpoint.model.eval()
+        self.model.entropy = self.entropy = attach(self.model.entropy, checkpoint.grids)
+        self.model.to(device)
         if _has_bfloat16(device):
             for network in (self.model.g_a, self.model.h_a, self.model.g_s):
                 in_bfloat16(network)
-        for part in (self.model, self.entropy):
-            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # A scale takes the table whose scale is nearest to it in ratio.
         scales = scale_table().astype(np.float64)
         self._thresholds = torch.from_numpy(np.sqrt(scales[1:] * scales[:-1]).astype(np.float32)).to(device)

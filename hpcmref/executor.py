@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
 
 from hpcmref.errors import ConfigError, HpcmrefError
+from hpcmref.heap import keep_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -108,6 +109,7 @@ class _Processes(_Pool):
 
 def _begin(threads: int) -> None:
     """Prepare a worker: its share of the cores, and the interrupt key left to the parent."""
+    keep_memory()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by torch when it is imported, which is later
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -182,7 +182,7 @@ def _made_up(preset: str) -> bytes:
     def run() -> None:
         path(rate, SIZES[preset], SymbolWriter(y, z, thresholds, []))
 
-    store_grids(preset, path, calibrate(path, run, torch.float64 if not config.lambdas else torch.float32))
+    store_grids(preset, path, calibrate(path, run))
     exact = attach(path, stored_grids(preset, path))
     with torch.inference_mode(), exactly(torch.device("cpu")):
         writer = SymbolWriter(y, z, thresholds, [encoder])

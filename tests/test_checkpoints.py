@@ -122,7 +122,6 @@ def test_the_fingerprint_names_the_entropy_path(folder: Path, single: tuple[HPCM
     model, expected = single
     assert fingerprint(folder, model, description="other", provenance={"a": 1}) == expected
     assert fingerprint(folder, model, half=False) != expected
-    assert fingerprint(folder, model, sums="float64") != expected
     for name in ("means_hyper.values", "h_s.0.bias", "context.adaptor_s2.1.weight", "context.attn_s3.conv_k.weight"):
         other = copy.deepcopy(model)
         with torch.no_grad():
@@ -158,7 +157,7 @@ def test_every_shipped_model_works(info: CheckpointInfo, sample: Image.Image) ->
     codec = load(info.name, "cpu")
     assert isinstance(codec, Codec)
     assert (codec.name, codec.fingerprint) == (info.name, info.fingerprint)
-    assert sum(parameter.numel() for parameter in codec.model.parameters()) == info.parameters
+    assert sum(each.numel() for each in checkpoints.load(info.path).model.parameters()) == info.parameters
     part = sample.crop((0, 0, 64, 64))
     assert codec.decode(codec.encode(part, 32)).size == part.size
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from hpcmref import checkpoints
 from hpcmref.codec import Codec
 from hpcmref.errors import CheckpointError, UnsupportedError
-from hpcmref.exact import attach, calibrate, exactly, guard
+from hpcmref.exact import attach, calibrate, exactly, guard, words
 from hpcmref.exact.convert import Grids, _attention_grids, _convolution_grids
 from hpcmref.exact.cost import rate_of
 from hpcmref.exact.layers import (
@@ -133,13 +133,21 @@ def random_layer(kind: str) -> tuple[Convolution, Tensor, Tensor]:
     return layer, ranges, x
 
 
-@EVERY_TYPE
+@pytest.fixture(params=["bytes", "float32"])
+def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words are multiplied in units for bytes, and where there are none in float32."""
+    if request.param == "float32":
+        monkeypatch.setattr(words, "_is_fast", lambda device: False)
+    elif not words._is_fast("cpu"):
+        pytest.skip("there are no units for bytes here")
+
+
 @EVERY_LAYER
-def test_a_convolution_is_what_integers_say(kind: str, dtype: torch.dtype) -> None:
+def test_a_convolution_is_what_integers_say(kind: str, units: None) -> None:
     layer, ranges, x = random_layer(kind)
-    grids = _convolution_grids(layer, ranges, dtype)
+    grids = _convolution_grids(layer, ranges)
     twin = ExactConv(layer, grids, kind)
-    assert twin.weight.dtype == (FLOAT32 if kind == "depthwise" else dtype)
+    assert twin.weight.dtype == (torch.int8 if kind == "1x1" else FLOAT32)
     assert twin(x[None])[0].numpy().tolist() == reference(layer, grids, x)[1].tolist()
 
 
@@ -188,12 +196,73 @@ def test_a_convolution_one_over_the_bound_is_not_exact(kind: str) -> None:
         ExactConv(layer, grids, kind)
 
 
+def words_at_the_bound(over: int = 0) -> tuple[nn.Conv2d, dict[str, Tensor], Tensor]:
+    """A layer whose weights and inputs all are at their limits, and whose sums reach 2^31 - 1 + over."""
+    channels = (2**31 - 1) // (words.WEIGHT_LIMIT * words.LIMIT)
+    layer = nn.Conv2d(channels, 3, 1).double()
+    with torch.no_grad():
+        layer.weight.fill_(words.WEIGHT_LIMIT)
+        layer.weight[1].neg_()
+        layer.weight[2] *= torch.randint(0, 2, layer.weight[2].shape) * 2 - 1
+        layer.bias.copy_(torch.tensor([1, -1, 1]) * (2**31 - 1 - words.WEIGHT_LIMIT * words.LIMIT * channels))
+        layer.bias[1] -= over
+    grids = {"input": torch.zeros(channels, dtype=torch.int8), "output": torch.zeros(3, dtype=torch.int8)}
+    limit = torch.tensor(words.LIMIT, dtype=torch.int32)
+    return layer, grids | {"limit": limit}, torch.full((channels, 5, 4), 1e9)
+
+
+def test_words_are_exact_up_to_the_bound(units: None) -> None:
+    layer, grids, x = words_at_the_bound()
+    twin = ExactConv(layer, grids, "layer")
+    assert twin.weight.dtype == torch.int8
+    sums, expected = reference(layer, grids, x)
+    assert (sums.max(), sums.min()) == (2**31 - 1, 1 - 2**31)
+    assert twin(x[None])[0].numpy().tolist() == expected.tolist()
+    x[::2].neg_()
+    assert twin(x[None])[0].numpy().tolist() == reference(layer, grids, x)[1].tolist()
+
+
+def test_what_does_not_fit_words_is_not_computed_in_them() -> None:
+    layer, grids, x = words_at_the_bound(over=1)
+    twin = ExactConv(layer, grids, "layer")
+    assert twin.weight.dtype == FLOAT64
+    assert twin(x[None])[0].numpy().tolist() == reference(layer, grids, x)[1].tolist()
+    fitting, bias = torch.full((1, 4, 1, 1), 127.0), torch.zeros(1)
+    assert words.fits(fitting, bias, words.LIMIT).all()
+    assert not words.fits(fitting + 1, bias, words.LIMIT).any()
+    assert not words.fits(fitting, bias, words.LIMIT + 1).any()
+    assert not words.fits(fitting, bias + 2**31, words.LIMIT).any()
+    assert not words.fits(torch.full((1, 1033, 1, 1), 127.0), bias, 128).any()  # bytes times weights, in float32
+
+
+def test_a_word_is_its_two_bytes() -> None:
+    x = torch.arange(-words.LIMIT, words.LIMIT + 1)
+    high, low = words.split(x.float())
+    assert torch.equal(256 * high.int() + low, x.int())
+    assert (int(high.min()), int(high.max())) == (-127, 127)
+
+
+def test_units_that_saturate_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of AVX2 do without VNNI: two products are added in 16 bits."""
+
+    def saturating(x: Tensor, w: Tensor) -> Tensor:
+        pairs = x.int()[:, :, None] * w.int()
+        pairs = F.pad(pairs, (0, 0, 0, x.shape[1] % 2)).unflatten(1, (-1, 2)).sum(2)
+        return pairs.clamp(-(2**15), 2**15 - 1).sum(1).int()
+
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    assert not words._multiplies_bytes.__wrapped__()
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not words._is_fast("cpu")
+
+
 @EVERY_LAYER
 def test_a_convolution_is_close_to_its_float_twin(kind: str) -> None:
     """Within half a step of every input and every weight, for what is inside the ranges."""
     layer, ranges, x = random_layer(kind)
     x = torch.minimum(torch.maximum(x, -ranges.view(-1, 1, 1)), ranges.view(-1, 1, 1))
-    grids = _convolution_grids(layer, ranges, FLOAT32)
+    grids = _convolution_grids(layer, ranges)
     difference = (ExactConv(layer, grids, kind)(x[None]) - layer(x[None])).abs()[0].detach().double()
 
     inputs, outputs = grids["input"].double(), grids["output"].double()
@@ -214,19 +283,19 @@ def test_a_convolution_is_close_to_its_float_twin(kind: str) -> None:
 def test_the_order_of_a_sum_changes_nothing() -> None:
     layer = nn.Conv2d(256, 64, 1)
     x = torch.randn(1, 256, 12, 12) * 10 ** (2 * torch.rand(256, 1, 1))
-    grids = _convolution_grids(layer, x.abs().amax((0, 2, 3)), FLOAT32)
+    grids = _convolution_grids(layer, x.abs().amax((0, 2, 3)))
     twin, order = ExactConv(layer, grids, "layer"), torch.randperm(256)
     shuffled = nn.Conv2d(256, 64, 1)
     shuffled.load_state_dict({"weight": layer.weight[:, order], "bias": layer.bias})
     twin_of_shuffled = ExactConv(shuffled, grids | {"input": grids["input"][order]}, "shuffled")
     assert torch.equal(twin(x), twin_of_shuffled(x[:, order]))
     assert not torch.equal(layer(x), shuffled(x[:, order]))  # as it does in floating point
-    parts = [F.conv2d(twin_input(twin, x)[:, part::7], twin.weight[:, part::7]) for part in torch.randperm(7).tolist()]
-    assert torch.equal(twin(x), sum(parts) + twin.bias.view(-1, 1, 1))
-
-
-def twin_input(twin: ExactConv, x: Tensor) -> Tensor:
-    return (x * twin.input_scale).round().clamp(-twin.limit, twin.limit)
+    assert twin.input_scale is not None
+    assert twin.output_scale is not None
+    rows = (x * twin.input_scale).round().clamp(-twin.limit, twin.limit)[0].flatten(1).T
+    parts = [words.product(rows[:, part::7], twin.weight[part::7], twin.limit) for part in torch.randperm(7).tolist()]
+    sums = torch.stack(parts).sum(0, dtype=torch.int32) + twin.bias
+    assert torch.equal(twin(x)[0].flatten(1).T, sums * twin.output_scale)
 
 
 @EVERY_TYPE
@@ -247,7 +316,7 @@ def test_a_layer_may_scale_its_output_for_the_next() -> None:
     first, second = (random_layer("1x1")[0] for _ in range(2))
     second = nn.Conv2d(5, 7, 1)
     x = torch.randn(1, 6, 8, 8)
-    grids = [_convolution_grids(layer, torch.rand(layer.in_channels) + 0.5, FLOAT32) for layer in (first, second)]
+    grids = [_convolution_grids(layer, torch.rand(layer.in_channels) + 0.5) for layer in (first, second)]
     alone = [ExactConv(layer, grid, "layer") for layer, grid in zip((first, second), grids, strict=True)]
     expected = alone[1](F.leaky_relu(alone[0](x), 0.01))
     alone[0].feed(alone[1])
@@ -402,14 +471,14 @@ MODELS = {
 }
 
 
-def calibrated(model: HPCM, dtype: torch.dtype, size: tuple[int, int] = (1, 2)) -> Grids:
+def calibrated(model: HPCM, size: tuple[int, int] = (1, 2)) -> Grids:
     y, z = latents_of(model, 2, size)
 
     def run() -> None:
         for quality in {0.0, float(model.config.qualities - 1)}:
             model.entropy(torch.full((2,), quality), size, SymbolWriter(y, z, torch.empty(0), []))
 
-    return calibrate(model.entropy, run, dtype)
+    return calibrate(model.entropy, run)
 
 
 def there_and_back(
@@ -426,14 +495,12 @@ def there_and_back(
         return payloads, written, entropy(rate, size, SymbolReader(thresholds, decoders)) + 0.0
 
 
-@EVERY_TYPE
 @pytest.mark.parametrize("name", MODELS)
-def test_every_kind_of_model_has_a_twin(name: str, dtype: torch.dtype, codec: Codec) -> None:
-    if name == "light" and dtype == FLOAT64:
-        pytest.skip("large, and of no use")
+def test_every_kind_of_model_has_a_twin(name: str, codec: Codec) -> None:
     model = HPCM(PRESETS["light"]).initialise().eval() if name == "light" else model_of(MODELS[name])
-    exact = attach(model.entropy, calibrated(model, dtype))
-    assert {module.weight.dtype for module in exact.modules() if isinstance(module, ExactConv)} <= {FLOAT32, dtype}
+    exact = attach(model.entropy, calibrated(model))
+    twins = [module for module in exact.modules() if isinstance(module, ExactConv)]
+    assert {twin.weight.dtype for twin in twins} == {torch.int8, FLOAT32}
     quality = 0.0 if model.config.qualities == 1 else 20.0
     y, z = latents_of(model, 2, (1, 2))  # those that it was calibrated with
     _, written, read = there_and_back(exact, y, z, codec._thresholds, quality)
@@ -446,7 +513,7 @@ def test_every_kind_of_model_has_a_twin(name: str, dtype: torch.dtype, codec: Co
 def test_the_model_stays_as_it_is() -> None:
     model = model_of()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    grids = calibrated(model, FLOAT32)
+    grids = calibrated(model)
     copies = {module: {name: grid.clone() for name, grid in each.items()} for module, each in grids.items()}
     attach(model.entropy, grids)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -459,7 +526,7 @@ def test_channels_that_never_move() -> None:
         for name, parameter in model.named_parameters():
             if "attn_s2.conv_q" in name or "adaptor_s3.2.weight" in name or "h_s" in name:
                 parameter.zero_()
-    attach(model.entropy, calibrated(model, FLOAT32))
+    attach(model.entropy, calibrated(model))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -468,15 +535,14 @@ def test_a_model_that_cannot_be_calibrated(value: float) -> None:
     with torch.no_grad():
         model.entropy.get_parameter("context.adaptor_s3.2.weight")[3, 5] = value
     with pytest.raises(CheckpointError, match=r"finite|too large"):
-        calibrated(model, FLOAT32)
+        calibrated(model)
 
 
 def test_the_cost_in_rate(codec: Codec, sample: Image.Image) -> None:
     image = sample.crop((64, 0, 320, 256))
-    for quality in (8, 40):
-        (float_bpp, float_psnr), (bpp, psnr) = (
-            rate_of(codec, path, image, quality) for path in (codec.model.entropy, codec.entropy)
-        )
+    plain = checkpoints.load(checkpoints.find(None)).model.entropy
+    for quality in (0, 8, 40):
+        (float_bpp, float_psnr), (bpp, psnr) = (rate_of(codec, path, image, quality) for path in (plain, codec.entropy))
         assert bpp < 1.005 * float_bpp
         assert psnr > float_psnr - 0.02
 
@@ -521,7 +587,7 @@ HOSTILE: dict[str, tuple[str, str, Callable[[Tensor], Tensor | None]]] = {
 def honest() -> tuple[HPCM, Grids]:
     torch.manual_seed(0)
     model = model_of()
-    return model, calibrated(model, FLOAT32)
+    return model, calibrated(model)
 
 
 @pytest.mark.parametrize("name", HOSTILE)

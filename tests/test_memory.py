@@ -14,7 +14,7 @@ import pytest
 import torch
 from models import TINY, TRAINABLE, latents_of, model_of
 from PIL import Image
-from test_exact import FLOAT32, calibrated, there_and_back
+from test_exact import calibrated, there_and_back
 from test_model import SYNCHRONISING
 from test_portability import OTHERS
 from torch import Tensor
@@ -303,7 +303,7 @@ def test_a_grid_of_means(side: int) -> None:
 def test_every_bank_decodes_what_it_encoded(name: str, codec: Codec) -> None:
     """In a batch and alone, on 1 and 3 threads, and close to what the float model computes."""
     model = opened(name)
-    exact = attach(model.entropy, calibrated(model, FLOAT32, SIZE)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    exact = attach(model.entropy, calibrated(model, SIZE)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     y, z = latents_of(model, 2, SIZE)
     payloads, written, read = there_and_back(exact, y, z, codec._thresholds)
     assert torch.equal(written.view(torch.int32), read.view(torch.int32))
@@ -324,7 +324,7 @@ def test_every_bank_decodes_what_it_encoded(name: str, codec: Codec) -> None:
 @pytest.mark.parametrize("name", ["light everywhere", "full", "linear", "global", "cross everywhere"])
 def test_strips_change_nothing(name: str, codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened(name)
-    exact = attach(model.entropy, calibrated(model, FLOAT32, SIZE))
+    exact = attach(model.entropy, calibrated(model, SIZE))
     y, z = latents_of(model, 1, SIZE)
     payloads, expected, _ = there_and_back(exact, y, z, codec._thresholds)
 

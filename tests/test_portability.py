@@ -17,7 +17,7 @@ import pytest
 import torch
 from models import TINY, latents_of, model_of
 from PIL import Image
-from test_exact import FLOAT32, calibrated, there_and_back
+from test_exact import calibrated, there_and_back
 
 from hpcmref import container
 from hpcmref.codec import Codec, load
@@ -117,7 +117,7 @@ def test_eight_threads_at_once(codec: Codec, sample: Image.Image) -> None:
 @pytest.mark.parametrize("mode", ["plain", "without oneDNN", "contiguous"])
 def test_images_in_a_batch_and_alone(batch: int, mode: str, codec: Codec) -> None:
     model = model_of(TINY)
-    exact = attach(model.entropy, calibrated(model, FLOAT32))
+    exact = attach(model.entropy, calibrated(model))
     y, z = latents_of(model, batch, (1, 2))
     if mode != "contiguous":
         exact.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

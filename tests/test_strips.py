@@ -155,7 +155,7 @@ def test_the_exact_entropy_path_gives_the_same_bits(
 ) -> None:
     """Sums of integers come out alike, however the plane is cut."""
     model = model_of(**changes)
-    exact = attach(model.entropy, calibrated(model, torch.float32))
+    exact = attach(model.entropy, calibrated(model))
     y, z = latents_of(model, 2, (5, 1))
     payloads, written, read = there_and_back(exact, y, z, codec._thresholds)
     ran = few_rows(monkeypatch)

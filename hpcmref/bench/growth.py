@@ -75,7 +75,9 @@ def work() -> None:
     """What the process of a measurement does: a request on stdin, seconds and bytes on stdout."""
     from hpcmref.bench.profile import photograph
     from hpcmref.codec import load
+    from hpcmref.heap import keep_memory
 
+    keep_memory()
     request = json.load(sys.stdin)
     codec, file = load(request["model"], "cpu"), Path(request["file"])
     small = codec.encode(photograph(64, 64), request["quality"])

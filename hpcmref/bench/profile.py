@@ -4,8 +4,8 @@
 
 Every call of a stage is timed; what it spends in stages inside it is theirs. Multiplications and bytes are counted in
 a run of their own: of convolutions and matrix products, and of the operands and results of all tensor operations,
-wherever they were (a cache or memory). They are compared with the best that the same process reaches: a float32
-convolution, and a copy; and the whole with the same networks as plain PyTorch.
+wherever they were (a cache or memory). They are compared with the best that the same process reaches: convolutions in
+float32, float64 and bfloat16, a product of bytes, and a copy; and the whole with the same networks as plain PyTorch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.utils.flop_counter import flop_registry
 
 from hpcmref import checkpoints, container, imageio, rangecoder
 from hpcmref.checkpoints import Checkpoint
-from hpcmref.codec import Codec, device_of
+from hpcmref.codec import Codec
 from hpcmref.model import HPCM, PRESETS
 from hpcmref.model.coders import Estimator
 from hpcmref.model.hpcm import STRIDE
@@ -43,68 +43,81 @@ REST = "rest"
 
 @dataclass
 class Cost:
-    """What a stage takes: seconds, multiplications (each with an addition), bytes read and written."""
+    """What a stage takes: seconds, multiplications (each with an addition), bytes read and written.
+
+    least is what the multiplications would take at the best rates of their types, in seconds.
+    """
 
     seconds: float = 0.0
     macs: int = 0
+    least: float = 0.0
     moved: int = 0
+
+
+Rates = dict[torch.dtype, float]
+"""Multiplications a second, at best, of numbers of a type."""
 
 
 @dataclass(frozen=True)
 class Profile:
     """Stages of encoding and decoding in the order in which they first begin, and the best rates of the process.
 
-    macs_per_second is of a float32 convolution, bytes_per_second (read and written) of a copy of 64 MiB. plain_encode
-    and plain_decode are the seconds that `plain` measures.
+    bytes_per_second (read and written) is of a copy of 64 MiB. plain_encode and plain_decode are the seconds that
+    `plain` measures.
     """
 
     encode: dict[str, Cost]
     decode: dict[str, Cost]
-    macs_per_second: float
+    rates: Rates
     bytes_per_second: float
     plain_encode: float
     plain_decode: float
 
 
-def profile(codec: Codec, image: Image.Image, quality: int | None = None, repeat: int = 5) -> Profile:
+def profile(
+    checkpoint: Checkpoint, device: torch.device, image: Image.Image, quality: int | None = None, repeat: int = 5
+) -> Profile:
     """Encode and decode an image, from a PNG file to a PNG file in memory; of each stage the best of `repeat` runs."""
+    seconds = plain(copy.deepcopy(checkpoint.model).to(device), image, quality, repeat)
+    codec = Codec(checkpoint, "", device)
     png = render(image, "PNG")
     data = codec.encode(image, quality)
-    encode = _measured(codec, partial(_encode, codec, png, quality), repeat)
-    decode = _measured(codec, partial(_decode, codec, data), repeat)
-    return Profile(encode, decode, *_best_rates(codec.device), *plain(codec, image, quality, repeat))
+    rates = _best_rates(device)
+    encode = _measured(codec, partial(_encode, codec, png, quality), repeat, rates)
+    decode = _measured(codec, partial(_decode, codec, data), repeat, rates)
+    return Profile(encode, decode, rates, _best_copy(device), *seconds)
 
 
-def plain(codec: Codec, image: Image.Image, quality: int | None = None, repeat: int = 5) -> tuple[float, float]:
+def plain(model: HPCM, image: Image.Image, quality: int | None = None, repeat: int = 5) -> tuple[float, float]:
     """Seconds that the networks of encoding and of decoding take as plain PyTorch; the best of `repeat` runs.
 
     All in float32, in PyTorch's own layout, whole planes, one operation after the other, and nothing coded: the same
     modules as research code runs them.
     """
-    model = copy.deepcopy(codec.model).float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.requires_grad_(False)  # and gradients stay enabled, for without them modules save memory and time
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(codec.device).permute(2, 0, 1)[None]
+    device = next(model.parameters()).device
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(device).permute(2, 0, 1)[None]
     height, width = (side // STRIDE * STRIDE for side in pixels.shape[2:])
     x = pixels[:, :, :height, :width].contiguous().float() / 255
-    rate = torch.tensor([float(quality or 0)], device=codec.device)
+    rate = torch.tensor([float(quality or 0)], device=device)
     encode = decode = float("inf")
     for _ in range(repeat + 1):
-        begun = now(codec.device.type)
+        begun = now(device.type)
         y, z = model.latents(model.features(x), rate)
         shape = (z.shape[2], z.shape[3])
         model.entropy(rate, shape, Estimator(y, z, noise=False))
-        encoded = now(codec.device.type)
+        encoded = now(device.type)
         model.synthesise(model.entropy(rate, shape, Estimator(y, z, noise=False)), rate)
-        decode = min(decode, now(codec.device.type) - encoded)
+        decode = min(decode, now(device.type) - encoded)
         encode = min(encode, encoded - begun)
     return encode, decode
 
 
-def untrained(preset: str, device: str) -> Codec:
-    """A codec of a preset without trained weights: as fast as a trained one, but for the range coder."""
+def untrained(preset: str) -> Checkpoint:
+    """A checkpoint of a preset without trained weights: as fast as a trained one, but for the range coder."""
     torch.manual_seed(0)
     model = HPCM(PRESETS[preset]).initialise().eval()
-    return Codec(Checkpoint(model, checkpoints.calibrated(model, torch.float32), bytes(4)), preset, device_of(device))
+    return Checkpoint(model, checkpoints.calibrated(model), bytes(4))
 
 
 def photograph(width: int = 768, height: int = 512) -> Image.Image:
@@ -161,18 +174,18 @@ def _decode(codec: Codec, data: bytes, stages: _Stages) -> None:
         render(image, "PNG")
 
 
-def _measured(codec: Codec, run: Callable[[_Stages], None], repeat: int) -> dict[str, Cost]:
+def _measured(codec: Codec, run: Callable[[_Stages], None], repeat: int, rates: Rates) -> dict[str, Cost]:
     run(_Stages(codec.device))  # the first run is slower
     clocked = [_costs(codec, run) for _ in range(repeat)]
-    counted = _costs(codec, run, count=True)
+    counted = _costs(codec, run, rates)
     for name, cost in counted.items():
         cost.seconds = min(costs[name].seconds for costs in clocked)
     return counted
 
 
-def _costs(codec: Codec, run: Callable[[_Stages], None], count: bool = False) -> dict[str, Cost]:
+def _costs(codec: Codec, run: Callable[[_Stages], None], count: Rates | None = None) -> dict[str, Cost]:
     stages = _Stages(codec.device)
-    with _watched(codec, stages), _Counter(stages) if count else contextlib.nullcontext(), stages.stage(REST):
+    with _watched(codec, stages), _Counter(stages, count) if count else contextlib.nullcontext(), stages.stage(REST):
         run(stages)
     return stages.costs
 
@@ -180,24 +193,32 @@ def _costs(codec: Codec, run: Callable[[_Stages], None], count: bool = False) ->
 class _Counter(TorchDispatchMode):
     """Counts the multiplications and bytes of every operation. Views move nothing."""
 
-    def __init__(self, stages: _Stages) -> None:
+    def __init__(self, stages: _Stages, rates: Rates) -> None:
         super().__init__()
         self._stages = stages
+        self._rates = rates
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operation.overloadpacket not in flop_registry:
+        multiplies = operation.overloadpacket in flop_registry or operation.overloadpacket is _INT_MM
+        if not multiplies:
             with self:  # in inference mode, what consists of other operations arrives whole
                 result = operation.decompose(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
         result = operation(*args, **(kwargs or {}))
         cost = self._stages.current
-        if operation.overloadpacket in flop_registry:
-            cost.macs += flop_registry[operation.overloadpacket](*args, **(kwargs or {}), out_val=result) // 2
+        if multiplies:
+            counted = flop_registry[_MM if operation.overloadpacket is _INT_MM else operation.overloadpacket]
+            macs = counted(*args, **(kwargs or {}), out_val=result) // 2
+            cost.macs += macs
+            cost.least += macs / self._rates[args[0].dtype]
         if not operation.is_view and not operation.name().startswith("aten::empty"):
             tensors = [x for x in pytree.tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
             cost.moved += sum(x.numel() * x.element_size() for x in tensors)
         return result
+
+
+_MM, _INT_MM = torch.ops.aten.mm, torch.ops.aten._int_mm
 
 
 @contextlib.contextmanager
@@ -243,27 +264,37 @@ def _staged(function: Callable[..., Any], stage: str | Callable[..., str], stage
     return call
 
 
-def _best_rates(device: torch.device) -> tuple[float, float]:
-    """Multiplications a second of the fastest float32 convolution here, bytes a second of a copy."""
-
-    def seconds(work: Callable[[], object]) -> float:
-        best = float("inf")
-        for _ in range(8):
-            begun = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - begun)
-        return best
-
+def _best_rates(device: torch.device) -> Rates:
+    """The fastest convolution of every float type here, and the fastest product of bytes."""
+    rates = dict.fromkeys((torch.float32, torch.bfloat16, torch.float64, torch.int8), 0.0)
     with torch.inference_mode():
-        rates = []
         for channels, side, kernel in ((640, 32, 1), (256, 64, 1), (256, 32, 3)):
             x = torch.randn(1, channels, side, side, device=device).contiguous(memory_format=torch.channels_last)
             weight = torch.randn(channels, channels, kernel, kernel, device=device)
             weight = weight.contiguous(memory_format=torch.channels_last)
             macs = x.numel() * weight[0].numel()
-            rates.append(macs / seconds(lambda x=x, weight=weight: F.conv2d(x, weight, padding="same")))  # type: ignore[misc]
-        source = torch.zeros(2**26, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        return max(rates), 2 * source.numel() / seconds(lambda: target.copy_(source))
+            for dtype in rates:
+                if dtype.is_floating_point:
+                    work = partial(F.conv2d, x.to(dtype), weight.to(dtype), padding="same")
+                elif kernel == 1:
+                    rows = x[0].flatten(1).T.to(dtype)
+                    work = partial(torch._int_mm, rows, weight[:, :, 0, 0].T.to(dtype))
+                else:
+                    continue
+                rates[dtype] = max(rates[dtype], macs / _seconds(work, device))
+    return rates
+
+
+def _best_copy(device: torch.device) -> float:
+    """Bytes a second, read and written."""
+    source = torch.zeros(2**26, dtype=torch.uint8, device=device)
+    return 2 * source.numel() / _seconds(partial(torch.empty_like(source).copy_, source), device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(8):
+        begun = now(device.type)
+        work()
+        best = min(best, now(device.type) - begun)
+    return best

@@ -9,6 +9,7 @@ import typer
 from hpcmref._version import __version__
 from hpcmref.cli import bench, checkpoints, decode, encode, info, train
 from hpcmref.cli.failures import GuardedGroup
+from hpcmref.heap import keep_memory
 
 __all__ = ["app"]
 
@@ -41,3 +42,4 @@ def main(
     ] = False,
 ) -> None:
     """A learned image codec: small files that decode to the same pixels on every machine."""
+    keep_memory()

@@ -361,6 +361,8 @@ def _comparison_cells(each: Comparison) -> list[str]:
 
 
 def _profile(model: str, images: Sequence[Path], device: str, repeat: int) -> None:
+    from dataclasses import astuple
+
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -372,26 +374,26 @@ def _profile(model: str, images: Sequence[Path], device: str, repeat: int) -> No
 
     known = {each.name for each in checkpoints.available()}
     untrained = model in PRESETS and model not in known
-    measured = profile.untrained(model, device) if untrained else codec.load(model, device)
+    checkpoint = profile.untrained(model) if untrained else checkpoints.load(checkpoints.find(model))
     image = open_image(images[0]) if images else profile.photograph()
-    found = profile.profile(measured, image, repeat=repeat)
+    found = profile.profile(checkpoint, codec.device_of(device), image, repeat=repeat)
     console = Console()
+    rates = ", ".join(f"{2e-9 * rate:.0f} ({str(dtype)[6:]})" for dtype, rate in found.rates.items())
     console.print(
-        f"{measured.name}, {image.width}x{image.height}, {torch.get_num_threads()} threads, best of {repeat}. The best "
-        f"here: {2e-9 * found.macs_per_second:.0f} GFLOP/s (float32 convolution), "
-        f"{1e-9 * found.bytes_per_second:.1f} GB/s (copy)."
+        f"{model}, {image.width}x{image.height}, {torch.get_num_threads()} threads, best of {repeat}. The best here: "
+        f"10^9 operations a second {rates}, {1e-9 * found.bytes_per_second:.1f} GB/s (copy)."
     )
     for name, costs in (("encode", found.encode), ("decode", found.decode)):
         total = sum(cost.seconds for cost in costs.values())
-        table = Table(name, "ms", "share", "MMAC", "GFLOP/s", "of the best", "MB moved", "GB/s", "of the best")
+        table = Table(name, "ms", "share", "MMAC", "GOP/s", "of the best", "MB moved", "GB/s", "of the best")
         for column in table.columns[1:]:
             column.justify = "right"
-        whole = profile.Cost(total, *(sum(getattr(each, key) for each in costs.values()) for key in ("macs", "moved")))
+        whole = profile.Cost(*(sum(values) for values in zip(*map(astuple, costs.values()), strict=True)))
         for stage, cost in (*costs.items(), ("all", whole)):
-            macs, moved = (each / max(cost.seconds, 1e-9) for each in (cost.macs, cost.moved))
+            macs, least, moved = (each / max(cost.seconds, 1e-9) for each in (cost.macs, cost.least, cost.moved))
             table.add_row(
                 stage, f"{1e3 * cost.seconds:.1f}", f"{cost.seconds / total:.1%}", f"{1e-6 * cost.macs:.0f}",
-                f"{2e-9 * macs:.0f}", f"{macs / found.macs_per_second:.0%}", f"{1e-6 * cost.moved:.0f}",
+                f"{2e-9 * macs:.0f}", f"{least:.0%}", f"{1e-6 * cost.moved:.0f}",
                 f"{1e-9 * moved:.1f}", f"{moved / found.bytes_per_second:.0%}",
             )  # fmt: skip
         console.print(table)

@@ -27,13 +27,6 @@ class OfficialPreset(str, Enum):
     phi = "phi"
 
 
-class Sums(str, Enum):
-    """The type that exact sums are computed in."""
-
-    float32 = "float32"
-    float64 = "float64"
-
-
 @app.command("list")
 def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array with one object a model.")] = False,
@@ -84,9 +77,6 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="OFFICIAL.pth.tar", help="A checkpoint of the official HPCM code.")],
     output: Annotated[str, typer.Option("-o", "--output", metavar="FILE.safetensors", help="Where to write it.")],
     preset: Annotated[OfficialPreset, typer.Option("--preset", help="What the checkpoint was trained as.")],
-    sums: Annotated[
-        Sums, typer.Option("--sums", help="Exact arithmetic in float64 (nearest to the original) or float32 (fast).")
-    ] = Sums.float64,
     force: ForceOption = False,
 ) -> None:
     """Convert an official HPCM checkpoint; use the result with -m FILE.safetensors."""
@@ -97,7 +87,7 @@ def convert(
         assert job.source is not None
         assert job.target is not None
         job.make_room(force)
-        made = convert_official(job.source, job.target, preset.value, sums.value)
+        made = convert_official(job.source, job.target, preset.value)
         return (
             f"{job.name} -> {job.target_name}: {made.preset}, {made.parameters} parameters, "
             f"{made.size} bytes, fingerprint {made.fingerprint.hex()}"

@@ -18,9 +18,14 @@ noise. Here the entropy path consists of two kinds of operations, and neither le
    A power of two that multiplies all terms of a sum changes their exponents and nothing else, so weights and bias are
    held multiplied by the power of two that the output needs.
 
+   Most sums are those of 1x1 convolutions, with weights of 8 bits and inputs of 16. They are added up in 32-bit
+   integers, below 2^31: the two bytes of the inputs one after the other, in the processor's units for products of
+   bytes, or in float32, where the sum of either is below 2^24 (`words`). Which of them a machine has decides how long
+   it takes, not what comes out. The whole sum becomes a float32 number by one conversion, rounded as IEEE 754 says.
+
 2. **Single operations on one or two numbers** (products with a power of two, a learned step or LeakyReLU's slope,
-   additions, one division per attended value, rounding half to even, clamping, comparing, conversion between float64
-   and float32, look-up in a stored table) get the same operands everywhere, and IEEE 754 prescribes the result: the
+   additions, one division per attended value, rounding half to even, clamping, comparing, conversion of float64 and
+   int32 to float32, look-up in a stored table) get the same operands everywhere, and IEEE 754 prescribes the result: the
    exact one, correctly rounded. Two operations could only be contracted into one (FMA) inside a kernel, and the path
    runs eagerly, never compiled: every operation is a kernel of its own. Those that PyTorch writes as a + alpha * b have
    alpha = 1, for which contraction changes nothing. exp, pow, exp2, ldexp (a pow in PyTorch), gammainc and softmax

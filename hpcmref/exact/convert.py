@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcmref.errors import CheckpointError
+from hpcmref.exact import words
 from hpcmref.exact.layers import (
     BOUNDS,
     EXP_TABLE,
@@ -16,6 +17,7 @@ from hpcmref.exact.layers import (
     ExactConv,
     ExactRateTable,
     integer_weights,
+    is_pointwise,
     output_peaks,
     output_sums,
 )
@@ -39,16 +41,19 @@ The shipped model's rate at its lowest quality rises by 0.9 % with 4, 0.24 % wit
 (training tiles).
 """
 
-FLOAT64_LEVELS = 2**15
-"""Levels of inputs and weights where float64 leaves more room than is of use."""
+EVENNESS = 0.25
+"""How much of the ranges of the inputs is evened out where inputs have 16 bits and weights 8; the rest is the weights'.
+"""
+
+LEVELS = 2**15 - 2**7
+"""Levels of inputs with 16 bits."""
 
 
-def calibrate(entropy: EntropyPath, run: Callable[[], None], dtype: torch.dtype = torch.float32) -> Grids:
-    """Choose the grids of every layer.
+def calibrate(entropy: EntropyPath, run: Callable[[], None]) -> Grids:
+    """Choose the grids of every layer: 1x1 convolutions are to fit `words`, all others to have sums in float32.
 
-    run: passes typical images through `entropy` (in its float form); dtype: the type whose bound convolutions are to
-    keep, float32 for speed or float64 for more bits. Attention and depthwise convolutions are always float32. Raises
-    CheckpointError if there are weights or values that are not finite, or too large.
+    run: passes typical images through `entropy` (in its float form). Raises CheckpointError if there are weights or
+    values that are not finite, or too large.
     """
     ranges: dict[str, tuple[Tensor, ...]] = {}
     hooks = []
@@ -64,7 +69,7 @@ def calibrate(entropy: EntropyPath, run: Callable[[], None], dtype: torch.dtype 
     grids: Grids = {}
     for name, module in entropy.named_modules():
         if isinstance(module, Convolution):
-            grids[name] = _convolution_grids(module, ranges[name][0], dtype)
+            grids[name] = _convolution_grids(module, ranges[name][0])
         elif isinstance(module, CrossAttentionCell):
             attend = f"{name}.attend"
             # An attention that never runs (the last one of a model without s3 steps) has no ranges and needs none.
@@ -73,15 +78,17 @@ def calibrate(entropy: EntropyPath, run: Callable[[], None], dtype: torch.dtype 
 
 
 def attach(entropy: EntropyPath, grids: Grids) -> EntropyPath:
-    """The exact twin of `entropy`, which stays as it is.
+    """The exact twin of `entropy` (float32, on the CPU), which stays as it is.
 
-    Raises CheckpointError if a grid is missing or damaged, or no float type holds the sums of a layer.
+    Raises CheckpointError if a grid is missing or damaged, or no type holds the sums of a layer.
     """
-    entropy = copy.deepcopy(entropy).cpu().float().eval()
+    convolutions = {name: module for name, module in entropy.named_modules() if isinstance(module, Convolution)}
+    # Convolutions, nearly all of the weights, are not copied: they are replaced.
+    entropy = copy.deepcopy(entropy, {id(module): module for module in convolutions.values()})
+    for name, module in convolutions.items():
+        entropy.set_submodule(name, ExactConv(module, grids.get(name, {}), name))
     for name, module in list(entropy.named_modules()):
-        if isinstance(module, Convolution):
-            entropy.set_submodule(name, ExactConv(module, grids.get(name, {}), name))
-        elif isinstance(module, RateTable):
+        if isinstance(module, RateTable):
             entropy.set_submodule(name, ExactRateTable(module, name))
         elif type(module) in OF_MEMORY:
             entropy.set_submodule(name, OF_MEMORY[type(module)](module))
@@ -92,7 +99,8 @@ def attach(entropy: EntropyPath, grids: Grids) -> EntropyPath:
             # LeakyReLU commutes with powers of two, so a layer can scale its output for the next one.
             _hand_over(module.expand, module.project)
             _hand_over(module.spatial, module.expand)
-    return entropy
+            module.wide = words.WIDE
+    return entropy.eval()
 
 
 def _attach_attention(cell: CrossAttentionCell, grids: Mapping[str, Tensor], name: str) -> None:
@@ -122,31 +130,65 @@ def _recorder(ranges: dict[str, tuple[Tensor, ...]], name: str) -> Callable[[nn.
     return record
 
 
-def _convolution_grids(layer: Convolution, ranges: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Exponents per channel such that the sums stay below the bound of `dtype`."""
-    # Nine terms leave room for enough bits in float32, which is many times faster for depthwise convolutions.
-    bound = BOUNDS[dtype if layer.groups == 1 else torch.float32] - 1
+def _convolution_grids(layer: Convolution, ranges: Tensor) -> dict[str, Tensor]:
+    """Exponents per channel, from the largest magnitude of every input channel (C_in,)."""
     ranges = _usable(ranges)
     weight = layer.weight.detach().cpu().double()
     if not (weight.isfinite().all() and layer.bias is not None and layer.bias.isfinite().all()):
         raise CheckpointError("The model has weights that are not finite.")
+    return _word_grids(layer, weight, ranges) if is_pointwise(layer) else _float_grids(layer, weight, ranges)
+
+
+def _float_grids(layer: Convolution, weight: Tensor, ranges: Tensor) -> dict[str, Tensor]:
+    """Exponents with which all sums stay below the bound of float32."""
+    bound = BOUNDS[torch.float32] - 1
     shift = torch.round(ranges.log2())  # evens out the ranges of the input channels
     even = weight * torch.exp2(shift).view((-1, 1, 1, 1) if _is_input_first(layer) else (1, -1, 1, 1))
     terms = max(1.0, float((output_sums(layer, even) / output_peaks(layer, even).clamp(min=1e-12)).max()))
-    levels = min((bound * FINENESS / terms) ** 0.5, float(FLOAT64_LEVELS))
+    inputs, limit = _input_grid(ranges, shift, (bound * FINENESS / terms) ** 0.5)
+    unscaled, bias = integer_weights(layer, inputs, torch.full((layer.out_channels,), EXPONENTS))
+    room = (bound / _magnitudes(layer, unscaled, bias, limit)).log2()
+
+    def over(weight: Tensor, bias: Tensor) -> Tensor:
+        return _magnitudes(layer, weight, bias, limit) > bound
+
+    return _finest(layer, inputs, limit, EXPONENTS + 1 + torch.floor(room), over)
+
+
+def _word_grids(layer: Convolution, weight: Tensor, ranges: Tensor) -> dict[str, Tensor]:
+    """Exponents with which the layer fits `words`: weights of 8 bits, inputs of 16."""
+    peaks = weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
+    columns = (weight.abs() / peaks).amax((0, 2, 3)).clamp(min=1e-9)
+    # Weights have half the bits, so above all they are evened out, and the inputs by what is left.
+    inputs, limit = _input_grid(ranges, torch.round(EVENNESS * ranges.log2() - (1 - EVENNESS) * columns.log2()), LEVELS)
+    unscaled, _ = integer_weights(layer, inputs, torch.full((layer.out_channels,), EXPONENTS))
+    room = (words.WEIGHT_LIMIT / output_peaks(layer, unscaled).clamp(min=1)).log2()
+
+    def over(weight: Tensor, bias: Tensor) -> Tensor:
+        return ~words.fits(weight, bias, limit)
+
+    return _finest(layer, inputs, limit, EXPONENTS + 1 + torch.floor(room), over)
+
+
+def _input_grid(ranges: Tensor, shift: Tensor, levels: float) -> tuple[Tensor, int]:
+    """Exponents of the inputs, -shift and what brings the largest up to `levels`; and the limit."""
     spread = float((ranges * torch.exp2(-shift)).max())
     finest = int(torch.floor(torch.log2(torch.tensor(levels / spread))))
-    inputs = _whole(finest - shift)
-    limit = int(spread * 2.0**finest) + 1
-    most = min(float(bound), FLOAT64_LEVELS * limit * terms)
-    # Every output channel gets the finest weights that keep its sums below the bound: first estimated, then counted.
-    unscaled, bias = integer_weights(layer, inputs, torch.full((layer.out_channels,), EXPONENTS))
-    room = (most / _magnitudes(layer, unscaled, bias, limit)).log2()
-    outputs = _whole(EXPONENTS + 1 + torch.floor(room))
-    while (over := _magnitudes(layer, *integer_weights(layer, inputs, outputs), limit) > most).any():
-        if outputs[over].min() <= -EXPONENTS:
+    return _whole(finest - shift), int(spread * 2.0**finest) + 1
+
+
+def _finest(
+    layer: Convolution, inputs: Tensor, limit: int, exponents: Tensor, over: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The grids with the finest weights of every output channel, from `exponents` down, that are not `over`.
+
+    over: of integer weights and biases, which output channels they are too large for.
+    """
+    outputs = _whole(exponents)
+    while (large := over(*integer_weights(layer, inputs, outputs))).any():
+        if outputs[large].min() <= -EXPONENTS:
             raise CheckpointError("The weights are too large for exact arithmetic.")
-        outputs = outputs - over.to(torch.int8)
+        outputs = outputs - large.to(torch.int8)
     return {"input": inputs, "output": outputs, "limit": torch.tensor(limit, dtype=torch.int32)}
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from hpcmref.errors import HpcmrefError
 from hpcmref.exact.selftest import images_of, machine
+from hpcmref.heap import keep_memory
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec
@@ -31,19 +32,26 @@ def main(
     timed: Annotated[int, typer.Option(help="How many of the images to measure times with.")] = 3,
 ) -> None:
     """Compare the exact entropy path with the float32 one that it is made from."""
-    from hpcmref.codec import load
+    from hpcmref import checkpoints
+    from hpcmref.codec import Codec
 
-    images, codec = images_of(folder, limit, crop), load(model, "cpu")
+    keep_memory()
+    images = images_of(folder, limit, crop)
+    path = checkpoints.find(model)
+    checkpoint = checkpoints.load(path)
+    plain = checkpoint.model.entropy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    codec = Codec(checkpoint, path.stem, torch.device("cpu"))
     qualities = (0, 16, 32, 48, 63) if codec.model.config.qualities > 1 else (None,)
     table = Table(
         "quality", "float bpp", "exact bpp", "difference", "float dB", "exact dB", "encode time", "decode time",
         title=f"{codec.name}, mean of {len(images)} images, {machine()}",
     )  # fmt: skip
     for quality in qualities:
-        paths = (codec.model.entropy, codec.entropy)
-        results = np.array([[rate_of(codec, path, image, quality or 0) for path in paths] for image in images])
+        results = np.array(
+            [[rate_of(codec, path, image, quality or 0) for path in (plain, codec.entropy)] for image in images]
+        )
         (float_bpp, float_psnr), (exact_bpp, exact_psnr) = results.mean(0)
-        ratios = np.median([time_ratios(codec, image, quality) for image in images[:timed]] or [(0, 0)], axis=0)
+        ratios = np.median([time_ratios(codec, plain, image, quality) for image in images[:timed]] or [(0, 0)], axis=0)
         table.add_row(
             str(quality), f"{float_bpp:.4f}", f"{exact_bpp:.4f}", f"{100 * (exact_bpp / float_bpp - 1):+.3f} %",
             f"{float_psnr:.3f}", f"{exact_psnr:.3f}", *(f"x {ratio:.2f}" for ratio in ratios),
@@ -85,14 +93,16 @@ def rate_of(codec: Codec, entropy: EntropyPath, image: Image.Image, quality: int
     return coder.bits / (height * width), float(-10 * error.log10())
 
 
-def time_ratios(codec: Codec, image: Image.Image, quality: int | None, repeats: int = 5) -> tuple[float, float]:
-    """Seconds to encode and to decode, over those with the float entropy path: the best of each, tried in turns."""
+def time_ratios(
+    codec: Codec, plain: EntropyPath, image: Image.Image, quality: int | None, repeats: int = 5
+) -> tuple[float, float]:
+    """Seconds to encode and to decode, over those with the entropy path `plain`: the best of each, tried in turns."""
     exact = codec.entropy
     best: dict[tuple[bool, str], float] = {}
     try:
         for _ in range(repeats):
             for is_exact in (True, False):
-                codec.entropy = exact if is_exact else codec.model.entropy
+                codec.entropy = exact if is_exact else plain
                 begun = time.perf_counter()
                 data = codec.encode(image, quality)
                 encoded = time.perf_counter()

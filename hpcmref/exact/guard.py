@@ -149,6 +149,7 @@ def _operations(device: str) -> Iterator[tuple[str, bool]]:
     a, b = (random.uniform(-1000, 1000, 4096).astype(np.float32) for _ in range(2))
     halves = (np.arange(-2048, 2048) + 0.5).astype(np.float32)
     x, y = torch.tensor(a, device=device), torch.tensor(b, device=device)
+    whole = random.randint(-(2**31), 2**31, 4096).astype(np.int32)
     fine = np.abs(a).astype(np.float64) / 3
     results = {
         "addition": (x + y, a + b),
@@ -158,6 +159,7 @@ def _operations(device: str) -> Iterator[tuple[str, bool]]:
         "rounding": (torch.tensor(halves, device=device).round_(), np.rint(halves)),
         "LeakyReLU": (F.leaky_relu(x, 0.01), np.where(a > 0, a, a * np.float32(0.01))),
         "float64 division": (torch.tensor(fine, device=device) / y, fine / b),
+        "int32 to float32": (torch.tensor(whole, device=device).float(), whole.astype(np.float32)),
     }
     for name, (result, expected) in results.items():
         yield name, np.array_equal(result.cpu().numpy(), expected)

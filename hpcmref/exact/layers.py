@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpcmref.errors import CheckpointError
+from hpcmref.exact import words
 from hpcmref.model.config import QUALITIES
 from hpcmref.model.layers import RateTable, pointwise
 
@@ -69,33 +70,49 @@ class ExactConv(nn.Module):
     """Twin of a Conv2d or ConvTranspose2d.
 
     The input becomes integers, Q input[c] in channel c, clamped to +-limit. Weights are integers Q output[o] - input[c]
-    and the bias Q output[o]; so the sums are integers Q output[o], exact in float32 or float64. Weights and bias are
-    held multiplied by 2^-output[o]: a power of two for all terms of a sum changes their exponents and nothing else.
+    and the bias Q output[o]; so the sums are integers Q output[o]. They are added up in words (1x1 convolutions that
+    fit; see `words`), or else in float32 or float64. What comes out is the sum, rounded to float32, times a power of
+    two. Float weights and biases are held multiplied by it: a power of two for all terms of a sum changes their
+    exponents and nothing else.
     """
 
     weight: Tensor
     bias: Tensor
     input_scale: Tensor | None
+    output_scale: Tensor | None
 
     def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d, grids: Mapping[str, Tensor], name: str) -> None:
         """grids: "input" (C_in,), "output" (C_out,) exponents and "limit" (), all integers. Raises CheckpointError."""
         super().__init__()
+        self.out_channels = layer.out_channels
         self._outputs_first = not isinstance(layer, nn.ConvTranspose2d)
         self._convolve = _convolution_of(layer, name)
         inputs = _exponents(grids, "input", layer.in_channels, name)
         outputs = _exponents(grids, "output", layer.out_channels, name)
         self.limit = int(grid(grids, "limit", (), 1, BOUNDS[torch.float32] - 1, name))
         weight, bias = integer_weights(layer, inputs, outputs)
-        dtype = container(float((output_sums(layer, weight) * self.limit + bias.abs()).max()), name)
-        self.register_buffer("weight", weight.to(dtype))
-        self.register_buffer("bias", bias.to(dtype))
+        magnitude = float((output_sums(layer, weight) * self.limit + bias.abs()).max())
+        output_scale = None
+        if is_pointwise(layer) and words.fits(weight, bias, self.limit).all():
+            self.register_buffer("weight", weight[:, :, 0, 0].T.to(torch.int8).contiguous())
+            self.register_buffer("bias", bias.to(torch.int32))
+            output_scale = torch.ones(layer.out_channels)
+        else:
+            dtype = container(magnitude, name)
+            self.register_buffer("weight", weight.to(dtype))
+            self.register_buffer("bias", bias.to(dtype))
+        self.register_buffer("output_scale", output_scale)
         self.scale_output(-outputs)
         self._inputs = inputs
         self.register_buffer("input_scale", power_of_two(inputs).view(1, -1, 1, 1))
 
     def scale_output(self, exponents: Tensor) -> None:
         """Multiply output channel o by 2^exponents[o] from now on; exponents: (C_out,) integers."""
-        scale = power_of_two(exponents).to(self.weight.dtype)
+        scale = power_of_two(exponents)
+        if self.output_scale is not None:
+            self.output_scale *= scale
+            return
+        scale = scale.to(self.weight.dtype)
         self.weight *= scale.view((-1, 1, 1, 1) if self._outputs_first else (1, -1, 1, 1))
         self.bias *= scale
 
@@ -108,8 +125,18 @@ class ExactConv(nn.Module):
         """x: (B, C_in, h, w) float32 -> (B, C_out, h', w') float32. Overwrites x if it comes scaled (see `feed`)."""
         if self.input_scale is not None:
             x = x * self.input_scale
-        x = x.round_().clamp_(-self.limit, self.limit).to(self.weight.dtype)
-        return self._convolve(x, self.weight, self.bias).float()
+        x = x.round_().clamp_(-self.limit, self.limit)
+        if self.output_scale is None:
+            return self._convolve(x.to(self.weight.dtype), self.weight, self.bias).float()
+        rows = x.permute(0, 2, 3, 1)
+        sums = words.product(rows.flatten(0, 2), self.weight, self.limit).add_(self.bias)
+        return sums.float().mul_(self.output_scale).view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
+
+
+def is_pointwise(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    """It is a 1x1 convolution: a matrix product."""
+    shape = (layer.kernel_size, layer.stride, layer.padding, layer.groups)
+    return isinstance(layer, nn.Conv2d) and shape == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def _convolution_of(layer: nn.Conv2d | nn.ConvTranspose2d, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -118,7 +145,7 @@ def _convolution_of(layer: nn.Conv2d | nn.ConvTranspose2d, name: str) -> Callabl
         if layer.stride != layer.kernel_size or any((*layer.padding, *layer.output_padding, layer.groups - 1)):
             raise CheckpointError(f"{name} is a transposed convolution whose outputs overlap.")
         return partial(F.conv_transpose2d, stride=layer.stride)
-    if layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1:
+    if is_pointwise(layer):
         return pointwise
     if layer.groups == 1:
         return partial(F.conv2d, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)

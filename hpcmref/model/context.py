@@ -71,12 +71,15 @@ class CrossAttentionCell(nn.Module):
         """All (B, C, h, w), also the result. Windows that reach over the edge see what is inside."""
         height, width = context.shape[2:]
         query = self._windows(self.conv_q(context))
-        key = torch.cat([self._windows(self.conv_k(each)) for each in contexts_prev], dim=3)
-        value = torch.cat([self._windows(self.conv_v(each)) for each in contexts_prev], dim=3)
+        key, value = (
+            _joined([self._windows(convolution(each)) for each in contexts_prev])
+            for convolution in (self.conv_k, self.conv_v)
+        )
         inside = self._inside(height, width, context.device)
         if inside is not None:
             inside = inside.repeat(1, 1, 1, len(contexts_prev))
-        return self._plane(self.attend(query, key, value, inside), height, width) + self.conv_out(context)
+        attended = self._plane(self.attend(query, key, value, inside), height, width)
+        return torch.add(attended, self.conv_out(context), out=None if torch.is_grad_enabled() else attended)
 
     def _windows(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, windows, heads, tokens, C/heads), zero outside of the plane."""
@@ -103,6 +106,11 @@ class CrossAttentionCell(nn.Module):
         rows = (torch.arange(height + -height % side, device=device) < height).view(-1, 1, side, 1)
         cols = (torch.arange(width + -width % side, device=device) < width).view(1, -1, 1, side)
         return (rows & cols).view(-1, 1, 1, side * side)
+
+
+def _joined(tokens: list[Tensor]) -> Tensor:
+    """Tokens (B, windows, heads, tokens, channels) of several planes, one after the other."""
+    return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=3)
 
 
 class Bank(Protocol):

@@ -10,8 +10,8 @@ SLOPE = 0.01
 """Negative slope of every LeakyReLU (official src/layers)."""
 
 
-WIDE = 2**22
-"""Numbers in the wide middle of a residual block that are held at a time: what fits into a cache (16 MiB)."""
+WIDE = 2**21
+"""Numbers in the wide middle of a residual block that are held at a time: few enough for a cache."""
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -70,6 +70,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, spatial: nn.Module, ratio: int) -> None:
         super().__init__()
+        self.wide = WIDE
         self.spatial = spatial
         self.expand = conv1x1(channels, channels * ratio)
         self.activation = nn.LeakyReLU(SLOPE, inplace=True)
@@ -80,7 +81,7 @@ class ResidualBlock(nn.Module):
         mixed = self.spatial(x)
         if torch.is_grad_enabled():
             return x + self._residual(mixed)
-        rows = max(1, WIDE // (len(self.expand.weight) * len(x) * x.shape[3]))
+        rows = max(1, self.wide // (self.expand.out_channels * len(x) * x.shape[3]))
         for start in range(0, x.shape[2], rows):
             strip = (slice(None), slice(None), slice(start, start + rows))
             torch.add(x[strip], self._residual(mixed[strip]), out=mixed[strip])
