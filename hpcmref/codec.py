@@ -66,6 +66,8 @@ class Codec:
             for network in (self.model.g_a, self.model.h_a, self.model.g_s):
                 in_bfloat16(network)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.clone()  # lets go of the mapped file, most of which is not needed any more
         # A scale takes the table whose scale is nearest to it in ratio.
         scales = scale_table().astype(np.float64)
         self._thresholds = torch.from_numpy(np.sqrt(scales[1:] * scales[:-1]).astype(np.float32)).to(device)

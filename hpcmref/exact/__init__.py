@@ -25,13 +25,14 @@ noise. Here the entropy path consists of two kinds of operations, and neither le
 
 2. **Single operations on one or two numbers** (products with a power of two, a learned step or LeakyReLU's slope,
    additions, one division per attended value, rounding half to even, clamping, comparing, conversion of float64 and
-   int32 to float32, look-up in a stored table) get the same operands everywhere, and IEEE 754 prescribes the result: the
-   exact one, correctly rounded. Two operations could only be contracted into one (FMA) inside a kernel, and the path
-   runs eagerly, never compiled: every operation is a kernel of its own. Those that PyTorch writes as a + alpha * b have
-   alpha = 1, for which contraction changes nothing. exp, pow, exp2, ldexp (a pow in PyTorch), gammainc and softmax
-   are not prescribed by IEEE 754 and do not occur: powers of two are made of their bits, the exponential of attention
-   is a table of 201 integers, and the CDF tables are stored. Square roots are prescribed, but PyTorch's are not always
-   so rounded (MKL); where a memory bank needs them, an integer test corrects the whole part (`memory._root`).
+   int32 to float32, look-up in a stored table) get the same operands everywhere, and IEEE 754 prescribes the result:
+   the exact one, correctly rounded. Two operations could only be contracted into one (FMA) inside a kernel, and the
+   path runs eagerly, never compiled: every operation is a kernel of its own. Those that PyTorch writes as a + alpha * b
+   have alpha = 1 or integers, for which contraction changes nothing. exp, pow, exp2, ldexp (a pow in PyTorch), gammainc
+   and softmax are not prescribed by IEEE 754 and do not occur: powers of two are made of their bits, the exponential of
+   attention is a table of 201 integers, and the CDF tables are stored. Square roots are prescribed, but PyTorch's are
+   not always so rounded (MKL); where a memory bank needs them, an integer test corrects the whole part
+   (`memory._root`).
 
 So a layer takes its input to integers, x_int = clamp(round(x * 2^e), -limit, limit) with an exponent e for every input
 channel, convolves, and the sums come out as numbers with an exponent for every output channel. Exponents and limits are
