@@ -157,17 +157,21 @@ def format_of(path: Path) -> str:
         raise ImageError(f"cannot tell the image format of {path}: its suffix must be one of {known}") from None
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write the image whole or not at all, in the format of the suffix; warns as `render`.
+def rendered(image: Image.Image, path: Path) -> bytes:
+    """What a file of this name holds: the image in the format of the suffix; warns as `render`.
 
-    Raises ImageError if the suffix is unknown or the format cannot hold the image, HpcmrefError as `atomic_write`.
+    Raises ImageError if the suffix is unknown or the format cannot hold the image.
     """
     form = format_of(path)
     try:
-        data = render(image, form)
+        return render(image, form)
     except ImageError as error:
         raise ImageError(f"cannot save {path} as {form}: {error}") from error
-    atomic_write(path, data)
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write the image whole or not at all; warns and fails as `rendered` and `atomic_write`."""
+    atomic_write(path, rendered(image, path))
 
 
 def atomic_write(path: Path, data: bytes) -> None:

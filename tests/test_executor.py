@@ -90,6 +90,14 @@ class TestEncode:
         assert contents("one") == contents("two")
         assert two.stderr == one.stderr == "hpcmref: in/bad.png is not an image of a kind that Pillow reads\n"
         assert sorted(two.stdout.splitlines()) == sorted(one.stdout.replace("one/", "two/").splitlines())
+        Path("one/bad.bin").write_text("no file")
+        one = call("decode", "one", "-o", "back")
+        two = call("decode", "one", "-o", "back2", "--jobs", "2")
+        assert one.exit_code == two.exit_code == 1
+        assert sorted(contents("back")) == ["0.png", "1.png", "2.png"]
+        assert contents("back") == contents("back2")
+        assert two.stderr == one.stderr
+        assert sorted(two.stdout.splitlines()) == sorted(one.stdout.replace("back/", "back2/").splitlines())
 
     def test_resume(self, folder: Path) -> None:
         Path("in/bad.png").unlink()

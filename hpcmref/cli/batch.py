@@ -192,25 +192,33 @@ def _succeeds(job: Job, work: Callable[[], str | None], quiet: bool) -> bool:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a worker sends back: bytes to write, and the warnings on the way."""
+class Made:
+    """What comes of one input: bytes to write, and what there is to say of them."""
 
     data: bytes
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker sends back: what it made, and the warnings on the way."""
+
+    made: Made
     warnings: list[str]
 
 
 def run_spread(
     jobs: Sequence[Job],
     prepare: Callable[[Job], bytes],
-    work: Callable[[str, bytes], bytes],
-    finish: Callable[[Job, bytes], str | None],
+    work: Callable[[Job, bytes], Made],
+    finish: Callable[[Job, Made], str | None],
     quiet: bool = False,
     processes: int = 1,
     ray: str | None = None,
 ) -> None:
     """`run` for work that other processes or machines can do: only bytes travel.
 
-    prepare and finish read and write files in this process. `work` gets the name and content of an input, in one of
+    prepare and finish read and write files in this process. `work` gets a job and the content of its input, in one of
     `processes` or on a Ray cluster (see `hpcmref.executor.execute`); it must be picklable for that. Ends as `run` does.
     """
     from hpcmref.executor import execute
@@ -236,7 +244,7 @@ def run_spread(
                 if isinstance(result, Exception):
                     raise result
                 _print_warnings(job, result.warnings, quiet)
-                return finish(job, result.data)
+                return finish(job, result.made)
 
             failed |= not _succeeds(job, finished, quiet)
             advance()
@@ -246,12 +254,12 @@ def run_spread(
 
 @dataclass(frozen=True)
 class _Worker:
-    work: Callable[[str, bytes], bytes]
+    work: Callable[[Job, bytes], Made]
 
     def __call__(self, item: tuple[Job, bytes]) -> Outcome:
         with warnings.catch_warnings(record=True) as caught:
-            data = self.work(item[0].name, item[1])
-        return Outcome(data, [str(warning.message) for warning in caught])
+            made = self.work(*item)
+        return Outcome(made, [str(warning.message) for warning in caught])
 
 
 @contextlib.contextmanager

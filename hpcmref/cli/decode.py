@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hpcmref import DEFAULT_MAX_PIXELS
-from hpcmref.cli.batch import ENCODED_SUFFIXES, Job, plan, run
-from hpcmref.cli.options import Device, DeviceOption, ForceOption, ModelOption, QuietOption
+from hpcmref.cli.batch import ENCODED_SUFFIXES, Job, Made, plan, run_spread
+from hpcmref.cli.options import Device, DeviceOption, ForceOption, JobsOption, ModelOption, QuietOption
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec
@@ -45,30 +46,55 @@ def decode(
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     force: ForceOption = False,
+    jobs: JobsOption = 1,
     quiet: QuietOption = False,
 ) -> None:
     """Decode files back to images."""
 
-    @functools.cache
-    def codec(fingerprint: bytes) -> Codec:
-        from hpcmref.codec import codec_for  # torch takes a second: not for a file that turns out to be damaged
-
-        return codec_for(fingerprint, device.value, model)
-
-    def work(job: Job) -> str:
-        from hpcmref.container import parse
-        from hpcmref.imageio import format_of, save_image
-        from hpcmref.render import render
+    def prepare(job: Job) -> bytes:
+        from hpcmref.imageio import format_of
 
         job.make_room(force)
         if job.target is not None and not job.is_stream:
             format_of(job.target)  # refuses an unknown suffix now, and not after the decoding
-        data = job.read()
-        image = codec(parse(data, allow_partial).fingerprint).decode(data, upto, allow_partial, max_pixels)
-        if job.target is None or job.is_stream:
-            job.write(render(image, "PNG"))
-        else:
-            save_image(image, job.target)
-        return f"{job.name} -> {job.target_name}: {image.width}x{image.height} {image.mode}"
+        return job.read()
 
-    run(plan(files, output, ENCODED_SUFFIXES, ".png"), work, quiet)
+    def finish(job: Job, made: Made) -> str:
+        job.write(made.data)
+        return f"{job.name} -> {job.target_name}: {made.about}"
+
+    work = _Decoder(model, device.value, upto, allow_partial, max_pixels)
+    run_spread(plan(files, output, ENCODED_SUFFIXES, ".png"), prepare, work, finish, quiet, jobs)
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """What is done to every file; it can be sent to another process."""
+
+    model: str | None
+    device: str
+    upto: int
+    allow_partial: bool
+    max_pixels: int
+
+    def __call__(self, job: Job, content: bytes) -> Made:
+        from hpcmref.container import parse
+        from hpcmref.imageio import rendered
+        from hpcmref.render import render
+
+        codec = self._codec(parse(content, self.allow_partial).fingerprint)
+        image = codec.decode(content, self.upto, self.allow_partial, self.max_pixels)
+        target = None if job.is_stream else job.target
+        data = render(image, "PNG") if target is None else rendered(image, target)
+        return Made(data, f"{image.width}x{image.height} {image.mode}")
+
+    def _codec(self, fingerprint: bytes) -> Codec:
+        from hpcmref.codec import codec_for  # torch takes a second: not for a file that turns out to be damaged
+
+        if fingerprint not in self._codecs:
+            self._codecs[fingerprint] = codec_for(fingerprint, self.device, self.model)
+        return self._codecs[fingerprint]
+
+    @functools.cached_property
+    def _codecs(self) -> dict[bytes, Codec]:
+        return {}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpcmref.cli.batch import ENCODED_SUFFIX, Job, plan, run_spread
-from hpcmref.cli.options import Device, DeviceOption, ForceOption, ModelOption, QuietOption, RayOption
+from hpcmref.cli.batch import ENCODED_SUFFIX, Job, Made, plan, run_spread
+from hpcmref.cli.options import Device, DeviceOption, ForceOption, JobsOption, ModelOption, QuietOption, RayOption
 from hpcmref.errors import ImageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def encode(
     device: DeviceOption = Device.auto,
     force: ForceOption = False,
     resume: Annotated[bool, typer.Option("--resume", help="Skip images whose output exists already.")] = False,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, metavar="N", help="Processes at work.")] = 1,
+    jobs: JobsOption = 1,
     ray: RayOption = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -78,9 +78,9 @@ def encode(
         except OSError as error:
             raise ImageError(f"cannot read {job.name}: {error.strerror or error}") from error
 
-    def finish(job: Job, data: bytes) -> str:
-        job.write(data)
-        return _summary(job, data)
+    def finish(job: Job, made: Made) -> str:
+        job.write(made.data)
+        return _summary(job, made.data)
 
     planned = plan(images, output, IMAGE_SUFFIXES, ENCODED_SUFFIX)
     if resume:  # what is there is whole, because files appear complete or not at all
@@ -98,17 +98,17 @@ class _Encoder:
     target: dict[str, Any]
     strip: bool
 
-    def __call__(self, name: str, content: bytes) -> bytes:
+    def __call__(self, job: Job, content: bytes) -> Made:
         from hpcmref import imageio
 
         file = io.BytesIO(content)
-        file.name = name
+        file.name = job.name
         image = imageio.open_image(file)
         if self.strip:
             image = imageio.strip(image)
         if self.target:
-            return self._codec.encode_to(image, **self.target)
-        return self._codec.encode(image, self.quality)
+            return Made(self._codec.encode_to(image, **self.target))
+        return Made(self._codec.encode(image, self.quality))
 
     @functools.cached_property
     def _codec(self) -> Codec:

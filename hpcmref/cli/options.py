@@ -27,6 +27,10 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace outputs that exist already.")]
+JobsOption = Annotated[
+    int,
+    typer.Option("--jobs", min=1, metavar="N", help="Processes at work: with many images, one for each core is best."),
+]
 RayOption = Annotated[
     str | None,
     typer.Option(
