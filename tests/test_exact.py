@@ -29,7 +29,7 @@ from hpcmref import checkpoints
 from hpcmref.codec import Codec
 from hpcmref.errors import CheckpointError, UnsupportedError
 from hpcmref.exact import attach, calibrate, exactly, guard, words
-from hpcmref.exact.convert import Grids, _attention_grids, _convolution_grids
+from hpcmref.exact.convert import BYTES, FLOATS, WORDS, Bits, Grids, _attention_grids, _convolution_grids
 from hpcmref.exact.cost import rate_of
 from hpcmref.exact.layers import (
     BOUNDS,
@@ -142,10 +142,14 @@ def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         pytest.skip("there are no units for bytes here")
 
 
+EVERY_GRID = pytest.mark.parametrize("bits", [BYTES, FLOATS, WORDS], ids=["bytes", "floats", "words"])
+
+
+@EVERY_GRID
 @EVERY_LAYER
-def test_a_convolution_is_what_integers_say(kind: str, units: None) -> None:
+def test_a_convolution_is_what_integers_say(kind: str, bits: Bits, units: None) -> None:
     layer, ranges, x = random_layer(kind)
-    grids = _convolution_grids(layer, ranges)
+    grids = _convolution_grids(layer, ranges, bits if kind == "1x1" else FLOATS)
     twin = ExactConv(layer, grids, kind)
     assert twin.weight.dtype == (torch.int8 if kind == "1x1" else FLOAT32)
     assert twin(x[None])[0].numpy().tolist() == reference(layer, grids, x)[1].tolist()
@@ -262,7 +266,7 @@ def test_a_convolution_is_close_to_its_float_twin(kind: str) -> None:
     """Within half a step of every input and every weight, for what is inside the ranges."""
     layer, ranges, x = random_layer(kind)
     x = torch.minimum(torch.maximum(x, -ranges.view(-1, 1, 1)), ranges.view(-1, 1, 1))
-    grids = _convolution_grids(layer, ranges)
+    grids = _convolution_grids(layer, ranges, FLOATS)
     difference = (ExactConv(layer, grids, kind)(x[None]) - layer(x[None])).abs()[0].detach().double()
 
     inputs, outputs = grids["input"].double(), grids["output"].double()
@@ -283,7 +287,7 @@ def test_a_convolution_is_close_to_its_float_twin(kind: str) -> None:
 def test_the_order_of_a_sum_changes_nothing() -> None:
     layer = nn.Conv2d(256, 64, 1)
     x = torch.randn(1, 256, 12, 12) * 10 ** (2 * torch.rand(256, 1, 1))
-    grids = _convolution_grids(layer, x.abs().amax((0, 2, 3)))
+    grids = _convolution_grids(layer, x.abs().amax((0, 2, 3)), WORDS)
     twin, order = ExactConv(layer, grids, "layer"), torch.randperm(256)
     shuffled = nn.Conv2d(256, 64, 1)
     shuffled.load_state_dict({"weight": layer.weight[:, order], "bias": layer.bias})
@@ -316,7 +320,7 @@ def test_a_layer_may_scale_its_output_for_the_next() -> None:
     first, second = (random_layer("1x1")[0] for _ in range(2))
     second = nn.Conv2d(5, 7, 1)
     x = torch.randn(1, 6, 8, 8)
-    grids = [_convolution_grids(layer, torch.rand(layer.in_channels) + 0.5) for layer in (first, second)]
+    grids = [_convolution_grids(layer, torch.rand(layer.in_channels) + 0.5, WORDS) for layer in (first, second)]
     alone = [ExactConv(layer, grid, "layer") for layer, grid in zip((first, second), grids, strict=True)]
     expected = alone[1](F.leaky_relu(alone[0](x), 0.01))
     alone[0].feed(alone[1])

@@ -92,6 +92,7 @@ class ExactConv(nn.Module):
         self.limit = int(grid(grids, "limit", (), 1, BOUNDS[torch.float32] - 1, name))
         weight, bias = integer_weights(layer, inputs, outputs)
         magnitude = float((output_sums(layer, weight) * self.limit + bias.abs()).max())
+        self._narrow = magnitude < BOUNDS[torch.float32]
         output_scale = None
         if is_pointwise(layer) and words.fits(weight, bias, self.limit).all():
             self.register_buffer("weight", weight[:, :, 0, 0].T.to(torch.int8).contiguous())
@@ -129,7 +130,7 @@ class ExactConv(nn.Module):
         if self.output_scale is None:
             return self._convolve(x.to(self.weight.dtype), self.weight, self.bias).float()
         rows = x.permute(0, 2, 3, 1)
-        sums = words.product(rows.flatten(0, 2), self.weight, self.limit).add_(self.bias)
+        sums = words.product(rows.flatten(0, 2), self.weight, self.limit, self._narrow).add_(self.bias)
         return sums.float().mul_(self.output_scale).view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
 
 

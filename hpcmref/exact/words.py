@@ -5,7 +5,7 @@
 
 Processors multiply bytes four times as fast as float32 numbers, so both products together take half the time of one in
 float32, and neither loses a bit: they are added up in 32 bits. Where there are no such units, or they saturate (AVX2
-without VNNI), the same two products are computed in float32, in which they are exact too.
+without VNNI), the same two products are computed in float32, in which they are exact too; or one, if that is.
 """
 
 from functools import lru_cache
@@ -40,19 +40,24 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
     return high.to(torch.int8), torch.sub(words, high, alpha=256).to(torch.int8)
 
 
-def product(x: Tensor, weight: Tensor, limit: int) -> Tensor:
-    """The sums of rows x (n, C_in), integers up to `limit` held as float32, times weight (C_in, C_out) int8: int32."""
-    multiply = torch._int_mm if _is_fast(x.device.type) else _in_float32
+def product(x: Tensor, weight: Tensor, limit: int, narrow: bool = False) -> Tensor:
+    """The sums of rows x (n, C_in), integers up to `limit` held as float32, times weight (C_in, C_out) int8.
+
+    narrow: all of them are below 2^24. They are int32, or float32 if they are narrow.
+    """
+    fast = _is_fast(x.device.type)
+    if narrow and not fast:
+        return _in_float32(x, weight)
+    multiply = torch._int_mm if fast else _in_float32
     if limit <= WEIGHT_LIMIT:
         return multiply(x.to(torch.int8), weight)
     high, low = split(x)
-    sums = multiply(low, weight)
-    return sums.add_(multiply(high, weight), alpha=256)
+    return multiply(low, weight).to(torch.int32).add_(multiply(high, weight).to(torch.int32), alpha=256)
 
 
 def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.float().T[None, :, None]
-    return pointwise(rows, weight.T.float()[:, :, None, None], None)[0, :, 0].T.to(torch.int32)
+    return pointwise(rows, weight.T.float()[:, :, None, None], None)[0, :, 0].T
 
 
 def _is_fast(device: str) -> bool:
