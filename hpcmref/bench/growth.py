@@ -2,13 +2,12 @@
 
 Every size is encoded in a process of its own and decoded in another, so that no memory of one is counted for the next.
 Seconds are from pixels in memory to the file in memory and back, after a small image; memory is the most that the
-process ever held, with Python, torch and the weights (`ru_maxrss`).
+process ever held, with Python, torch and the weights.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -73,6 +72,7 @@ def _in_a_process(request: dict[str, Any]) -> dict[str, Any]:
 
 def work() -> None:
     """What the process of a measurement does: a request on stdin, seconds and bytes on stdout."""
+    from hpcmref.bench.measure import peak_memory
     from hpcmref.bench.profile import photograph
     from hpcmref.codec import load
     from hpcmref.heap import keep_memory
@@ -93,8 +93,7 @@ def work() -> None:
         begun = time.perf_counter()
         codec.decode(data)
         seconds = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "memory": peak * (1 if sys.platform == "darwin" else 1024)}))
+    print(json.dumps({"seconds": seconds, "memory": peak_memory()}))
 
 
 def figure(points: list[Point], title: str) -> bytes:

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import io
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -194,6 +195,16 @@ class PeakMemory:
         else:
             peak = _resident("VmHWM")
         self.bytes = max(0, peak - self._before)
+
+
+def peak_memory() -> int:
+    """Bytes of the most that the process ever held, with Python, torch and the weights."""
+    try:
+        return _resident("VmHWM")
+    except OSError:  # not Linux, whose ru_maxrss begins with what the parent held
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _resident(field: str) -> int:
