@@ -97,8 +97,8 @@ def plain(model: HPCM, image: Image.Image, quality: int | None = None, repeat: i
     model.requires_grad_(False)  # and gradients stay enabled, for without them modules save memory and time
     device = next(model.parameters()).device
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(device).permute(2, 0, 1)[None]
-    height, width = (side // STRIDE * STRIDE for side in pixels.shape[2:])
-    x = pixels[:, :, :height, :width].contiguous().float() / 255
+    height, width = pixels.shape[2:]
+    x = F.pad(pixels.contiguous().float() / 255, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
     rate = torch.tensor([float(quality or 0)], device=device)
     encode = decode = float("inf")
     for _ in range(repeat + 1):
