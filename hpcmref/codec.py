@@ -133,6 +133,7 @@ class Codec:
         writer = SymbolWriter(y, z, self._thresholds, [encoder])
         with exactly(self.device):
             y_hat = self.entropy(self._rate(quality), (z.shape[2], z.shape[3]), writer)
+        writer.finish()
         file = Container(
             arithmetic=EXACT,
             fingerprint=self.fingerprint,

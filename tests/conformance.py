@@ -187,6 +187,7 @@ def _made_up(preset: str) -> bytes:
     with torch.inference_mode(), exactly(torch.device("cpu")):
         writer = SymbolWriter(y, z, thresholds, [encoder])
         exact(rate, SIZES[preset], writer)
+        writer.finish()
     rows, columns = SIZES[preset]
     return container.write(
         container.Container(

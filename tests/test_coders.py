@@ -11,6 +11,8 @@ import torch
 from models import latents_of, model_of
 from torch import Tensor
 
+from hpcmref import checkpoints
+from hpcmref.exact import attach
 from hpcmref.model import HPCM
 from hpcmref.model.coders import Coder, Estimator, SymbolReader, SymbolWriter
 from hpcmref.model.entropy import likelihood
@@ -43,7 +45,10 @@ class Tape:
 
 def run(model: HPCM, quality: Tensor, size: tuple[int, int], coder: Coder) -> Tensor:
     with torch.inference_mode():
-        return model.entropy(quality, size, coder)
+        y_hat = model.entropy(quality, size, coder)
+    if isinstance(coder, SymbolWriter):
+        coder.finish()
+    return y_hat
 
 
 def count(model: HPCM, size: tuple[int, int]) -> int:
@@ -132,6 +137,18 @@ def test_the_reader_asks_for_what_the_writer_wrote() -> None:
     written = run(model, quality, (2, 1), SymbolWriter(y, z, THRESHOLDS, tapes))
     assert torch.equal(run(model, quality, (2, 1), SymbolReader(THRESHOLDS, tapes)), written)
     assert all(tape.next == 12 for tape in tapes)
+
+
+def test_a_writer_leaves_everything_on_the_device() -> None:
+    """On the meta device, where there are no numbers, whatever would read one fails: at every step a GPU would wait."""
+    model = model_of()
+    exact = attach(model.entropy, checkpoints.calibrated(model)).to("meta")
+    y, z = (x.to("meta") for x in latents_of(model, 2, (2, 3)))
+    writer = SymbolWriter(y, z, THRESHOLDS.to("meta"), [Tape(), Tape()])
+    with torch.inference_mode():
+        assert exact(torch.zeros(2, device="meta"), (2, 3), writer).shape == y.shape
+        with pytest.raises(NotImplementedError, match="meta"):
+            writer.finish()
 
 
 def test_one_changed_symbol_changes_the_checksum() -> None:

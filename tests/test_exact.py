@@ -493,7 +493,9 @@ def there_and_back(
     size = z.shape[2], z.shape[3]
     with torch.inference_mode(), exactly(CPU):
         rate = torch.full((len(y),), quality)
-        written = entropy(rate, size, SymbolWriter(y, z, thresholds, encoders)) + 0.0
+        writer = SymbolWriter(y, z, thresholds, encoders)
+        written = entropy(rate, size, writer) + 0.0
+        writer.finish()
         payloads = [encoder.finish() for encoder in encoders]
         decoders = [SymbolDecoder(payload, y[0].numel() + z[0].numel()) for payload in payloads]
         return payloads, written, entropy(rate, size, SymbolReader(thresholds, decoders)) + 0.0

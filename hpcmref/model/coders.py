@@ -96,23 +96,32 @@ class _Checksummed:
 
 
 class SymbolWriter(_Checksummed):
-    """Quantises the true latents and hands the symbols to one range encoder an image."""
+    """Quantises the true latents; `finish` hands the symbols to one range encoder an image.
+
+    Until then they stay on the device, so that a GPU need not wait for the host at every step.
+    """
 
     def __init__(self, y: Tensor, z: Tensor, thresholds: Tensor, sinks: Sequence[SymbolSink]) -> None:
         super().__init__(len(sinks))
         self._target = _Target(y, z)
         self._thresholds = thresholds
         self._sinks = sinks
+        self._parts: list[tuple[Tensor, Tensor]] = []
 
     def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
         """See Coder."""
         symbols = quantise(self._target.of(step) - means)
-        rows = scale_index(scales, self._thresholds)
-        for image, sink in enumerate(self._sinks):
-            flat = _flat(symbols[image])
-            self._add(image, flat)
-            sink.put(flat, _flat(rows[image]))
+        self._parts.append((symbols.to(torch.int16), scale_index(scales, self._thresholds).to(torch.uint8)))
         return symbols + means
+
+    def finish(self) -> None:
+        """Hand over what was coded, after the last step."""
+        for symbols, rows in self._parts:
+            for image, sink in enumerate(self._sinks):
+                flat = _flat(symbols[image])
+                self._add(image, flat)
+                sink.put(flat, _flat(rows[image]))
+        self._parts.clear()
 
 
 class SymbolReader(_Checksummed):
