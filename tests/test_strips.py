@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import TINY, latents_of, model_of
+from models import TINY, latents_of, model_of, psnr
 from PIL import Image
 from test_exact import calibrated, there_and_back
 from torch import Tensor
@@ -175,6 +175,7 @@ def test_a_picture_has_no_seams(codec: Codec, sample: Image.Image, monkeypatch: 
     assert np.abs(np.asarray(codec.decode(whole), np.int16) - shown).max() <= 1
     parts = codec.encode(image, 40)
     assert len(ran) > 40
-    # A sum of g_a that is rounded otherwise (to bfloat16, too) may turn a latent halfway between two symbols.
+    # A sum of g_a or h_a that is rounded otherwise (even to bfloat16) may turn a latent halfway between two symbols,
+    # and one of z all that follow: another picture, but as good a one. Seams every 16 rows would cost 0.4 dB.
     assert abs(len(parts) - len(whole)) < 50
-    assert np.abs(np.asarray(codec.decode(parts), np.int16) - shown).mean() < 0.1
+    assert psnr(codec.decode(parts), image) == pytest.approx(psnr(codec.decode(whole), image), abs=0.05)

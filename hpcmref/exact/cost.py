@@ -42,21 +42,32 @@ def main(
     plain = checkpoint.model.entropy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     codec = Codec(checkpoint, path.stem, torch.device("cpu"))
     qualities = (0, 16, 32, 48, 63) if codec.model.config.qualities > 1 else (None,)
+    paths = (plain, codec.entropy)
+    found = np.array(
+        [[[rate_of(codec, path, image, quality or 0) for path in paths] for image in images] for quality in qualities]
+    )
+    ratios = [
+        np.median([time_ratios(codec, plain, image, quality) for image in images[:timed]] or [(0, 0)], axis=0)
+        for quality in qualities
+    ]
     table = Table(
-        "quality", "float bpp", "exact bpp", "difference", "float dB", "exact dB", "encode time", "decode time",
-        title=f"{codec.name}, mean of {len(images)} images, {machine()}",
+        "quality", "float bpp", "exact bpp", "difference", "at equal PSNR", "float dB", "exact dB", "encode time",
+        "decode time", title=f"{codec.name}, mean of {len(images)} images, {machine()}",
     )  # fmt: skip
-    for quality in qualities:
-        results = np.array(
-            [[rate_of(codec, path, image, quality or 0) for path in (plain, codec.entropy)] for image in images]
-        )
-        (float_bpp, float_psnr), (exact_bpp, exact_psnr) = results.mean(0)
-        ratios = np.median([time_ratios(codec, plain, image, quality) for image in images[:timed]] or [(0, 0)], axis=0)
-        table.add_row(
-            str(quality), f"{float_bpp:.4f}", f"{exact_bpp:.4f}", f"{100 * (exact_bpp / float_bpp - 1):+.3f} %",
-            f"{float_psnr:.3f}", f"{exact_psnr:.3f}", *(f"x {ratio:.2f}" for ratio in ratios),
-        )  # fmt: skip
+    (float_bpp, float_psnr), (exact_bpp, exact_psnr) = found.mean(1).transpose(1, 2, 0)
+    difference = exact_bpp / float_bpp - 1
+    equal = difference + (float_psnr - exact_psnr) * _slope(float_bpp, float_psnr)
+    for index, quality in enumerate(qualities):
+        rates = (f"{each[index]:.4f}" for each in (float_bpp, exact_bpp))
+        percents = (f"{100 * each[index]:+.3f} %" for each in (difference, equal))
+        decibels = (f"{each[index]:.4f}" for each in (float_psnr, exact_psnr))
+        table.add_row(str(quality), *rates, *percents, *decibels, *(f"x {ratio:.2f}" for ratio in ratios[index]))
     Console().print(table)
+
+
+def _slope(bpp: np.ndarray, psnr: np.ndarray) -> np.ndarray:
+    """By what part the rate rises for a decibel, at every quality (n,); unknown, so 0, where there is only one."""
+    return np.gradient(np.log(bpp), psnr) if len(bpp) > 1 else np.zeros(1)
 
 
 class _Rate:

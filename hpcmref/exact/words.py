@@ -21,7 +21,7 @@ LIMIT = 127 * 256 + 127
 
 WEIGHT_LIMIT = 127
 
-WIDE = 2**19
+WIDE = 2**20
 """Sums that residual blocks hold at a time: less than in float, as there are more numbers on the way to each."""
 
 
