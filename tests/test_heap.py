@@ -1,0 +1,34 @@
+"""Does the process keep its memory when it is told to?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+USES = """
+import resource, sys
+import numpy as np
+from hpcmref.heap import keep_memory
+
+if sys.argv[1] == "keep":
+    keep_memory()
+for use in range(12):
+    if use == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    planes = [np.ones(2**22, np.uint8) for _ in range(6)]
+    del planes
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+"""Six planes of 4 MiB, again and again. Prints how many pages the system had to give after the first times."""
+
+
+def faults(how: str) -> int:
+    done = subprocess.run([sys.executable, "-c", USES, how], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc can be told")
+def test_memory_is_not_asked_for_again() -> None:
+    assert faults("keep") < 0.1 * faults("give back")
