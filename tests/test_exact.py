@@ -226,6 +226,20 @@ def test_words_are_exact_up_to_the_bound(units: None) -> None:
     assert twin(x[None])[0].numpy().tolist() == reference(layer, grids, x)[1].tolist()
 
 
+def test_a_bias_beyond_what_float32_holds_is_added_exactly(units: None) -> None:
+    """To sums of bytes, which float32 does hold."""
+    layer = nn.Conv2d(64, 3, 1).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(-127, 128, layer.weight.shape))
+        layer.bias.copy_(torch.tensor([2**30 + 65, -(2**30) - 63, 2**25 + 3]))
+    grids = {"input": torch.zeros(64, dtype=torch.int8), "output": torch.zeros(3, dtype=torch.int8)}
+    grids["limit"] = torch.tensor(127, dtype=torch.int32)
+    x = torch.randint(-127, 128, (64, 16, 16)).float()
+    twin = ExactConv(layer, grids, "layer")
+    assert twin.weight.dtype == torch.int8
+    assert twin(x[None])[0].numpy().tolist() == reference(layer, grids, x)[1].tolist()
+
+
 def test_what_does_not_fit_words_is_not_computed_in_them() -> None:
     layer, grids, x = words_at_the_bound(over=1)
     twin = ExactConv(layer, grids, "layer")

@@ -43,14 +43,14 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 def product(x: Tensor, weight: Tensor, limit: int, narrow: bool = False) -> Tensor:
     """The sums of rows x (n, C_in), integers up to `limit` held as float32, times weight (C_in, C_out) int8.
 
-    narrow: all of them are below 2^24. They are int32, or float32 if they are narrow.
+    narrow: all of them, with the bias that follows, are below 2^24. Only then may they come as float32, else as int32.
     """
     fast = _is_fast(x.device.type)
     if narrow and not fast:
         return _in_float32(x, weight)
     multiply = torch._int_mm if fast else _in_float32
     if limit <= WEIGHT_LIMIT:
-        return multiply(x.to(torch.int8), weight)
+        return multiply(x.to(torch.int8), weight).to(torch.int32)
     high, low = split(x)
     return multiply(low, weight).to(torch.int32).add_(multiply(high, weight).to(torch.int32), alpha=256)
 
