@@ -330,6 +330,23 @@ def test_both_depthwise_kernels_agree(dtype: torch.dtype, monkeypatch: pytest.Mo
     assert torch.equal(depthwise(twice, *arguments[1:])[:1], expected)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 1), (3, 3)])
+@EVERY_TYPE
+def test_depthwise_without_onednn_never_writes_into_the_model(
+    dtype: torch.dtype, size: tuple[int, int], batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a plane of 1x1 positions an expanded bias is the bias itself: writing into it spoilt every later file."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    x, weight, bias = (torch.full(shape, 3.0, dtype=dtype) for shape in ((batch, 6, *size), (6, 1, 3, 3), (6,)))
+    result = depthwise(x, weight, bias)
+    assert result.shape == x.shape
+    assert result[0, 0, 0, 0] == 3 + 9 * min(size[0], 2) * min(size[1], 2)
+    result.zero_()
+    for tensor in (x, weight, bias):
+        assert (tensor == 3).all()
+
+
 def test_a_layer_may_scale_its_output_for_the_next() -> None:
     first, second = (random_layer("1x1")[0] for _ in range(2))
     second = nn.Conv2d(5, 7, 1)

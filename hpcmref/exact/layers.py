@@ -166,10 +166,15 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv2d(x, weight, bias, padding=1, groups=len(weight))
     height, width = x.shape[2:]
     x = F.pad(x, (1, 1, 1, 1))
-    result = bias.view(-1, 1, 1).expand(len(x), -1, height, width).contiguous()
-    for row in range(3):
-        for column in range(3):
-            result.addcmul_(x[:, :, row : row + height, column : column + width], weight[:, 0, row, column, None, None])
+    terms = [
+        (x[:, :, row : row + height, column : column + width], weight[:, 0, row, column, None, None])
+        for row in range(3)
+        for column in range(3)
+    ]
+    # The first sum makes a new tensor. An expanded bias could be the model's own bias, which must not be written to.
+    result = torch.addcmul(bias[:, None, None], *terms[0])
+    for plane, factor in terms[1:]:
+        result.addcmul_(plane, factor)
     return result
 
 
