@@ -113,8 +113,8 @@ def save(
     import torch
     from safetensors.torch import save as to_bytes
 
-    from hpcmref.imageio import atomic_write
     from hpcmref.model import HPCM
+    from hpcmref.runtime.files import atomic_write
 
     dtype = torch.float16 if half else torch.float32
     tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}

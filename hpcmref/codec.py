@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, checkpoints, container, imageio
+from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, checkpoints
 from hpcmref.checkpoints import Checkpoint
-from hpcmref.container import Container
 from hpcmref.errors import (
     ConfigError,
     DecodeError,
@@ -28,11 +27,14 @@ from hpcmref.errors import (
     UnsupportedError,
 )
 from hpcmref.exact import attach, exactly
-from hpcmref.extras import extras_of
+from hpcmref.format import container
+from hpcmref.format.container import Container
+from hpcmref.format.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
 from hpcmref.model.coders import SymbolReader, SymbolWriter
 from hpcmref.model.hpcm import STRIDE
 from hpcmref.model.layers import in_bfloat16
-from hpcmref.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
+from hpcmref.picture import images
+from hpcmref.picture.metadata import extras_of
 
 EXACT = 1
 """Arithmetic id of an entropy path on integers (`hpcmref.exact`). 0 was float32, which no release has written."""
@@ -122,7 +124,7 @@ class Codec:
 
     def _framed(self, image: Image.Image) -> tuple[_Frame, Tensor]:
         """What the file says of an image, and its pixels (1, 3, H', W') uint8, padded to multiples of 64."""
-        picture = imageio.picture_of(image)
+        picture = images.picture_of(image)
         height, width = picture.pixels.shape[:2]
         frame = _Frame(width, height, picture.grey, picture.extras.chunks())
         return frame, _padded(picture.pixels, self.device)
@@ -150,7 +152,7 @@ class Codec:
     def decode(
         self, data: bytes, upto: int = 3, partial: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS
     ) -> Image.Image:
-        """The image of a file, in the mode of the original (see `hpcmref.imageio`), with its metadata in `info`.
+        """The image of a file, in the mode of the original (see `hpcmref.picture.images`), with its metadata in `info`.
 
         upto: the last scale (1, 2 or 3) whose latents are read; those of later scales are taken as predicted.
         partial: decode a truncated file up to the last scale that is whole.
@@ -173,7 +175,7 @@ class Codec:
             raise DecodeError(f"the file has quality {file.quality}, which the model {self.name} does not")
         with self._inference():
             shown = self._pixels(self._decoded(file, upto), file.quality, file)
-        return imageio.image_of(shown.cpu().numpy(), file.grey, extras_of(file))
+        return images.image_of(shown.cpu().numpy(), file.grey, extras_of(file))
 
     def _decoded(self, file: Container, upto: int) -> Tensor:
         """y_hat (1, M, h, w) of a file up to a scale: `upto`, or in a truncated file the last that is whole."""

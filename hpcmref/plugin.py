@@ -37,8 +37,8 @@ class HpcmImageFile(ImageFile.ImageFile):
     _is_encoded = False
 
     def _open(self) -> None:
-        from hpcmref.container import peek
-        from hpcmref.extras import info_of, metadata_of, mode_of
+        from hpcmref.format.container import peek
+        from hpcmref.picture.metadata import info_of, metadata_of, mode_of
 
         assert self.fp is not None
         try:
@@ -52,7 +52,7 @@ class HpcmImageFile(ImageFile.ImageFile):
 
     def verify(self) -> None:
         """Compare the checksum, and close the file."""
-        from hpcmref.container import parse
+        from hpcmref.format.container import parse
 
         if self.fp is not None:
             self.fp.seek(0)
@@ -66,7 +66,7 @@ class HpcmImageFile(ImageFile.ImageFile):
         """Decode the file, if that is not done: of a truncated one what there is, if LOAD_TRUNCATED_IMAGES is set."""
         if self._is_encoded and self.fp is not None:
             from hpcmref.codec import codec_for
-            from hpcmref.container import MAX_PIXELS, parse
+            from hpcmref.format.container import MAX_PIXELS, parse
 
             # Pillow's own limit on pixels was asked when the file was opened.
             partial = bool(ImageFile.LOAD_TRUNCATED_IMAGES)

@@ -24,15 +24,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hpcmref import container
 from hpcmref.codec import EXACT, load
 from hpcmref.exact import attach, calibrate, exactly
 from hpcmref.exact.convert import Grids
 from hpcmref.exact.selftest import y_hat_of
+from hpcmref.format import container
+from hpcmref.format.rangecoder import SymbolEncoder
 from hpcmref.model import PRESETS, HPCMConfig
 from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.hpcm import EntropyPath
-from hpcmref.rangecoder import SymbolEncoder
 
 FOLDER = Path(__file__).parent / "data" / "conformance"
 EXPECTED = FOLDER / "expected.json"

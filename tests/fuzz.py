@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpcmref import rangecoder
-from hpcmref.container import MAGIC, Container, parse, peek, write
 from hpcmref.errors import ConfigError, HpcmrefError
-from hpcmref.extras import MAX_METADATA, Extras, extras_of, mode_of
-from hpcmref.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
+from hpcmref.format import rangecoder
+from hpcmref.format.container import MAGIC, Container, parse, peek, write
+from hpcmref.format.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
+from hpcmref.picture.metadata import MAX_METADATA, Extras, extras_of, mode_of
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec

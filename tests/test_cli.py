@@ -23,8 +23,8 @@ from typer.testing import CliRunner, Result
 
 from hpcmref import DEFAULT_QUALITY
 from hpcmref.cli import app
-from hpcmref.container import Container, parse, write
 from hpcmref.errors import CheckpointError, ImageError, ModelMismatchError
+from hpcmref.format.container import Container, parse, write
 
 FINGERPRINT = b"fake"
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 import hpcmref
-from hpcmref import checkpoints, container
+from hpcmref import checkpoints
 from hpcmref.codec import Codec, codec_for, load
 from hpcmref.errors import (
     CheckpointError,
@@ -31,10 +31,11 @@ from hpcmref.errors import (
     ModelMismatchError,
     UnsupportedError,
 )
+from hpcmref.format import container
+from hpcmref.format.rangecoder import SymbolEncoder, scale_table
 from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.entropy import likelihood
 from hpcmref.model.schedule import Step
-from hpcmref.rangecoder import SymbolEncoder, scale_table
 
 QUALITIES = (0, 16, 32, 48, 63)
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from hpcmref import checkpoints
 from hpcmref.exact import attach
+from hpcmref.format.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
 from hpcmref.model import HPCM
 from hpcmref.model.coders import Coder, Estimator, SymbolReader, SymbolWriter
 from hpcmref.model.entropy import likelihood
 from hpcmref.model.schedule import STEPS, Step
-from hpcmref.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
 
 THRESHOLDS = torch.from_numpy(scale_table()[:-1])
 KINDS = pytest.mark.parametrize(

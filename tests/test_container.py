@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcmref.container import MAGIC, MAX_PIXELS, MAX_SIDE, Container, Tag, parse, part_sizes, peek, write
 from hpcmref.errors import ConfigError, FormatError, HpcmrefError, UnsupportedError
+from hpcmref.format.container import MAGIC, MAX_PIXELS, MAX_SIDE, Container, Tag, parse, part_sizes, peek, write
 
 SMALL = Container(
     arithmetic=0,

@@ -43,12 +43,12 @@ from hpcmref.exact.layers import (
     depthwise,
     power_of_two,
 )
+from hpcmref.format.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
 from hpcmref.model import HPCM, PRESETS
 from hpcmref.model.coders import SymbolReader, SymbolWriter
 from hpcmref.model.context import Attend, CrossAttentionCell
 from hpcmref.model.hpcm import EntropyPath
 from hpcmref.model.layers import RateTable
-from hpcmref.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
 
 CPU = torch.device("cpu")
 FLOAT32, FLOAT64 = torch.float32, torch.float64

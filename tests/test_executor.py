@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from hpcmref.cli import app
 from hpcmref.errors import ConfigError, HpcmrefError
-from hpcmref.executor import execute
+from hpcmref.runtime.executor import execute
 
 
 def double(number: int) -> int:

@@ -21,7 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hpcmref.cli import app
-from hpcmref.container import Container, parse, write
+from hpcmref.format.container import Container, parse, write
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec
@@ -197,7 +197,7 @@ def test_an_interrupt_in_a_batch(folder: Path, sample: Image.Image) -> None:
 SLOW_WRITER = """
 import os, sys, time
 from pathlib import Path
-from hpcmref import imageio
+from hpcmref.runtime.files import atomic_write
 
 moment, target = sys.argv[1], Path(sys.argv[2])
 real = Path.write_bytes
@@ -214,7 +214,7 @@ if moment == "write":
     Path.write_bytes = half
 else:
     os.replace = ready
-imageio.atomic_write(target, b"new" * 10000)
+atomic_write(target, b"new" * 10000)
 """
 
 

@@ -10,7 +10,7 @@ import pytest
 USES = """
 import resource, sys
 import numpy as np
-from hpcmref.heap import keep_memory
+from hpcmref.runtime.heap import keep_memory
 
 if sys.argv[1] == "keep":
     keep_memory()

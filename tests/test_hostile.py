@@ -25,10 +25,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpcmref.container import MAGIC, Container, Tag, parse, write
 from hpcmref.errors import FormatError, HpcmrefError, UnsupportedError
-from hpcmref.extras import mode_of, pack_alpha
-from hpcmref.render import render
+from hpcmref.format.container import MAGIC, Container, Tag, parse, write
+from hpcmref.picture.metadata import mode_of, pack_alpha
+from hpcmref.picture.render import render
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec
@@ -179,7 +179,7 @@ def test_every_flipped_bit_of_the_header_with_a_checksum_that_fits(
 
 
 def test_twenty_thousand_mutations_without_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpcmref.rangecoder._BLOCK", 512)  # these payloads would fit into one block
+    monkeypatch.setattr("hpcmref.format.rangecoder._BLOCK", 512)  # these payloads would fit into one block
     outcomes, slowest = fuzz(read_layers, seeds_without_model(), seed=1, mutations=20_000)
     assert outcomes.total() == 20_000
     assert outcomes["sound"] > 3000

@@ -16,10 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from hpcmref.container import MAX_SIDE
 from hpcmref.errors import HpcmrefError, ImageError
-from hpcmref.extras import Extras
-from hpcmref.imageio import (
+from hpcmref.format.container import MAX_SIDE
+from hpcmref.picture.images import (
     atomic_write,
     format_of,
     image_of,
@@ -29,6 +28,7 @@ from hpcmref.imageio import (
     save_image,
     strip,
 )
+from hpcmref.picture.metadata import Extras
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (4, 6, 3), np.uint8)

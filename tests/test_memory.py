@@ -20,12 +20,13 @@ from test_portability import OTHERS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpcmref import checkpoints, container
+from hpcmref import checkpoints
 from hpcmref.codec import Codec
 from hpcmref.errors import ConfigError
 from hpcmref.exact import attach
 from hpcmref.exact.memory import ExactGridMean, ExactLinearAttend, ExactPool, ExactRecall, ExactSigmoid, _root
 from hpcmref.exact.selftest import decode, run
+from hpcmref.format import container
 from hpcmref.model import HPCM, PRESETS, HPCMConfig, context, memory
 from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.config import MEMORIES, MemoryConfig

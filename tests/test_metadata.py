@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 from typer.testing import CliRunner
 
-from hpcmref import exif
 from hpcmref.cli import app
-from hpcmref.container import Container, Tag, parse, write
 from hpcmref.errors import FormatError, ImageError
-from hpcmref.extras import MAX_METADATA, RESTORED, Extras, extras_of, mode_of, pack_alpha, unpack_alpha
-from hpcmref.imageio import image_of, open_image, picture_of, save_image
-from hpcmref.render import render
+from hpcmref.format.container import Container, Tag, parse, write
+from hpcmref.picture import exif
+from hpcmref.picture.images import image_of, open_image, picture_of, save_image
+from hpcmref.picture.metadata import MAX_METADATA, RESTORED, Extras, extras_of, mode_of, pack_alpha, unpack_alpha
+from hpcmref.picture.render import render
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (40, 60, 3), np.uint8)

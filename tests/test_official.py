@@ -31,11 +31,11 @@ from hpcmref.bench.growth import measure
 from hpcmref.checkpoints import convert_official, load_official
 from hpcmref.cli import app
 from hpcmref.errors import CheckpointError
+from hpcmref.format.rangecoder import scale_table
 from hpcmref.model import PRESETS
 from hpcmref.model.coders import Estimator
 from hpcmref.model.entropy import bits, scale_index
 from hpcmref.model.schedule import S1, S2, STEPS, Step, lattices
-from hpcmref.rangecoder import scale_table
 
 GOLDEN = DATA / "golden"
 TOLERANCE = 1e-9

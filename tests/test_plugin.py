@@ -15,8 +15,8 @@ import pytest
 from PIL import Image, ImageFile, ImageSequence, UnidentifiedImageError
 
 import hpcmref
-from hpcmref.container import MAGIC, Container, Tag, parse, write
-from hpcmref.imageio import open_image
+from hpcmref.format.container import MAGIC, Container, Tag, parse, write
+from hpcmref.picture.images import open_image
 from hpcmref.plugin import _MAGIC, HpcmImageFile
 
 if TYPE_CHECKING:

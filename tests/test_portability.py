@@ -19,11 +19,11 @@ from models import TINY, latents_of, model_of
 from PIL import Image
 from test_exact import calibrated, there_and_back
 
-from hpcmref import container
 from hpcmref.codec import Codec, load
 from hpcmref.errors import DecodeError, TruncatedError
 from hpcmref.exact import attach
 from hpcmref.exact.selftest import CONFIGURATIONS, MODES, Configuration, Latents, decode, run
+from hpcmref.format import container
 from hpcmref.model import context, hpcm
 from hpcmref.model.strips import in_strips
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcmref import rangecoder
 from hpcmref.errors import ConfigError, FormatError, TruncatedError
-from hpcmref.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
+from hpcmref.format import rangecoder
+from hpcmref.format.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
 
 DATA = Path(__file__).parent / "data"
 
@@ -309,7 +309,7 @@ def guarded(name, *args, **kwargs):
     return real(name, *args, **kwargs)
 builtins.__import__ = guarded
 import numpy as np
-from hpcmref.rangecoder import SymbolDecoder, SymbolEncoder
+from hpcmref.format.rangecoder import SymbolDecoder, SymbolEncoder
 symbols, indexes = np.arange(-50, 50), np.arange(100) % 60
 encoder = SymbolEncoder()
 encoder.put(symbols, indexes)

@@ -146,7 +146,7 @@ class HpcmrefCodec:
         return network.encode(image, None if network.model.config.qualities == 1 else quality)
 
     def decode(self, data: bytes) -> Image.Image:
-        from hpcmref.container import parse
+        from hpcmref.format.container import parse
 
         fingerprint = parse(data).fingerprint
         networks = [_network(model, self.device) for model in self.models]

@@ -75,7 +75,7 @@ def work() -> None:
     from hpcmref.bench.measure import peak_memory
     from hpcmref.bench.profile import photograph
     from hpcmref.codec import load
-    from hpcmref.heap import keep_memory
+    from hpcmref.runtime.heap import keep_memory
 
     keep_memory()
     request = json.load(sys.stdin)
@@ -130,7 +130,7 @@ def main(
 ) -> None:
     """Measure time and memory from small images to large ones."""
     from hpcmref._version import __version__
-    from hpcmref.imageio import atomic_write
+    from hpcmref.runtime.files import atomic_write
 
     output.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []

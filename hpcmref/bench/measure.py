@@ -24,10 +24,10 @@ from typing import TypeVar
 
 from PIL import Image
 
-from hpcmref import imageio
 from hpcmref.bench import metrics
 from hpcmref.bench.codecs import Codec
 from hpcmref.errors import CheckpointError, ConfigError, HpcmrefError
+from hpcmref.picture import images
 
 T = TypeVar("T")
 
@@ -112,8 +112,8 @@ def _reference(task: Task) -> tuple[Image.Image, metrics.Pixels]:
     """What every codec gets: upright 8-bit RGB or grey without metadata; and its pixels (H, W, 3)."""
     file = io.BytesIO(task.data)
     file.name = task.image
-    pixels, grey = imageio.pixels_of(imageio.open_image(file))
-    return imageio.image_of(pixels, grey), pixels
+    pixels, grey = images.pixels_of(images.open_image(file))
+    return images.image_of(pixels, grey), pixels
 
 
 def _measure(task: Task, codec: Codec, quality: int, image: Image.Image, pixels: metrics.Pixels) -> Measurement:
@@ -121,7 +121,7 @@ def _measure(task: Task, codec: Codec, quality: int, image: Image.Image, pixels:
     with PeakMemory(codec.device) as peak:
         data, encode_seconds = _timed(lambda: codec.encode(image, quality), task.repeat)
         decoded, decode_seconds = _timed(lambda: codec.decode(data), task.repeat)
-    result, _ = imageio.pixels_of(decoded)
+    result, _ = images.pixels_of(decoded)
     if result.shape != pixels.shape:
         raise HpcmrefError(f"the decoded image has shape {result.shape}, and the original {pixels.shape}")
     height, width = pixels.shape[:2]

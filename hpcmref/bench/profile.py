@@ -31,13 +31,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from hpcmref import checkpoints, container, imageio, rangecoder
+from hpcmref import checkpoints
 from hpcmref.checkpoints import Checkpoint
 from hpcmref.codec import Codec
+from hpcmref.format import container, rangecoder
 from hpcmref.model import HPCM, PRESETS
 from hpcmref.model.coders import Estimator
 from hpcmref.model.hpcm import STRIDE
-from hpcmref.render import render
+from hpcmref.picture import images
+from hpcmref.picture.render import render
 from hpcmref.training.profile import now
 
 REST = "rest"
@@ -80,7 +82,7 @@ def profile(
     checkpoint: Checkpoint, device: torch.device, image: Image.Image, quality: int | None = None, repeat: int = 5
 ) -> Profile:
     """Encode and decode an image, from a PNG file to a PNG file in memory; of each stage the best of `repeat` runs."""
-    # In a process as research code has it, which gives memory back to the system: see `hpcmref.heap`.
+    # In a process as research code has it, which gives memory back to the system: see `hpcmref.runtime.heap`.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
         seconds = alone.submit(plain, checkpoint.model, device, image, quality, repeat).result()
     codec = Codec(checkpoint, "", device)
@@ -170,7 +172,7 @@ class _Stages:
 
 def _encode(codec: Codec, png: bytes, quality: int | None, stages: _Stages) -> None:
     with stages.stage("pixels"):
-        image = imageio.open_image(io.BytesIO(png))
+        image = images.open_image(io.BytesIO(png))
     codec.encode(image, quality)
 
 
@@ -250,7 +252,7 @@ def _watched(codec: Codec, stages: _Stages) -> Iterator[None]:
         *((rangecoder.SymbolEncoder, name, "range coder") for name in ("put", "finish")),
         *((rangecoder.SymbolDecoder, name, "range coder") for name in ("__init__", "get")),
         *((container, name, "file") for name in ("write", "parse")),
-        *((imageio, name, "pixels") for name in ("picture_of", "image_of")),
+        *((images, name, "pixels") for name in ("picture_of", "image_of")),
     ]
     with contextlib.ExitStack() as undo:
         for owner, name, stage in functions:

@@ -15,7 +15,7 @@ from typing import Any
 
 from hpcmref.bench.output import Results, as_csv, as_json
 from hpcmref.bench.viewer import Exhibit
-from hpcmref.imageio import atomic_write
+from hpcmref.runtime.files import atomic_write
 
 _TEMPLATE = Path(__file__).parent / "report.html"
 _DATA = "/*DATA*/null"

@@ -19,7 +19,7 @@ from typing import IO
 from hpcmref.bench.codecs import Codec
 from hpcmref.bench.measure import Failure, Measurement, Task, describe, measure
 from hpcmref.errors import CheckpointError, ConfigError, HpcmrefError
-from hpcmref.executor import execute
+from hpcmref.runtime.executor import execute
 
 
 @dataclass

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, features
 
-from hpcmref import imageio
 from hpcmref.bench import metrics
 from hpcmref.bench.codecs import Codec
 from hpcmref.bench.measure import Measurement
+from hpcmref.picture import images
 
 IMAGES = 3
 CROP = (576, 416)
@@ -65,8 +65,8 @@ def exhibits(
 
 
 def _of_image(name: str, path: Path, codecs: Sequence[Codec], measurements: Sequence[Measurement]) -> list[Exhibit]:
-    pixels, grey = imageio.pixels_of(imageio.open_image(path))
-    image = imageio.image_of(pixels, grey)
+    pixels, grey = images.pixels_of(images.open_image(path))
+    image = images.image_of(pixels, grey)
     box = _busiest(pixels)
     original = _uri(pixels, box)
     known = {
@@ -79,7 +79,7 @@ def _of_image(name: str, path: Path, codecs: Sequence[Codec], measurements: Sequ
         for codec in codecs:
             quality = nearest(codec, image, rate, known[codec.name])
             data = codec.encode(image, quality)
-            decoded, _ = imageio.pixels_of(codec.decode(data))
+            decoded, _ = images.pixels_of(codec.decode(data))
             bpp = 8 * len(data) / (image.width * image.height)
             views.append(View(codec.name, quality, bpp, metrics.psnr(pixels, decoded), _uri(decoded, box)))
         shown.append(Exhibit(name, rate, box[2] - box[0], box[3] - box[1], original, views))

@@ -9,7 +9,7 @@ import typer
 from hpcmref._version import __version__
 from hpcmref.cli import bench, checkpoints, decode, encode, info, train
 from hpcmref.cli.failures import GuardedGroup
-from hpcmref.heap import keep_memory
+from hpcmref.runtime.heap import keep_memory
 
 __all__ = ["app"]
 

@@ -63,7 +63,7 @@ class Job:
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
         else:
-            from hpcmref.imageio import atomic_write
+            from hpcmref.runtime.files import atomic_write
 
             atomic_write(self.target, data)
 
@@ -219,9 +219,10 @@ def run_spread(
     """`run` for work that other processes or machines can do: only bytes travel.
 
     prepare and finish read and write files in this process. `work` gets a job and the content of its input, in one of
-    `processes` or on a Ray cluster (see `hpcmref.executor.execute`); it must be picklable for that. Ends as `run` does.
+    `processes` or on a Ray cluster (see `hpcmref.runtime.executor.execute`); it must be picklable for that. Ends as
+    `run` does.
     """
-    from hpcmref.executor import execute
+    from hpcmref.runtime.executor import execute
 
     failed = False
     with _progress(len(jobs), quiet) as advance:

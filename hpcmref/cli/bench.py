@@ -369,8 +369,8 @@ def _profile(model: str, images: Sequence[Path], device: str, repeat: int) -> No
 
     from hpcmref import checkpoints, codec
     from hpcmref.bench import profile
-    from hpcmref.imageio import open_image
     from hpcmref.model import PRESETS
+    from hpcmref.picture.images import open_image
 
     known = {each.name for each in checkpoints.available()}
     untrained = model in PRESETS and model not in known
@@ -420,7 +420,7 @@ def _report(results: Results, images: Sequence[Path], codecs: Sequence[Codec], f
 
 def _write(results: Results, json_file: Path | None, csv_file: Path | None) -> None:
     from hpcmref.bench.output import as_csv, as_json
-    from hpcmref.imageio import atomic_write
+    from hpcmref.runtime.files import atomic_write
 
     if json_file is not None:
         atomic_write(json_file, (json.dumps(as_json(results), indent=1) + "\n").encode())

@@ -52,7 +52,7 @@ def decode(
     """Decode files back to images."""
 
     def prepare(job: Job) -> bytes:
-        from hpcmref.imageio import format_of
+        from hpcmref.picture.images import format_of
 
         job.make_room(force)
         if job.target is not None and not job.is_stream:
@@ -78,9 +78,9 @@ class _Decoder:
     max_pixels: int
 
     def __call__(self, job: Job, content: bytes) -> Made:
-        from hpcmref.container import parse
-        from hpcmref.imageio import rendered
-        from hpcmref.render import render
+        from hpcmref.format.container import parse
+        from hpcmref.picture.images import rendered
+        from hpcmref.picture.render import render
 
         codec = self._codec(parse(content, self.allow_partial).fingerprint)
         image = codec.decode(content, self.upto, self.allow_partial, self.max_pixels)

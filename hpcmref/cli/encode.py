@@ -99,13 +99,13 @@ class _Encoder:
     strip: bool
 
     def __call__(self, job: Job, content: bytes) -> Made:
-        from hpcmref import imageio
+        from hpcmref.picture import images
 
         file = io.BytesIO(content)
         file.name = job.name
-        image = imageio.open_image(file)
+        image = images.open_image(file)
         if self.strip:
-            image = imageio.strip(image)
+            image = images.strip(image)
         if self.target:
             return Made(self._codec.encode_to(image, **self.target))
         return Made(self._codec.encode(image, self.quality))
@@ -127,7 +127,7 @@ def parse_size(text: str) -> int:
 
 def _summary(job: Job, data: bytes) -> str:
     """What the file costs: bpp is bits per pixel of all its bytes, raw is one byte a pixel and channel."""
-    from hpcmref.container import parse
+    from hpcmref.format.container import parse
 
     container = parse(data)
     pixels = container.width * container.height

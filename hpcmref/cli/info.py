@@ -34,7 +34,7 @@ def info(
 def _facts(job: Job) -> dict[str, Any]:
     """Sizes are in bytes, bits per pixel are of the whole file."""
     from hpcmref.checkpoints import name_of
-    from hpcmref.container import parse, part_sizes
+    from hpcmref.format.container import parse, part_sizes
 
     data = job.read()
     container = parse(data)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from hpcmref.errors import HpcmrefError
 from hpcmref.exact.selftest import images_of, machine
-from hpcmref.heap import keep_memory
+from hpcmref.runtime.heap import keep_memory
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec

@@ -141,10 +141,10 @@ def decode(codec: Codec, files: Sequence[bytes], mode: str = "plain") -> list[La
 
 def y_hat_of(codec: Codec, files: Sequence[bytes]) -> tuple[list[Latents], torch.Tensor]:
     """Decode files of one size and quality in one batch: what `decode` returns, and y_hat (B, M, h, w)."""
-    from hpcmref import container
     from hpcmref.exact import exactly
+    from hpcmref.format import container
+    from hpcmref.format.rangecoder import SymbolDecoder
     from hpcmref.model.coders import SymbolReader
-    from hpcmref.rangecoder import SymbolDecoder
 
     quality, *size = _shape(files[0])
     config = codec.model.config
@@ -160,7 +160,7 @@ def y_hat_of(codec: Codec, files: Sequence[bytes]) -> tuple[list[Latents], torch
 
 def _shape(file: bytes) -> tuple[int, int, int]:
     """Quality, rows and columns of z."""
-    from hpcmref import container
+    from hpcmref.format import container
 
     header = container.parse(file)
     return header.quality, -(-header.height // 64), -(-header.width // 64)
@@ -199,7 +199,7 @@ def main(
 ) -> None:
     """Decode the images of a folder in every configuration; exit code 1 if any image differs."""
     from hpcmref.codec import load
-    from hpcmref.container import parse
+    from hpcmref.format.container import parse
 
     images = images_of(folder, limit, crop)
     console = Console()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hpcmref.errors import CheckpointError
-from hpcmref.imageio import atomic_write
+from hpcmref.runtime.files import atomic_write
 
 MANIFEST = "state.json"
 LARGEST_MANIFEST = 10**6

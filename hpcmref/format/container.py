@@ -44,7 +44,7 @@ _PIECE = 1 << 20
 
 
 class Tag(IntEnum):
-    """The chunks that this version knows; `hpcmref/extras.py` makes and reads their contents."""
+    """The chunks that this version knows; `hpcmref/picture/metadata.py` makes and reads their contents."""
 
     ICC = 1
     EXIF = 2

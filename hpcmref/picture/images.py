@@ -18,9 +18,7 @@ colours, not among them.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import secrets
 import threading
 import warnings
 from collections.abc import Iterator
@@ -31,11 +29,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from hpcmref import exif
-from hpcmref.container import MAX_PIXELS, MAX_SIDE
-from hpcmref.errors import HpcmrefError, ImageError
-from hpcmref.extras import MAX_METADATA, Extras, info_of
-from hpcmref.render import render
+from hpcmref.errors import ImageError
+from hpcmref.format.container import MAX_PIXELS, MAX_SIDE
+from hpcmref.picture import exif
+from hpcmref.picture.metadata import MAX_METADATA, Extras, info_of
+from hpcmref.picture.render import render
+from hpcmref.runtime.files import atomic_write
 
 _FORMATS = {
     ".png": "PNG",
@@ -172,28 +171,6 @@ def rendered(image: Image.Image, path: Path) -> bytes:
 def save_image(image: Image.Image, path: Path) -> None:
     """Write the image whole or not at all; warns and fails as `rendered` and `atomic_write`."""
     atomic_write(path, rendered(image, path))
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that at every moment its old content or all of `data` is there, and never a part.
-
-    Links are followed; pipes and devices are written to, not replaced. Raises HpcmrefError if the folder is missing, is
-    full, or may not be written to; whatever ends the write early, no temporary file stays behind.
-    """
-    target = path.resolve()
-    temporary = target.with_name(f".hpcmref-{secrets.token_hex(8)}.tmp")
-    try:
-        if target.exists() and not target.is_file():
-            target.write_bytes(data)
-            return
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise HpcmrefError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _first_frame(file: BinaryIO, name: str) -> Image.Image:

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from hpcmref.container import Container, Tag
 from hpcmref.errors import FormatError
-from hpcmref.exif import PREFIX
+from hpcmref.format.container import Container, Tag
+from hpcmref.picture.exif import PREFIX
 
 MAX_METADATA = 1 << 24
 """Bytes of ICC, EXIF or XMP data that a file can hold, each."""

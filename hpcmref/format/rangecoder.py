@@ -226,7 +226,7 @@ def _check_indexes(indexes: np.ndarray) -> None:
 @cache
 def _stored() -> dict[str, np.ndarray]:
     """tables.npz: scale_table (60,) float32, cdf (60, 699) int32, cdf_length (60,) and offset (60,) int32."""
-    with (importlib.resources.files("hpcmref") / "tables.npz").open("rb") as file, np.load(file) as arrays:
+    with (importlib.resources.files("hpcmref.format") / "tables.npz").open("rb") as file, np.load(file) as arrays:
         return dict(arrays)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
-from hpcmref import exif
 from hpcmref.errors import ImageError
+from hpcmref.picture import exif
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {"compress_level": 3},  # on photographs 1 to 3 % smaller than with the usual 6, in less than half the time

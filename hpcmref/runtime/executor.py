@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
 
 from hpcmref.errors import ConfigError, HpcmrefError
-from hpcmref.heap import keep_memory
+from hpcmref.runtime.heap import keep_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
