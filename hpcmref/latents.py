@@ -95,8 +95,8 @@ class LatentCodec:
         certainly came from before the end of the payload. Raises DecodeError if not even s1 is.
         """
         for scale in range(upto, 0, -1):
-            reader, (source,) = self._reader([payload], size, scale)
             try:
+                reader, (source,) = self._reader([payload], size, scale)
                 y_hat = self._read(reader, size, quality)
             except FormatError:
                 continue

@@ -87,7 +87,8 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[object]:
             raise CheckpointError("there is no model named nowhere")
         return FakeCodec()
 
-    def codec_for(fingerprint: bytes, device: str = "auto", model: str | None = None) -> FakeCodec:
+    def codec_for(file: Container, device: str = "auto", model: str | None = None) -> FakeCodec:
+        fingerprint = containers.learned_of(file).fingerprint
         loaded.append(fingerprint)
         if fingerprint != FINGERPRINT:
             raise ModelMismatchError(f"written by {fingerprint.hex()}, and {FINGERPRINT.hex()} is here")
@@ -343,7 +344,16 @@ class TestInfo:
         call("encode", picture("a.png"), "-q", "5")
         result = call("info", "a.bin")
         assert result.exit_code == 0
-        for text in ("8x4 colour", "version 1", "exact integers", FINGERPRINT.hex(), "quality  5", "header", "payload"):
+        for text in (
+            "8x4 colour",
+            "version 2",
+            "coding learned",
+            "exact integers",
+            FINGERPRINT.hex(),
+            "quality  5",
+            "header",
+            "payload",
+        ):
             assert text in result.stdout
 
     def test_json(self) -> None:

@@ -34,7 +34,7 @@ def info(
 def _facts(job: Job) -> dict[str, Any]:
     """Sizes are in bytes, bits per pixel are of the whole file."""
     from hpcmref.checkpoints import name_of
-    from hpcmref.format.container import parse, part_sizes
+    from hpcmref.format.container import Encoder, parse, part_sizes
 
     data = job.read()
     container = parse(data)
@@ -46,8 +46,8 @@ def _facts(job: Job) -> dict[str, Any]:
         "channels": "grey" if container.grey else "colour",
         "format": container.version,
         "coding": container.coding.name.lower(),
-        "encoder": None if container.version < 2 else f"{encoder.major}.{encoder.minor}",
-        "effort": None if container.version < 2 else encoder.effort,
+        "encoder": f"{encoder.major}.{encoder.minor}" if encoder != Encoder() else None,
+        "effort": encoder.effort,
     }
     if learned is not None:
         facts |= {
