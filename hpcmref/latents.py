@@ -79,10 +79,8 @@ class LatentCodec:
         """
         reader, _ = self._reader(payloads, size, upto)
         y_hat = self._read(reader, size, quality)
-        for image, expected in enumerate(checksums):
-            known = expected.of(upto)
-            # Version 1 of the format has no checksums of s1 and s2: their previews are shown as they are.
-            if known is not None and known != _checksums(reader.checksums[image]).of(upto):
+        for expected, crcs in zip(checksums, reader.checksums, strict=True):
+            if not _agree(expected, _checksums(crcs), upto):
                 raise DecodeError("the decoded latents are not the encoded ones: the file is damaged or forged")
         return y_hat
 
@@ -100,8 +98,8 @@ class LatentCodec:
                 y_hat = self._read(reader, size, quality)
             except FormatError:
                 continue
-            known = checksums.of(scale)
-            if source.is_whole if known is None else known == _checksums(reader.checksums[0]).of(scale):
+            unknown = checksums.of(scale) is None
+            if _agree(checksums, _checksums(reader.checksums[0]), scale) and (source.is_whole or not unknown):
                 return y_hat, scale
             del y_hat
         raise DecodeError("the file is damaged or ends before its first scale does: nothing of it can be shown")
@@ -145,6 +143,11 @@ def thresholds() -> Tensor:
     """Bounds (59,) float32 between the scales of the 60 tables: a scale takes the table that is nearest in ratio."""
     scales = scale_table().astype(np.float64)
     return torch.from_numpy(np.sqrt(scales[1:] * scales[:-1]).astype(np.float32))
+
+
+def _agree(expected: Checksums, found: Checksums, upto: int) -> bool:
+    """Whether the checksums of all scales up to `upto` are equal; version 1 of the format has none of s1 and s2."""
+    return all(expected.of(scale) in (None, found.of(scale)) for scale in range(1, upto + 1))
 
 
 def _checksums(crcs: dict[int, int]) -> Checksums:
