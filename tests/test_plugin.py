@@ -110,8 +110,8 @@ def test_save_takes_metadata_of_the_caller(small: Image.Image) -> None:
 def test_save_says_what_is_wrong(small: Image.Image) -> None:
     with pytest.raises(hpcmref.HpcmrefError, match="quality is 99"):
         small.save(io.BytesIO(), "HPCM", quality=99)
-    with pytest.raises(hpcmref.HpcmrefError, match="floating-point"):
-        Image.new("F", (2, 2)).save(io.BytesIO(), "HPCM")
+    with pytest.raises(hpcmref.HpcmrefError, match="black and white is not known"):
+        Image.new("F", (2, 2), 7).save(io.BytesIO(), "HPCM")
 
 
 def test_files_of_ours_are_images_to_the_command_line(codec: Codec, file: Path, data: bytes) -> None:

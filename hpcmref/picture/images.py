@@ -11,8 +11,10 @@ file -- open_image --> Image -- picture_of --> (H, W, 3) uint8 and extras -- ima
 | CMYK | RGB | CMYK, with as much black as possible |
 | P, YCbCr, LAB, HSV, 16 bits a channel | RGB or RGBA of 8 bits | RGB or RGBA |
 
-Colours under transparent pixels are coded as they are. A palette is not given back: the decoded colours are near to its
-colours, not among them.
+An RGB or RGBA image whose three channels are equal everywhere is coded as grey and given back as RGB or RGBA. Colours
+under fully transparent pixels are replaced by a smooth continuation of the visible ones, unless they are to be kept. A
+palette is not given back: the decoded colours are near to its colours, not among them. Which numbers of an image with
+more than 8 bits are black and white: see `hpcmref.picture.ranges`.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from hpcmref.errors import ImageError
 from hpcmref.format.container import MAX_PIXELS, MAX_SIDE
 from hpcmref.picture import exif
+from hpcmref.picture.invisible import filled
 from hpcmref.picture.metadata import MAX_METADATA, Extras, info_of
+from hpcmref.picture.ranges import image_of_array, is_wide, normalised
 from hpcmref.picture.render import render
+from hpcmref.picture.transparency import keyed
 from hpcmref.runtime.files import atomic_write
 
 _FORMATS = {
@@ -45,6 +50,29 @@ _FORMATS = {
     ".tiff": "TIFF",
     ".ppm": "PPM",
 }
+ALLOWED = (
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "HEIF",
+    "HPCM",
+    "ICO",
+    "JPEG",
+    "JPEG2000",
+    "JXL",
+    "MPO",
+    "PCX",
+    "PNG",
+    "PPM",
+    "QOI",
+    "TGA",
+    "TIFF",
+    "WEBP",
+)
+"""Pillow's names of the formats that are read, HEIF and JXL where their plugins have been imported. Each is decoded
+within this process: EPS, which starts Ghostscript, WMF and stubs that call other programs are never opened."""
+
 _XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:\s*=\s*[\"']|>)\s*)[0-9]")
 
 # EXIF orientation -> what turns the stored image upright; 1, or anything else, is upright already.
@@ -76,7 +104,7 @@ def open_image(source: Path | BinaryIO) -> Image.Image:
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not an image of a kind that Pillow reads") from None
+        raise ImageError(f"{name} is not an image of a kind that is read: {', '.join(_formats())}") from None
     except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(f"cannot read {name}: {reason}") from error
@@ -95,18 +123,30 @@ class Picture:
     extras: Extras
 
 
-def picture_of(image: Image.Image) -> Picture:
-    """What a file of ours holds of an image. Warns if anything is lost: more than 8 bits, colours that are not RGB,
-    damaged or huge metadata. Raises ImageError for images of floating-point numbers, whose range is unknown.
+def picture_of(image: Image.Image | np.ndarray, keep_invisible: bool = False) -> Picture:
+    """What a file of ours holds of an image, or of an array (see `ranges.image_of_array`). Warns if anything is lost:
+    more than 8 bits, colours that are not RGB, damaged or huge metadata.
+
+    keep_invisible: keep the colours of pixels whose alpha is 0, which are otherwise replaced by what is smallest.
+
+    Raises ImageError for numbers whose range is unknown, and for a lazily opened image of a format that is not on the
+    list ALLOWED.
     """
+    if isinstance(image, np.ndarray):
+        image = image_of_array(image)
+    _refuse_other_formats(image)
     metadata = _metadata(image)
     colours, alpha, mode = _split(_upright(image))
     if colours.mode != image.mode and image.mode in ("LAB", "YCbCr", "HSV") and metadata.icc is not None:
         metadata = replace(metadata, icc=None)  # it describes colours that are no more
     pixels = np.array(colours)
+    if alpha is not None and not keep_invisible:
+        pixels = filled(pixels.reshape(*alpha.shape, -1), alpha).reshape(pixels.shape)
     grey = pixels.ndim == 2
     if grey:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
+    elif mode is None and _is_grey(pixels):
+        grey, mode = True, "RGB"
     return Picture(pixels, grey, replace(metadata, alpha=alpha, mode=mode))
 
 
@@ -132,6 +172,8 @@ def image_of(pixels: np.ndarray, grey: bool, extras: Extras | None = None) -> Im
         image = Image.fromarray(pixels.astype(np.uint16) * 257)
     elif extras.mode == "CMYK":
         image = _cmyk(pixels)
+    elif extras.mode == "RGB":
+        image = Image.fromarray(pixels).convert("RGB")
     else:
         image = Image.fromarray(pixels)
     if extras.alpha is not None:
@@ -142,8 +184,9 @@ def image_of(pixels: np.ndarray, grey: bool, extras: Extras | None = None) -> Im
 
 def strip(image: Image.Image) -> Image.Image:
     """The image, upright, without ICC profile, EXIF and XMP data."""
+    _refuse_other_formats(image)
     bare = _upright(image).copy()
-    bare.info = {name: value for name, value in image.info.items() if name == "transparency"}
+    bare.info = {name: value for name, value in bare.info.items() if name == "transparency"}
     return bare
 
 
@@ -175,7 +218,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 def _first_frame(file: BinaryIO, name: str) -> Image.Image:
     with _no_bomb_check():
-        image = Image.open(file)
+        image: Image.Image = Image.open(file, formats=_formats())
     if min(image.size) < 1 or max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
         raise ImageError(
             f"{name} has {image.width} x {image.height} pixels; "
@@ -185,8 +228,9 @@ def _first_frame(file: BinaryIO, name: str) -> Image.Image:
     if getattr(image, "is_animated", False) and image.format != "MPO":
         _warn(f"only the first frame of {name} is used")
     # Pillow has no mode for colours of 16 bits and drops the lower 8 while it reads them.
-    if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not image.mode.startswith("I"):
+    if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not is_wide(image):
         _warn(f"{name} has 16 bits a channel, and 8 are kept")
+    image = keyed(image, file)
     image.load()
     # TIFF reads EXIF from the file, which is closed soon; Pillow remembers it.
     found = _exif(image)
@@ -194,6 +238,24 @@ def _first_frame(file: BinaryIO, name: str) -> Image.Image:
         with contextlib.suppress(Exception):  # damaged; the rest may be of use
             found.get_ifd(directory)
     return image
+
+
+def _formats() -> list[str]:
+    """Pillow's names of the formats that are read and that this Pillow knows."""
+    Image.init()
+    return [name for name in ALLOWED if name in Image.OPEN]
+
+
+def _refuse_other_formats(image: Image.Image) -> None:
+    """Raise ImageError for an image that a plugin outside of ALLOWED has opened and not decoded yet."""
+    is_lazy = isinstance(image, ImageFile.StubImageFile) or bool(getattr(image, "tile", None))
+    if isinstance(image, ImageFile.ImageFile) and is_lazy and image.format not in ALLOWED:
+        raise ImageError(f"images of format {image.format} are not decoded; call load() yourself if you trust the file")
+
+
+def _is_grey(pixels: np.ndarray) -> bool:
+    """The three channels of (H, W, 3) are equal everywhere."""
+    return bool((pixels[..., :1] == pixels[..., 1:]).all())
 
 
 @contextlib.contextmanager
@@ -217,18 +279,20 @@ def _exif(image: Image.Image) -> Image.Exif:
 
 def _upright(image: Image.Image) -> Image.Image:
     turn = _TURNS.get(_exif(image).get(ExifTags.Base.Orientation, 1))
+    image = normalised(image)
     return image if turn is None else image.transpose(turn)
 
 
 def _split(image: Image.Image) -> tuple[Image.Image, np.ndarray | None, str | None]:
     """The colours of an image in mode RGB or L, its alpha (H, W), and the mode to restore; warns of what that loses."""
-    if image.mode == "F":
-        raise ImageError("an image of floating-point numbers cannot be encoded; convert it to 8 bits first")
-    if image.mode.startswith("I"):
-        _warn("16-bit grey is reduced to 8 bits" + " without transparency" * image.has_transparency_data)
-        sixteen = np.asarray(image).astype(np.int64).clip(0, 65535)
-        # rounds: white is 65535 = 255 * 257
-        return Image.fromarray(((sixteen + 128) // 257).astype(np.uint8)), None, "I;16"
+    if is_wide(image):
+        _warn("16-bit grey is reduced to 8 bits")
+        sixteen = np.asarray(image)
+        rounded = Image.fromarray(((sixteen.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 = 255 * 257
+        key = image.info.get("transparency")
+        if isinstance(key, int):
+            return rounded, (sixteen != key) * np.uint8(255), None
+        return rounded, None, "I;16"
     if image.has_transparency_data:
         if image.mode in ("P", "PA"):
             _warn("palette colours are converted to RGBA")

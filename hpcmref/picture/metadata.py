@@ -21,7 +21,7 @@ from hpcmref.picture.exif import PREFIX
 MAX_METADATA = 1 << 24
 """Bytes of ICC, EXIF or XMP data that a file can hold, each."""
 
-RESTORED = {"1": 1, "I;16": 2, "CMYK": 3}
+RESTORED = {"1": 1, "I;16": 2, "CMYK": 3, "RGB": 4}
 """Modes that are coded as another and restored, and the content of their chunk."""
 
 _METADATA = (("icc", Tag.ICC), ("exif", Tag.EXIF), ("xmp", Tag.XMP))
@@ -59,12 +59,12 @@ class Extras:
 
 def extras_of(file: Container) -> Extras:
     """What the chunks of a file hold. Raises FormatError if they are damaged, or do not go with the image."""
-    mode = mode_of(file)
+    mode = mode_of(file).replace("RGBA", "RGB") if file.chunk(Tag.MODE) is not None else None
     alpha = file.chunk(Tag.ALPHA)
     return replace(
         metadata_of(file),
         alpha=None if alpha is None else unpack_alpha(alpha, file.height, file.width),
-        mode=mode if mode in RESTORED else None,
+        mode=mode,
     )
 
 
@@ -83,8 +83,10 @@ def mode_of(file: Container) -> str:
     content = file.chunk(Tag.MODE)
     if content is None:
         return base
+    if content == bytes([RESTORED["RGB"]]) and file.grey:
+        return base.replace("L", "RGB")
     for mode, number in RESTORED.items():
-        if content == bytes([number]) and base == ("RGB" if mode == "CMYK" else "L"):
+        if content == bytes([number]) and base == ("RGB" if mode == "CMYK" else "L") and mode != "RGB":
             return mode
     raise FormatError(f"the file is damaged: its mode {content[:8].hex()} does not go with {base}")
 
