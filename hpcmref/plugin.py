@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from PIL import Image, ImageFile
 
-from hpcmref.errors import HpcmrefError
+from hpcmref.errors import ConfigError, HpcmrefError
 
 FORMAT = "HPCM"
 
@@ -23,6 +23,7 @@ def register() -> None:
     """Make the format known to Pillow."""
     Image.register_open(FORMAT, HpcmImageFile, _is_ours)
     Image.register_save(FORMAT, _save)
+    Image.register_save_all(FORMAT, _save_all)
     Image.register_extension(FORMAT, ".hpcm")
     Image.register_mime(FORMAT, "image/x-hpcm")
 
@@ -89,14 +90,22 @@ def _is_ours(prefix: bytes) -> bool:
     return prefix.startswith(_MAGIC)
 
 
+def _save_all(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
+    raise ConfigError("a file holds one picture: save each frame to a file of its own")
+
+
 def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     """Options: quality (0 to 63) or a target (size, bpp, psnr); model, device; icc_profile, exif and xmp.
 
     Metadata that is not given comes from the image; None leaves it out.
     """
     from hpcmref.codec import load
+    from hpcmref.picture.images import without_exif
 
     options = image.encoderinfo
+    if "exif" in options and options["exif"] is None:  # what Pillow reads EXIF from has many names
+        image = without_exif(image)
+        image.encoderinfo = options
     if any(name in options for name in _METADATA):
         image = image.copy()
         for name in _METADATA:

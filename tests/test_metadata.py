@@ -438,6 +438,73 @@ def test_hostile_metadata_does_not_cost_the_image(form: str, info: dict[str, byt
         np.testing.assert_array_equal(pixels, COLOUR)
 
 
+def test_one_damaged_item_costs_that_item_alone() -> None:
+    """XMP in UTF-16 is legal and written to PNG as UTF-8; what is damaged is left out, and the rest is there."""
+    image = Image.fromarray(COLOUR)
+    tags = exif.PREFIX + camera_exif()
+    for xmp in (XMP.decode().encode("utf-16"), XMP.decode().encode("utf-16-be"), XMP + b"\0"):
+        image.info.update(icc_profile=SRGB, exif=tags, xmp=xmp)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = Image.open(io.BytesIO(render(image, "PNG")))
+        assert (again.info["icc_profile"], again.info["xmp"]) == (SRGB, XMP)
+        assert again.getexif()[0x010F] == "Maker"
+    image.info["xmp"] = b"\xff\xfa no text"
+    with pytest.warns(UserWarning, match="its XMP data is damaged and cannot be written to PNG"):
+        again = Image.open(io.BytesIO(render(image, "PNG")))
+    assert (again.info["icc_profile"], "xmp" in again.info) == (SRGB, False)
+    assert again.getexif()[0x010F] == "Maker"
+
+
+def test_one_damaged_tag_costs_that_tag_alone() -> None:
+    """XResolution as text, which Pillow cannot write to TIFF."""
+    image = Image.fromarray(COLOUR)
+    entries = struct.pack("<HHI4s", 0x010F, 2, 4, b"abc\0") + struct.pack("<HHI4s", 0x011A, 2, 3, b"72\0\0")
+    image.info.update(icc_profile=SRGB, exif=b"II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4))
+    with pytest.warns(UserWarning, match="EXIF tags XResolution are damaged"):
+        again = Image.open(io.BytesIO(render(image, "TIFF")))
+    assert again.info["icc_profile"] == SRGB
+    assert again.getexif()[0x010F] == "abc"
+
+
+def overlapping(entries: int, length: int) -> bytes:
+    """EXIF data whose entries all describe the same bytes, as fractions."""
+    inner = struct.pack("<H", entries)
+    for number in range(entries):
+        inner += struct.pack("<HHII", 0x9000 + number, 5, length // 8, 26)
+    data = b"II*\0" + struct.pack("<IH", 8, 1) + struct.pack("<HHII", 0x8769, 4, 1, 26) + bytes(4)
+    return data + inner + bytes(4 + length)
+
+
+def test_a_bomb_in_exif_is_left_out_with_one_warning() -> None:
+    file = io.BytesIO()
+    Image.fromarray(COLOUR).save(file, "JPEG", exif=exif.PREFIX + overlapping(250, 3000), icc_profile=SRGB)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        picture = picture_of(open_image(file))
+    assert [str(each.message) for each in caught] == ["its EXIF data is damaged and not kept"]
+    assert (picture.extras.exif, picture.extras.icc) == (None, SRGB)
+    outside = b"II*\0" + struct.pack("<IH", 8, 1500) + struct.pack("<HHII", 0x9000, 5, 9, 1 << 30) * 1500
+    file = io.BytesIO()
+    Image.fromarray(COLOUR).save(file, "JPEG", exif=exif.PREFIX + outside + bytes(4))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert picture_of(open_image(file)).extras.exif is None
+    assert len(caught) == 1
+    with pytest.raises(ImageError, match="more data than the file has"):
+        open_image(io.BytesIO(overlapping(250, 3000)))
+    assert exif.is_bounded(camera_exif())
+
+
+def test_a_bomb_in_text_does_not_cost_the_picture() -> None:
+    file = io.BytesIO()
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "x" * (1 << 22), zip=True)
+    Image.fromarray(COLOUR).save(file, "PNG", pnginfo=text)
+    with pytest.warns(UserWarning, match="the text in .* is not kept"):
+        np.testing.assert_array_equal(np.asarray(open_image(file)), COLOUR)
+
+
 def test_an_image_that_cannot_be_written_has_no_second_chance() -> None:
     image = Image.new("RGB", (20000, 1))
     image.info["xmp"] = XMP

@@ -7,7 +7,9 @@ something wrong are overwritten.
 
 from __future__ import annotations
 
+import io
 import struct
+from typing import BinaryIO
 
 PREFIX = b"Exif\0\0"
 """What JPEG puts in front of EXIF data."""
@@ -19,6 +21,12 @@ TAGS = frozenset(
 """Tags of the first directory that do not say how a TIFF file stores its pixels."""
 DIRECTORIES = (0x8769, 0x8825)
 """Those of EXIF and GPS."""
+
+MAX_ENTRIES = 4096
+"""Entries in all directories; cameras write some hundreds."""
+_MAX_OUTSIDE = 16
+_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+_LINKS = (0x8769, 0x8825, 0xA005, 0x014A)
 
 _ORIENTATION = 0x0112
 _THUMBNAIL = 0x0201
@@ -50,6 +58,46 @@ def upright(exif: bytes) -> bytes:
     except struct.error as error:
         raise ValueError("EXIF data points outside itself") from error
     return bytes(data)
+
+
+def is_bounded(exif: bytes | BinaryIO) -> bool:
+    """Reading the directories of EXIF data, or of a TIFF file, takes no more memory than their own bytes suggest.
+
+    Values may not overlap so much that together they are longer than the data, there are at most MAX_ENTRIES entries,
+    and only a few may point outside: a parser that copies each value is safe then.
+    """
+    file = io.BytesIO(exif.removeprefix(PREFIX).removeprefix(PREFIX)) if isinstance(exif, bytes) else exif
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(8)
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(head[:4])
+    if order is None or len(head) < 8:
+        return True  # nothing that would be parsed
+    open_links, seen = [struct.unpack(order + "I", head[4:])[0]], set()
+    entries = outside = total = 0
+    while open_links:
+        if (offset := open_links.pop()) in seen or not 0 < offset < size:
+            continue
+        seen.add(offset)
+        file.seek(offset)
+        count = int.from_bytes(file.read(2), "little" if order == "<" else "big")
+        entries += count
+        if entries > MAX_ENTRIES:
+            return False
+        content = file.read(_ENTRY_BYTES * count + 4)
+        for start in range(0, len(content) - _ENTRY_BYTES + 1, _ENTRY_BYTES):
+            tag, form, number, value = struct.unpack_from(order + "HHII", content, start)
+            length = _BYTES.get(form, 1) * number
+            if tag in _LINKS:
+                open_links.append(value)
+            if length > 4:
+                outside += value + length > size
+                total += length if value + length <= size else 0
+        if len(content) == _ENTRY_BYTES * count + 4:
+            open_links.append(struct.unpack_from(order + "I", content, _ENTRY_BYTES * count)[0])
+        if total > size or outside > _MAX_OUTSIDE:
+            return False
+    return True
 
 
 def _directory(data: bytearray, offset: int, order: str) -> tuple[range, int]:

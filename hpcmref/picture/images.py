@@ -20,6 +20,7 @@ more than 8 bits are black and white: see `hpcmref.picture.ranges`.
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import threading
 import warnings
@@ -73,6 +74,7 @@ ALLOWED = (
 """Pillow's names of the formats that are read, HEIF and JXL where their plugins have been imported. Each is decoded
 within this process: EPS, which starts Ghostscript, WMF and stubs that call other programs are never opened."""
 
+_EXIF_KEYS = ("exif", "Raw profile type exif", "Raw profile type APP1")
 _XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:\s*=\s*[\"']|>)\s*)[0-9]")
 
 # EXIF orientation -> what turns the stored image upright; 1, or anything else, is upright already.
@@ -182,6 +184,14 @@ def image_of(pixels: np.ndarray, grey: bool, extras: Extras | None = None) -> Im
     return image
 
 
+def without_exif(image: Image.Image) -> Image.Image:
+    """The image, upright, without EXIF data in any form that Pillow knows; its info is a new dictionary."""
+    turned = _upright(image)
+    turned = turned.copy() if turned is image else turned
+    turned.info = {name: value for name, value in image.info.items() if name not in _EXIF_KEYS}
+    return turned
+
+
 def strip(image: Image.Image) -> Image.Image:
     """The image, upright, without ICC profile, EXIF and XMP data."""
     _refuse_other_formats(image)
@@ -217,8 +227,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def _first_frame(file: BinaryIO, name: str) -> Image.Image:
-    with _no_bomb_check():
-        image: Image.Image = Image.open(file, formats=_formats())
+    file, image = _opened(file, name)
     if min(image.size) < 1 or max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
         raise ImageError(
             f"{name} has {image.width} x {image.height} pixels; "
@@ -232,12 +241,42 @@ def _first_frame(file: BinaryIO, name: str) -> Image.Image:
         _warn(f"{name} has 16 bits a channel, and 8 are kept")
     image = keyed(image, file)
     image.load()
-    # TIFF reads EXIF from the file, which is closed soon; Pillow remembers it.
     found = _exif(image)
-    for directory in exif.DIRECTORIES:
-        with contextlib.suppress(Exception):  # damaged; the rest may be of use
-            found.get_ifd(directory)
+    if image.format == "TIFF":  # which reads EXIF from the file, which is closed soon; Pillow remembers it
+        for directory in exif.DIRECTORIES:
+            with contextlib.suppress(Exception):  # damaged; the rest may be of use
+                found.get_ifd(directory)
     return image
+
+
+def _opened(file: BinaryIO, name: str) -> tuple[BinaryIO, Image.Image]:
+    """An image whose header has been read, and the file that its pixels will be read from."""
+    if not exif.is_bounded(file):
+        raise ImageError(f"cannot read {name}: its directory of tags describes more data than the file has")
+    for attempt in (file, None):
+        if attempt is None:
+            file.seek(0)
+            attempt = io.BytesIO(_without_text(file.read()))
+        attempt.seek(0)
+        try:
+            with _no_bomb_check():
+                return attempt, Image.open(attempt, formats=_formats())
+        except ValueError as error:
+            if attempt is not file or "text" not in str(error).lower():
+                raise
+            _warn(f"the text in {name} is not kept: unpacked, it is too long")
+    raise AssertionError  # the second attempt returns or raises
+
+
+def _without_text(png: bytes) -> bytes:
+    """The PNG file without the chunks of text."""
+    parts, position = [png[:8]], 8
+    while position + 12 <= len(png):
+        end = position + 12 + int.from_bytes(png[position : position + 4], "big")
+        if png[position + 4 : position + 8] not in (b"tEXt", b"zTXt", b"iTXt"):
+            parts.append(png[position:end])
+        position = end
+    return b"".join(parts)
 
 
 def _formats() -> list[str]:
@@ -261,7 +300,9 @@ def _is_grey(pixels: np.ndarray) -> bool:
 @contextlib.contextmanager
 def _no_bomb_check() -> Iterator[None]:
     """Lift Pillow's own limit on pixels, which is below ours; only where headers are read, as it is global."""
-    with _pillow_limit:
+    with _pillow_limit, warnings.catch_warnings():
+        # One line for each damaged entry would be thousands: damaged EXIF data is reported once, later.
+        warnings.filterwarnings("ignore", "Corrupt EXIF|Possibly corrupt EXIF|Truncated File Read|Metadata Warning")
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             yield
@@ -270,6 +311,8 @@ def _no_bomb_check() -> Iterator[None]:
 
 
 def _exif(image: Image.Image) -> Image.Exif:
+    if isinstance(raw := image.info.get("exif"), bytes) and not exif.is_bounded(raw):
+        return Image.Exif()  # `_upright_exif` warns
     try:
         return image.getexif()
     except Exception:  # whatever damaged bytes lead Pillow to
@@ -343,6 +386,8 @@ def _upright_exif(image: Image.Image) -> bytes | None:
             for tag in set(found) & exif.TAGS:
                 tags[tag] = found.get_ifd(tag) if tag in exif.DIRECTORIES else found[tag]
             raw = tags.tobytes() if tags else b""
+        elif not exif.is_bounded(raw):
+            raise ValueError("its directories describe more data than there is")
         return exif.upright(raw) if raw else None
     except Exception:  # whatever damaged bytes lead Pillow to
         _warn("its EXIF data is damaged and not kept")
