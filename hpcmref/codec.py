@@ -1,4 +1,8 @@
-"""How does an image become a file, and a file an image? Padding, quality, model, range coder and container together."""
+"""An image to a file and back: picture -> transforms -> latent codec -> container.
+
+encode:  image -> pixels -> g_a, h_a -> y, z -> LatentCodec.compress -> container
+decode:  container -> LatentCodec.decompress -> y_hat -> g_s -> pixels -> image
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, checkpoints
+from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, __version__, checkpoints
 from hpcmref.checkpoints import Checkpoint
 from hpcmref.errors import (
     ConfigError,
@@ -23,26 +27,21 @@ from hpcmref.errors import (
     HpcmrefError,
     ImageError,
     ModelMismatchError,
-    TruncatedError,
     UnsupportedError,
 )
-from hpcmref.exact import attach, exactly
+from hpcmref.exact import attach
 from hpcmref.format import container
-from hpcmref.format.container import Container
-from hpcmref.format.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
-from hpcmref.model.coders import SymbolReader, SymbolWriter
+from hpcmref.format.container import Container, Encoder, Learned
+from hpcmref.latents import ARITHMETIC, SCALES, LatentCodec
 from hpcmref.model.hpcm import STRIDE
 from hpcmref.model.layers import in_bfloat16
 from hpcmref.picture import images
 from hpcmref.picture.metadata import extras_of
 
-EXACT = 1
-"""Arithmetic id of an entropy path on integers (`hpcmref.exact`). 0 was float32, which no release has written."""
-
 
 @dataclass(frozen=True)
 class _Frame:
-    """What a file says of its image besides the latents."""
+    """The header fields that describe the image: width, height, grey flag and metadata chunks."""
 
     width: int
     height: int
@@ -62,7 +61,7 @@ class Codec:
         self.fingerprint = checkpoint.fingerprint
         self.device = device
         self.model = checkpoint.model.eval()
-        self.model.entropy = self.entropy = attach(self.model.entropy, checkpoint.grids)
+        self.model.entropy = attach(self.model.entropy, checkpoint.grids)
         self.model.to(device)
         if _has_bfloat16(device):
             for network in (self.model.g_a, self.model.h_a, self.model.g_s):
@@ -70,15 +69,16 @@ class Codec:
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for parameter in self.model.parameters():
             parameter.data = parameter.data.clone()  # lets go of the mapped file, most of which is not needed any more
-        # A scale takes the table whose scale is nearest to it in ratio.
-        scales = scale_table().astype(np.float64)
-        self._thresholds = torch.from_numpy(np.sqrt(scales[1:] * scales[:-1]).astype(np.float32)).to(device)
+        self.latents = LatentCodec(self.model.entropy, device)
 
-    def encode(self, image: Image.Image, quality: int | None = None) -> bytes:
+    def encode(self, image: Image.Image, quality: int | None = None, *, verify: bool = False) -> bytes:
         """The file of an image.
 
-        quality: 0 (smallest) to 63 (best); None is the default. A model of one rate knows only None. Raises ConfigError
-        for another quality and ImageError for an image that the format cannot hold.
+        quality: 0 (smallest) to 63 (best); None is the default. A model of one rate knows only None.
+        verify: decode the latents with a second decoder and compare, before anything is returned.
+
+        Raises ConfigError for another quality, ImageError for an image that the format cannot hold, and
+        ModelChangedError if the model in memory is not the one that was loaded or the second decoder disagrees.
         """
         quality = self._checked(quality)
         frame, x = self._framed(image)
@@ -86,16 +86,22 @@ class Codec:
             x = self.model.features(x, _to_unit)
             y, z = self.model.latents(x, self._rate(quality))
             del x  # large images need the room
-            return self._encoded(frame, y, z, quality)[0]
+            return self._encoded(frame, y, z, quality, verify)[0]
 
     def encode_to(
-        self, image: Image.Image, *, size: int | None = None, bpp: float | None = None, psnr: float | None = None
+        self,
+        image: Image.Image,
+        *,
+        size: int | None = None,
+        bpp: float | None = None,
+        psnr: float | None = None,
+        verify: bool = False,
     ) -> bytes:
         """The file of an image at the quality that comes closest to one target, in at most seven trials.
 
         size: bytes, or bpp: bits per pixel, that the file does not exceed; psnr: dB of RGB that the picture has at
         least. Rate and PSNR rise with quality, so the trials halve the range of qualities; g_a runs once. Raises
-        ConfigError unless there is exactly one target, and HpcmrefError if no quality reaches it.
+        ConfigError unless there is exactly one target, HpcmrefError if no quality reaches it, and as `encode` does.
         """
         if sum(target is not None for target in (size, bpp, psnr)) != 1:
             raise ConfigError("exactly one of size, bits per pixel and PSNR can be the target")
@@ -107,7 +113,8 @@ class Codec:
             features = self.model.features(x, _to_unit)
             while low <= high:
                 quality = (low + high) // 2
-                data, y_hat = self._encoded(frame, *self.model.latents(features, self._rate(quality)), quality)
+                y, z = self.model.latents(features, self._rate(quality))
+                data, y_hat = self._encoded(frame, y, z, quality, verify)
                 if limit is not None:  # the largest file within the limit
                     reached = len(data) <= limit
                     low, high = (quality + 1, high) if reached else (low, quality - 1)
@@ -123,40 +130,43 @@ class Codec:
         return best
 
     def _framed(self, image: Image.Image) -> tuple[_Frame, Tensor]:
-        """What the file says of an image, and its pixels (1, 3, H', W') uint8, padded to multiples of 64."""
+        """The header fields of an image, and its pixels (1, 3, H', W') uint8, padded to multiples of 64."""
         picture = images.picture_of(image)
         height, width = picture.pixels.shape[:2]
         frame = _Frame(width, height, picture.grey, picture.extras.chunks())
         return frame, _padded(picture.pixels, self.device)
 
-    def _encoded(self, frame: _Frame, y: Tensor, z: Tensor, quality: int) -> tuple[bytes, Tensor]:
+    def _encoded(self, frame: _Frame, y: Tensor, z: Tensor, quality: int, verify: bool) -> tuple[bytes, Tensor]:
         """The file of y (1, M, h, w) and z, and the y_hat that it decodes to."""
-        encoder = SymbolEncoder()
-        writer = SymbolWriter(y, z, self._thresholds, [encoder])
-        with exactly(self.device):
-            y_hat = self.entropy(self._rate(quality), (z.shape[2], z.shape[3]), writer)
-        writer.finish()
+        compressed = self.latents.compress(y, z, quality)
+        if verify:
+            self.latents.verify(compressed, (z.shape[2], z.shape[3]), quality)
         file = Container(
-            arithmetic=EXACT,
-            fingerprint=self.fingerprint,
-            quality=quality,
             width=frame.width,
             height=frame.height,
             grey=frame.grey,
-            latent_checksum=writer.checksums[0],
-            payload=encoder.finish(),
+            learned=Learned(ARITHMETIC, self.fingerprint, quality, compressed.checksums[0]),
+            payload=compressed.payloads[0],
             chunks=frame.chunks,
+            encoder=_ENCODER,
         )
-        return container.write(file), y_hat
+        return container.write(file), compressed.y_hat
 
     def decode(
-        self, data: bytes, upto: int = 3, partial: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS
+        self,
+        data: bytes | Container,
+        upto: int = SCALES,
+        partial: bool = False,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        damaged: bool = False,
     ) -> Image.Image:
         """The image of a file, in the mode of the original (see `hpcmref.picture.images`), with its metadata in `info`.
 
+        data: the bytes of a file, or what `container.parse` made of them (partial and damaged are its arguments then).
         upto: the last scale (1, 2 or 3) whose latents are read; those of later scales are taken as predicted.
         partial: decode a truncated file up to the last scale that is whole.
         max_pixels: larger images are refused, before there is room made for them.
+        damaged: decode a file whose checksum does not match up to the last scale whose latents verify.
 
         Raises FormatError or UnsupportedError for what is not such a file, ImageError for too large an image,
         ModelMismatchError for the file of another model, DecodeError where the decoded latents are not those that were
@@ -164,41 +174,44 @@ class Codec:
         """
         if upto not in (1, 2, 3):
             raise ConfigError(f"the scale is {upto}, and must be 1, 2 or 3")
-        file = container.parse(data, partial)
+        file = data if isinstance(data, Container) else container.parse(data, partial, damaged)
         if (pixels := file.width * file.height) > max_pixels:
             raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
-        if file.arithmetic != EXACT:
-            raise UnsupportedError(f"the file uses arithmetic {file.arithmetic}, which this hpcmref does not know")
-        if file.fingerprint != self.fingerprint:
-            raise ModelMismatchError(_mismatch(file.fingerprint, self.name, self.fingerprint))
-        if file.quality >= self.model.config.qualities:
-            raise DecodeError(f"the file has quality {file.quality}, which the model {self.name} does not")
+        learned = self._learned(file)
         with self._inference():
-            shown = self._pixels(self._decoded(file, upto), file.quality, file)
+            shown = self._pixels(self._y_hat(file, learned, upto), learned.quality, file)
         return images.image_of(shown.cpu().numpy(), file.grey, extras_of(file))
 
-    def _decoded(self, file: Container, upto: int) -> Tensor:
-        """y_hat (1, M, h, w) of a file up to a scale: `upto`, or in a truncated file the last that is whole."""
-        config = self.model.config
+    def verify(self, data: bytes | Container) -> None:
+        """Decode all latents and metadata of a file and compare its checksums; the picture itself is not made.
+
+        Raises as `decode` does.
+        """
+        file = data if isinstance(data, Container) else container.parse(data)
+        learned = self._learned(file)
+        with self._inference():
+            self._y_hat(file, learned, SCALES)
+        extras_of(file)
+
+    def _learned(self, file: Container) -> Learned:
+        """The header of a file's learned payload, if this codec can decode it; raises as `decode` does."""
+        learned = file.learned
+        if learned is None:
+            raise UnsupportedError(f"the file is coded without loss ({file.coding.name}), and needs no model")
+        if learned.arithmetic != ARITHMETIC:
+            raise UnsupportedError(f"the file uses arithmetic {learned.arithmetic}, which this hpcmref does not know")
+        if learned.fingerprint != self.fingerprint:
+            raise ModelMismatchError(_mismatch(learned.fingerprint, self.name, self.fingerprint))
+        if learned.quality >= self.model.config.qualities:
+            raise DecodeError(f"the file has quality {learned.quality}, which the model {self.name} does not")
+        return learned
+
+    def _y_hat(self, file: Container, learned: Learned, upto: int) -> Tensor:
+        """y_hat (1, M, h, w) up to a scale: `upto`, or in a truncated or damaged file the last that is intact."""
         size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
-        symbols = size[0] * size[1] * (config.N + 16 * config.M)
-        while upto:
-            source = SymbolDecoder(file.payload, symbols)
-            reader = SymbolReader(self._thresholds, [source], upto)
-            try:
-                with exactly(self.device):
-                    y_hat = self.entropy(self._rate(file.quality), size, reader)
-            except TruncatedError:
-                if not file.truncated:
-                    raise
-            else:
-                if reader.checksums[0] == file.latent_checksum if upto == 3 else not file.truncated or source.is_whole:
-                    return y_hat
-                del y_hat
-            if not file.truncated:
-                raise DecodeError("the decoded latents are not the encoded ones: the file is damaged or forged")
-            upto -= 1
-        raise DecodeError("the file ends before its first scale does: nothing of it can be shown")
+        if file.truncated or file.damaged:
+            return self.latents.decompress_intact(file.payload, learned.checksums, size, learned.quality, upto)[0]
+        return self.latents.decompress([file.payload], [learned.checksums], size, learned.quality, upto)
 
     def _pixels(self, y_hat: Tensor, quality: int, frame: _Frame | Container) -> Tensor:
         """What is seen of y_hat: (H, W, 3) uint8."""
@@ -224,6 +237,9 @@ class Codec:
         return torch.tensor([float(quality)], device=self.device)
 
 
+_ENCODER = Encoder(*map(int, __version__.split(".")[:2]))
+
+
 _loading = threading.Lock()
 
 
@@ -246,11 +262,14 @@ def fresh(model: str | Path | None = None, device: str = "auto") -> Codec:
 _kept = lru_cache(maxsize=2)(fresh)
 
 
-def codec_for(fingerprint: bytes, device: str = "auto", model: str | Path | None = None) -> Codec:
-    """The codec whose model wrote files with this fingerprint: among the shipped ones, or `model`.
+def codec_for(file: Container, device: str = "auto", model: str | Path | None = None) -> Codec:
+    """The codec whose model wrote a file: one of the shipped models, or `model`.
 
-    Raises ModelMismatchError if it is none of them.
+    Raises ModelMismatchError if it is none of them, and UnsupportedError for a file without a learned payload.
     """
+    if file.learned is None:
+        raise UnsupportedError(f"the file is coded without loss ({file.coding.name}), and needs no model")
+    fingerprint = file.learned.fingerprint
     if model is None:
         if (name := checkpoints.name_of(fingerprint)) is None:
             known = ", ".join(f"{each.name} ({each.fingerprint.hex()})" for each in checkpoints.available())
@@ -276,7 +295,8 @@ def decode(
     data: bytes, device: str = "auto", model: str | Path | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> Image.Image:
     """The image of a file; see `Codec.decode` and `codec_for`."""
-    return codec_for(container.parse(data).fingerprint, device, model).decode(data, max_pixels=max_pixels)
+    file = container.parse(data)
+    return codec_for(file, device, model).decode(file, max_pixels=max_pixels)
 
 
 def _mismatch(wanted: bytes, name: str, found: bytes) -> str:

@@ -35,3 +35,7 @@ class CheckpointError(HpcmrefError):
 
 class ConfigError(HpcmrefError):
     """A setting out of range, or settings that contradict each other."""
+
+
+class ModelChangedError(HpcmrefError):
+    """The model in memory is not the one that was loaded, or two decoders of one file disagree."""

@@ -74,8 +74,8 @@ class HpcmImageFile(ImageFile.ImageFile):
             self.fp.seek(0)
             data = self.fp.read()
             try:
-                codec = codec_for(parse(data, partial).fingerprint)
-                image = codec.decode(data, partial=partial, max_pixels=MAX_PIXELS)
+                file = parse(data, partial)
+                image = codec_for(file).decode(file, max_pixels=MAX_PIXELS)
             except HpcmrefError as error:
                 raise OSError(str(error)) from error
             self.im = image.im

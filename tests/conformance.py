@@ -16,23 +16,22 @@ import re
 import sys
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
+from containers import learned_of
 from PIL import Image
 from torch import Tensor
 
-from hpcmref.codec import EXACT, load
-from hpcmref.exact import attach, calibrate, exactly
+from hpcmref.codec import load
+from hpcmref.exact import attach, calibrate
 from hpcmref.exact.convert import Grids
-from hpcmref.exact.selftest import y_hat_of
 from hpcmref.format import container
-from hpcmref.format.rangecoder import SymbolEncoder
+from hpcmref.latents import ARITHMETIC, LatentCodec, thresholds
 from hpcmref.model import PRESETS, HPCMConfig
 from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.hpcm import EntropyPath
+from research.exactness_matrix import latents_of
 
 FOLDER = Path(__file__).parent / "data" / "conformance"
 EXPECTED = FOLDER / "expected.json"
@@ -46,21 +45,18 @@ def decoded(preset: str) -> dict[str, str]:
     """What the golden file of a preset decodes to: CRC-32 of symbols and of the bits of y_hat."""
     file = (FOLDER / f"{preset}.bin").read_bytes()
     if preset == "nano":
-        codec: Any = load("nano", "cpu")
+        codec = load("nano", "cpu").latents
     else:
         path = weights_of(CONFIGS[preset])
-        assert container.parse(file).fingerprint == fingerprint(path), "weights_of has changed"
-        codec = codec_of(CONFIGS[preset], attach(path, stored_grids(preset, path)))
-    ((symbols, y_hat),), _ = y_hat_of(codec, [file])
+        assert learned_of(container.parse(file)).fingerprint == fingerprint(path), "weights_of has changed"
+        codec = exact_codec(preset, path)
+    ((symbols, y_hat),) = latents_of(codec, [file])
     return {"symbols": f"{symbols:08x}", "y_hat": f"{y_hat:08x}"}
 
 
-def codec_of(config: HPCMConfig, entropy: EntropyPath) -> Any:
-    """As much of a Codec as decoding y_hat takes."""
-    codec = load(device="cpu")
-    return SimpleNamespace(
-        model=SimpleNamespace(config=config), entropy=entropy, device=codec.device, _thresholds=codec._thresholds
-    )
+def exact_codec(preset: str, path: EntropyPath) -> LatentCodec:
+    """The latent codec of made-up weights with their stored grids."""
+    return LatentCodec(attach(path, stored_grids(preset, path)), torch.device("cpu"))
 
 
 def shipped_fingerprint() -> bytes:
@@ -69,7 +65,7 @@ def shipped_fingerprint() -> bytes:
 
 def golden_fingerprint() -> bytes:
     """Of the model that wrote nano.bin."""
-    return container.parse((FOLDER / "nano.bin").read_bytes()).fingerprint
+    return learned_of(container.parse((FOLDER / "nano.bin").read_bytes())).fingerprint
 
 
 def noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -172,33 +168,25 @@ def write(preset: str) -> None:
     print(preset, expected[preset], len(data), "bytes")
 
 
+def made_up_quality(config: HPCMConfig) -> int:
+    return 37 if config.lambdas else 0
+
+
 def _made_up(preset: str) -> bytes:
     config = CONFIGS[preset]
     path, (y, z) = weights_of(config), latents(preset, config)
-    rate = torch.tensor([float(quality := 37 if config.lambdas else 0)])
-    encoder = SymbolEncoder()
-    thresholds = codec_of(config, path)._thresholds
+    quality = made_up_quality(config)
 
     def run() -> None:
-        path(rate, SIZES[preset], SymbolWriter(y, z, thresholds, []))
+        path(torch.tensor([float(quality)]), SIZES[preset], SymbolWriter(y, z, thresholds(), []))
 
     store_grids(preset, path, calibrate(path, run))
-    exact = attach(path, stored_grids(preset, path))
-    with torch.inference_mode(), exactly(torch.device("cpu")):
-        writer = SymbolWriter(y, z, thresholds, [encoder])
-        exact(rate, SIZES[preset], writer)
-        writer.finish()
+    compressed = exact_codec(preset, path).compress(y, z, quality)
     rows, columns = SIZES[preset]
+    learned = container.Learned(ARITHMETIC, fingerprint(path), quality, compressed.checksums[0])
     return container.write(
         container.Container(
-            arithmetic=EXACT,
-            fingerprint=fingerprint(path),
-            quality=quality,
-            width=64 * columns,
-            height=64 * rows,
-            grey=False,
-            latent_checksum=writer.checksums[0],
-            payload=encoder.finish(),
+            width=64 * columns, height=64 * rows, grey=False, learned=learned, payload=compressed.payloads[0]
         )
     )
 

@@ -8,46 +8,62 @@ import struct
 import zlib
 from dataclasses import replace
 
+import containers
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcmref.errors import ConfigError, FormatError, HpcmrefError, UnsupportedError
-from hpcmref.format.container import MAGIC, MAX_PIXELS, MAX_SIDE, Container, Tag, parse, part_sizes, peek, write
+from hpcmref.format.container import (
+    MAGIC,
+    MAX_PIXELS,
+    MAX_SIDE,
+    Checksums,
+    Coding,
+    Container,
+    Encoder,
+    Tag,
+    parse,
+    part_sizes,
+    peek,
+    write,
+)
 
-SMALL = Container(
+SMALL = containers.container(
     arithmetic=0,
     fingerprint=b"\xde\xad\xbe\xef",
     quality=32,
     width=768,
     height=5,
     grey=False,
-    latent_checksum=0x01020304,
+    checksums=Checksums(0x0A0B, 0x0C0D, 0x01020304),
+    encoder=Encoder(0, 2, 7),
     payload=b"payload",
 )
-SMALL_BODY = bytes.fromhex("01 00 00 deadbeef 20 8006 05 04030201 07") + b"payload"
+SMALL_BODY = bytes.fromhex("02 00 00 8006 05 000207 00 deadbeef 20 0b0a 0d0c 04030201 07") + b"payload"
 
-CHUNKED = Container(
+CHUNKED = containers.container(
     arithmetic=3,
-    fingerprint=b"abcd",
-    quality=0,
-    width=1,
-    height=1,
-    grey=True,
-    latent_checksum=0,
-    payload=b"",
-    chunks=((100, b""), (255, b"x" * 200), (100, b"again")),
+    chunks=((100, b""), (127, b"x" * 200), (100, b"again")),
 )
-CHUNKED_BODY = b"".join(
-    (
-        bytes.fromhex("01 03 03 61626364 00 01 01 00000000"),
-        bytes.fromhex("64 00"),
-        bytes.fromhex("ff c801") + b"x" * 200,
-        bytes.fromhex("64 05") + b"again",
-        bytes.fromhex("00"),
-        bytes.fromhex("00"),
-    )
+CHUNKS = b"".join(
+    (bytes.fromhex("64 00"), bytes.fromhex("7f c801") + b"x" * 200, bytes.fromhex("64 05") + b"again", b"\0")
 )
+CHUNKED_BODY = bytes.fromhex("02 03 00 01 01 000000 03 61626364 00 0000 0000 00000000") + CHUNKS + b"\0"
+
+LOSSLESS = Container(width=300, height=2, grey=True, learned=None, coding=Coding.PNG, payload=b"png")
+LOSSLESS_BODY = bytes.fromhex("02 02 02 ac02 02 000000 03") + b"png"
+
+VERSION_1 = {
+    "small": (
+        bytes.fromhex("01 00 00 deadbeef 20 8006 05 04030201 07") + b"payload",
+        containers.changed(SMALL, checksums=Checksums(None, None, 0x01020304), encoder=Encoder(), version=1),
+    ),
+    "chunked": (
+        bytes.fromhex("01 03 03 61626364 00 01 01 00000000") + CHUNKS + b"\0",
+        containers.changed(CHUNKED, checksums=Checksums(None, None, 0), version=1),
+    ),
+}
 
 
 def sealed(body: bytes) -> bytes:
@@ -56,33 +72,79 @@ def sealed(body: bytes) -> bytes:
 
 
 def body(
-    version: int = 1,
+    version: int = 2,
     flags: int = 0,
+    coding: int = 0,
     quality: int = 0,
     width: bytes = b"\x01",
     height: bytes = b"\x01",
     rest: bytes = b"\x00",
 ) -> bytes:
     """The body of a file of one pixel, or of something near to one. rest: chunks, payload length and payload."""
-    return bytes([version, 0, flags]) + b"abcd" + bytes([quality]) + width + height + bytes(4) + rest
+    fixed = bytes([version, flags, coding]) + width + height + bytes(3)
+    return fixed + b"\0abcd" + bytes([quality]) + bytes(8) + rest
 
 
-@pytest.mark.parametrize(("container", "expected"), [(SMALL, SMALL_BODY), (CHUNKED, CHUNKED_BODY)])
+@pytest.mark.parametrize(
+    ("container", "expected"), [(SMALL, SMALL_BODY), (CHUNKED, CHUNKED_BODY), (LOSSLESS, LOSSLESS_BODY)]
+)
 def test_literal_bytes(container: Container, expected: bytes) -> None:
     assert write(container) == sealed(expected)
     assert parse(sealed(expected)) == container
 
 
+@pytest.mark.parametrize(("body", "expected"), VERSION_1.values(), ids=VERSION_1)
+def test_version_1_is_read(body: bytes, expected: Container) -> None:
+    assert parse(sealed(body)) == expected
+    assert peek(io.BytesIO(sealed(body))) == replace(expected, payload=b"")
+    with pytest.raises(ConfigError, match="version 2"):
+        write(expected)
+
+
+def test_a_lossless_file_needs_no_model() -> None:
+    assert parse(write(LOSSLESS)).learned is None
+    with pytest.raises(ConfigError):
+        replace(LOSSLESS, coding=Coding.LEARNED)
+    with pytest.raises(ConfigError):
+        replace(SMALL, coding=Coding.WEBP)
+
+
+def test_an_unknown_coding_is_named() -> None:
+    with pytest.raises(UnsupportedError, match="coding 77"):
+        parse(sealed(body(coding=77)))
+
+
+def test_an_unknown_chunk_that_changes_the_pixels_is_refused() -> None:
+    for tag in (128, 255):
+        with pytest.raises(UnsupportedError, match=f"tag {tag}"):
+            parse(sealed(body(flags=1, rest=bytes([tag, 0, 0, 0]))))
+    assert parse(sealed(body(flags=1, rest=b"\x7f\0\0\0"))).chunks == ((127, b""),)
+
+
+def test_a_damaged_file_is_read_only_if_it_is_asked_for() -> None:
+    data = bytearray(write(SMALL))
+    data[-6] ^= 1  # in the payload
+    with pytest.raises(FormatError, match="checksum"):
+        parse(bytes(data))
+    file = parse(bytes(data), damaged=True)
+    assert file.damaged
+    assert not file.truncated
+    assert file.payload != SMALL.payload
+    with pytest.raises(ConfigError):
+        write(file)
+    assert not parse(write(SMALL), damaged=True).damaged
+
+
 def test_the_fixed_part_of_a_photograph_is_small() -> None:
-    photograph = Container(0, b"abcd", 30, 768, 512, False, 0, bytes(4900))
-    assert len(write(photograph)) - 4900 == 26
-    largest = Container(0, b"abcd", 30, 1 << 14, 1 << 14, False, 0, bytes(1 << 21))
-    assert len(write(largest)) - (1 << 21) == 30
+    photograph = containers.container(width=768, height=512, payload=bytes(4900))
+    assert len(write(photograph)) - 4900 == 34
+    largest = containers.container(width=1 << 14, height=1 << 14, payload=bytes(1 << 21))
+    assert len(write(largest)) - (1 << 21) == 38
 
 
 @pytest.mark.parametrize("container", [SMALL, CHUNKED])
 def test_part_sizes_add_up_to_the_file(container: Container) -> None:
-    sizes = part_sizes(container)
+    sizes = part_sizes(write(container))
     assert list(sizes) == ["header", "chunks", "payload", "crc"]
     assert sum(sizes.values()) == len(write(container))
     assert sizes["payload"] == len(container.payload)
@@ -90,21 +152,22 @@ def test_part_sizes_add_up_to_the_file(container: Container) -> None:
 
 
 dimensions = st.tuples(st.integers(1, MAX_SIDE), st.integers(1, MAX_SIDE)).filter(lambda s: s[0] * s[1] <= MAX_PIXELS)
-containers = st.builds(
-    lambda size, **fields: Container(width=size[0], height=size[1], **fields),
+any_containers = st.builds(
+    lambda size, **fields: containers.container(width=size[0], height=size[1], **fields),
     dimensions,
     arithmetic=st.integers(0, 255),
     fingerprint=st.binary(min_size=4, max_size=4),
     quality=st.integers(0, 63),
     grey=st.booleans(),
-    latent_checksum=st.integers(0, 2**32 - 1),
+    checksums=st.builds(Checksums, st.integers(0, 2**16 - 1), st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1)),
+    encoder=st.builds(Encoder, st.integers(0, 255), st.integers(0, 255), st.integers(0, 9)),
     payload=st.binary(max_size=300),
-    chunks=st.lists(st.tuples(st.integers(100, 255), st.binary(max_size=200)), max_size=4).map(tuple),
+    chunks=st.lists(st.tuples(st.integers(100, 127), st.binary(max_size=200)), max_size=4).map(tuple),
 )
 
 
 @settings(deadline=None)
-@given(containers)
+@given(any_containers)
 def test_round_trip(container: Container) -> None:
     assert parse(write(container)) == container
 
@@ -114,14 +177,14 @@ def test_a_glance_reads_the_header_and_the_small_chunks() -> None:
     file = io.BytesIO(write(replace(SMALL, chunks=chunks, payload=bytes(10**6))))
     seen = peek(file)
     assert seen == replace(SMALL, chunks=((Tag.ICC, b"profile"), (Tag.ALPHA, b""), (Tag.MODE, b"\1")), payload=b"")
-    assert file.tell() == 4 + 8 + 3 + 4 + (2 + 7) + (4 + 10**6) + (2 + 1) + 1  # the end of the chunks
+    assert file.tell() == 4 + 3 + 3 + 3 + 14 + (2 + 7) + (4 + 10**6) + (2 + 1) + 1  # the end of the chunks
     assert peek(io.BytesIO(write(SMALL)[:-11])) == replace(SMALL, payload=b"")
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_a_glance_raises_no_other_error(data: bytes) -> None:
-    for hostile in (data, MAGIC + data, MAGIC + b"\x01\x01\x01abcd\x00" + data):
+    for hostile in (data, MAGIC + data, MAGIC + b"\x01\x01\x01abcd\x00" + data, MAGIC + b"\x02\x01\x00" + data):
         with contextlib.suppress(HpcmrefError):
             peek(io.BytesIO(hostile))
 
@@ -227,7 +290,7 @@ def test_hostile_file(data: bytes) -> None:
 def test_the_near_miss_of_the_hostile_files_is_a_file() -> None:
     assert parse(sealed(body())).width == 1
     assert parse(sealed(body(width=b"\x80\x80\x02", height=b"\x80\x40"))).height == MAX_PIXELS // MAX_SIDE
-    assert len(parse(sealed(body(flags=1, rest=b"\xc8\x00" * 64 + b"\x00\x00"))).chunks) == 64
+    assert len(parse(sealed(body(flags=1, rest=b"\x64\x00" * 64 + b"\x00\x00"))).chunks) == 64
 
 
 def test_a_newer_version_is_named() -> None:
@@ -249,7 +312,11 @@ def test_a_file_of_something_else_is_called_that() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": 3},
+        {"version": 1},
+        {"version": 2, "checksums": Checksums(None, None, 0)},
+        {"checksums": Checksums(1 << 16, 0, 0)},
+        {"encoder": Encoder(0, 0, 10)},
         {"arithmetic": 256},
         {"fingerprint": b"abc"},
         {"quality": -1},
@@ -265,6 +332,5 @@ def test_a_file_of_something_else_is_called_that() -> None:
     ids=str,
 )
 def test_a_container_that_the_format_cannot_hold_is_not_made(change: dict) -> None:
-    fields = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}
     with pytest.raises(ConfigError):
-        Container(**fields | change)
+        containers.changed(SMALL, **change)

@@ -43,9 +43,10 @@ from hpcmref.exact.layers import (
     depthwise,
     power_of_two,
 )
-from hpcmref.format.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
+from hpcmref.format.rangecoder import scale_table
+from hpcmref.latents import LatentCodec
 from hpcmref.model import HPCM, PRESETS
-from hpcmref.model.coders import SymbolReader, SymbolWriter
+from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.context import Attend, CrossAttentionCell
 from hpcmref.model.hpcm import EntropyPath
 from hpcmref.model.layers import RateTable
@@ -487,7 +488,7 @@ def test_numbers_that_depend_on_the_quality(anchors: int) -> None:
 def test_thresholds_are_correctly_rounded_square_roots(codec: Codec) -> None:
     """As FORMAT.md says: the float32 number nearest to the square root of the product of two scales."""
     scales = [Fraction(float(scale)) for scale in scale_table()]
-    thresholds = codec._thresholds.cpu().numpy()
+    thresholds = codec.latents.thresholds.cpu().numpy()
     for low, high, found in zip(scales, scales[1:], thresholds, strict=False):
         below, above = (np.nextafter(found, np.float32(limit)) for limit in (0, 100))
         half = Fraction(float(found)) / 2
@@ -516,20 +517,13 @@ def calibrated(model: HPCM, size: tuple[int, int] = (1, 2)) -> Grids:
     return calibrate(model.entropy, run)
 
 
-def there_and_back(
-    entropy: EntropyPath, y: Tensor, z: Tensor, thresholds: Tensor, quality: float = 20.0
-) -> tuple[list[bytes], Tensor, Tensor]:
+def there_and_back(entropy: EntropyPath, y: Tensor, z: Tensor, quality: int = 20) -> tuple[list[bytes], Tensor, Tensor]:
     """Payloads of a batch of latents, and y_hat of the writer and of the reader, without the sign of zeros."""
-    encoders = [SymbolEncoder() for _ in y]
-    size = z.shape[2], z.shape[3]
-    with torch.inference_mode(), exactly(CPU):
-        rate = torch.full((len(y),), quality)
-        writer = SymbolWriter(y, z, thresholds, encoders)
-        written = entropy(rate, size, writer) + 0.0
-        writer.finish()
-        payloads = [encoder.finish() for encoder in encoders]
-        decoders = [SymbolDecoder(payload, y[0].numel() + z[0].numel()) for payload in payloads]
-        return payloads, written, entropy(rate, size, SymbolReader(thresholds, decoders)) + 0.0
+    codec = LatentCodec(entropy, CPU)
+    compressed = codec.compress(y, z, quality)
+    read = codec.decompress(compressed.payloads, compressed.checksums, (z.shape[2], z.shape[3]), quality)
+    codec.unchanged.check_all()
+    return compressed.payloads, compressed.y_hat + 0.0, read + 0.0
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -538,12 +532,12 @@ def test_every_kind_of_model_has_a_twin(name: str, codec: Codec) -> None:
     exact = attach(model.entropy, calibrated(model))
     twins = [module for module in exact.modules() if isinstance(module, ExactConv)]
     assert {twin.weight.dtype for twin in twins} == {torch.int8, FLOAT32}
-    quality = 0.0 if model.config.qualities == 1 else 20.0
+    quality = 0 if model.config.qualities == 1 else 20
     y, z = latents_of(model, 2, (1, 2))  # those that it was calibrated with
-    _, written, read = there_and_back(exact, y, z, codec._thresholds, quality)
+    _, written, read = there_and_back(exact, y, z, quality)
     assert torch.equal(written.view(torch.int32), read.view(torch.int32))
     with torch.inference_mode():
-        approximate = model.entropy(torch.full((2,), quality), (1, 2), SymbolWriter(y, z, torch.empty(0), []))
+        approximate = model.entropy(torch.full((2,), float(quality)), (1, 2), SymbolWriter(y, z, torch.empty(0), []))
     assert (written - approximate).abs().mean() < 0.02  # quantiser steps; latents differ by one where a mean is near .5
 
 
@@ -579,7 +573,9 @@ def test_the_cost_in_rate(codec: Codec, sample: Image.Image) -> None:
     image = sample.crop((64, 0, 320, 256))
     plain = checkpoints.load(checkpoints.find(None)).model.entropy
     for quality in (0, 8, 40):
-        (float_bpp, float_psnr), (bpp, psnr) = (rate_of(codec, path, image, quality) for path in (plain, codec.entropy))
+        (float_bpp, float_psnr), (bpp, psnr) = (
+            rate_of(codec, path, image, quality) for path in (plain, codec.latents.entropy)
+        )
         assert bpp < 1.005 * float_bpp
         assert psnr > float_psnr - 0.02
 

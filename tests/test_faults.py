@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import containers
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from hpcmref.cli import app
-from hpcmref.format.container import Container, parse, write
+from hpcmref.format.container import parse, write
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec
@@ -34,7 +35,7 @@ class StandIn:
     """A codec for tests of what is around it: its files are headers."""
 
     def encode(self, image: Image.Image, quality: int | None = None) -> bytes:
-        return write(Container(1, b"abcd", quality or 0, image.width, image.height, False, 0, b""))
+        return write(containers.container(quality=quality or 0, width=image.width, height=image.height, grey=False))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from containers import latent_checksum_of
 from models import TINY, TRAINABLE, latents_of, model_of
 from PIL import Image
 from test_exact import calibrated, there_and_back
@@ -25,7 +26,6 @@ from hpcmref.codec import Codec
 from hpcmref.errors import ConfigError
 from hpcmref.exact import attach
 from hpcmref.exact.memory import ExactGridMean, ExactLinearAttend, ExactPool, ExactRecall, ExactSigmoid, _root
-from hpcmref.exact.selftest import decode, run
 from hpcmref.format import container
 from hpcmref.model import HPCM, PRESETS, HPCMConfig, context, memory
 from hpcmref.model.coders import SymbolWriter
@@ -36,6 +36,7 @@ from hpcmref.model.strips import in_strips
 from hpcmref.training import Phase, TrainingConfig
 from hpcmref.training.loop import Trainer, _blocks_in_bfloat16
 from hpcmref.training.start import start_from
+from research.exactness_matrix import decode, run
 
 BANKS = {name: dataclasses.replace(bank, num_heads=4, value_resolution=3) for name, bank in MEMORIES.items()}
 for preset in ("memory-saving", "fast"):  # the mode light with other numbers
@@ -306,12 +307,12 @@ def test_every_bank_decodes_what_it_encoded(name: str, codec: Codec) -> None:
     model = opened(name)
     exact = attach(model.entropy, calibrated(model, SIZE)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     y, z = latents_of(model, 2, SIZE)
-    payloads, written, read = there_and_back(exact, y, z, codec._thresholds)
+    payloads, written, read = there_and_back(exact, y, z)
     assert torch.equal(written.view(torch.int32), read.view(torch.int32))
     before = torch.get_num_threads()
     torch.set_num_threads(4 - before)
     try:
-        (payload,), alone, _ = there_and_back(exact, y[1:], z[1:], codec._thresholds)
+        (payload,), alone, _ = there_and_back(exact, y[1:], z[1:])
     finally:
         torch.set_num_threads(before)
     assert payload == payloads[1]
@@ -327,14 +328,14 @@ def test_strips_change_nothing(name: str, codec: Codec, monkeypatch: pytest.Monk
     model = opened(name)
     exact = attach(model.entropy, calibrated(model, SIZE))
     y, z = latents_of(model, 1, SIZE)
-    payloads, expected, _ = there_and_back(exact, y, z, codec._thresholds)
+    payloads, expected, _ = there_and_back(exact, y, z)
 
     def few(function: Any, *inputs: Tensor, **options: int) -> Tensor:
         return in_strips(function, *inputs, **options | {"positions": inputs[0].shape[3]})  # type: ignore[arg-type]
 
     monkeypatch.setattr(context, "in_strips", few)
     monkeypatch.setattr(memory, "in_strips", few)
-    found, strips, _ = there_and_back(exact, y, z, codec._thresholds)
+    found, strips, _ = there_and_back(exact, y, z)
     assert found == payloads
     assert torch.equal(strips, expected)
 
@@ -348,8 +349,8 @@ def test_files_decode_in_another_process(sample: Image.Image, tmp_path: Path) ->
     assert codec.decode(data).size == (180, 120)  # compares the symbols
     (tmp_path / "image.bin").write_bytes(data)
     expected = decode(codec, [data])
-    assert [expected[0][0]] == [container.parse(data).latent_checksum]
-    assert run(OTHERS[0], [tmp_path / "image.bin"], str(path)) == expected
+    assert [expected[0][0]] == [latent_checksum_of(container.parse(data))]
+    assert run(OTHERS[0], [tmp_path / "image.bin"], str(path)).latents == expected
 
 
 def test_square_roots_of_integers() -> None:

@@ -10,6 +10,7 @@ import tracemalloc
 import warnings
 from pathlib import Path
 
+import containers
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -40,7 +41,7 @@ def packed(data: bytes) -> bytes:
 def container(
     chunks: tuple[tuple[int, bytes], ...], width: int = 60, height: int = 40, grey: bool = False
 ) -> Container:
-    return Container(1, b"abcd", 0, width, height, grey, 0, b"", chunks)
+    return containers.container(width=width, height=height, grey=grey, chunks=chunks)
 
 
 def camera_exif(

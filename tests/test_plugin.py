@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import containers
 import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageSequence, UnidentifiedImageError
 
 import hpcmref
-from hpcmref.format.container import MAGIC, Container, Tag, parse, write
+from hpcmref.format.container import MAGIC, Tag, parse, write
 from hpcmref.picture.images import open_image
 from hpcmref.plugin import _MAGIC, HpcmImageFile
 
@@ -157,7 +158,7 @@ def test_what_cannot_be_loaded_is_an_os_error(file: Path, data: bytes) -> None:
     with Image.open(file) as image:
         image.verify()
     other = parse(data)
-    file.write_bytes(write(Container(**{**vars(other), "fingerprint": b"\xde\xad\xbe\xef"})))
+    file.write_bytes(write(containers.changed(other, fingerprint=b"\xde\xad\xbe\xef")))
     with Image.open(file) as image, pytest.raises(OSError, match="deadbeef"):
         image.load()
 
@@ -173,14 +174,14 @@ def test_a_truncated_file_where_pillow_is_told_to_show_it(data: bytes, monkeypat
 
 def test_metadata_that_is_damaged_is_found_when_the_file_is_opened(data: bytes) -> None:
     other = parse(data)
-    forged = write(Container(**{**vars(other), "chunks": ((Tag.XMP, b"\xff\xff"),)}))
+    forged = write(containers.changed(other, chunks=((Tag.XMP, b"\xff\xff"),)))
     with pytest.raises(OSError, match="XMP"):
         Image.open(io.BytesIO(forged))
 
 
 def test_pillow_s_limit_of_pixels_holds() -> None:
     """A file of 40 bytes that says it has 268 megapixels is refused, as Pillow refuses it of any other format."""
-    bomb = write(Container(1, b"abcd", 0, 1 << 14, 1 << 14, False, 0, b""))
+    bomb = write(containers.container(width=1 << 14, height=1 << 14, grey=False))
     with pytest.raises(Image.DecompressionBombError):
         Image.open(io.BytesIO(bomb))
 

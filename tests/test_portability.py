@@ -1,6 +1,6 @@
 """Does every process decode the same latents, however it computes, and does a picture beyond all ranges survive?
 
-The whole matrix is `python -m hpcmref.exact.selftest FOLDER`; here is what is fast, with small pictures.
+The whole matrix is `python -m research.exactness_matrix FOLDER`; here is what is fast, with small pictures.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from containers import latent_checksum_of
 from models import TINY, latents_of, model_of
 from PIL import Image
 from test_exact import calibrated, there_and_back
@@ -22,10 +23,22 @@ from test_exact import calibrated, there_and_back
 from hpcmref.codec import Codec, load
 from hpcmref.errors import DecodeError, TruncatedError
 from hpcmref.exact import attach
-from hpcmref.exact.selftest import CONFIGURATIONS, MODES, Configuration, Latents, decode, run
+from hpcmref.exact.unchanged import Unchanged
 from hpcmref.format import container
 from hpcmref.model import context, hpcm
 from hpcmref.model.strips import in_strips
+from research.exactness_matrix import (
+    CONFIGURATIONS,
+    MODES,
+    SIZES,
+    Answer,
+    Configuration,
+    Latents,
+    decode,
+    encode,
+    run,
+    small_pictures,
+)
 
 SIDES = (192, 128)
 
@@ -62,7 +75,7 @@ def expected(codec: Codec, files: list[bytes]) -> list[Latents]:
 
 
 def test_symbols_are_those_that_were_encoded(files: list[bytes], expected: list[Latents]) -> None:
-    assert [symbols for symbols, _ in expected] == [container.parse(file).latent_checksum for file in files]
+    assert [symbols for symbols, _ in expected] == [latent_checksum_of(container.parse(file)) for file in files]
     assert len(set(expected)) == len(files)
 
 
@@ -76,6 +89,16 @@ def test_pictures_beyond_all_ranges_survive(codec: Codec, sample: Image.Image, q
 @pytest.mark.parametrize("mode", sorted(set(MODES) - {"plain", "cuda"}))
 def test_a_mode_changes_nothing(mode: str, codec: Codec, files: list[bytes], expected: list[Latents]) -> None:
     assert decode(codec, files, mode) == expected
+
+
+@pytest.mark.parametrize("mode", sorted(set(MODES) - {"cuda"}))
+def test_small_pictures_first_and_last(mode: str, codec: Codec, files: list[bytes], expected: list[Latents]) -> None:
+    """A picture of one position once changed the model in memory, and tests with large pictures did not see it."""
+    images = small_pictures()
+    written = encode(codec, images, 30, mode) + encode(codec, images[::-1], 30, mode)
+    assert decode(codec, files[:1], mode) == expected[:1]
+    assert decode(codec, written, mode) == decode(codec, written)
+    codec.latents.unchanged.check_all()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -110,7 +133,7 @@ def test_eight_threads_at_once(codec: Codec, sample: Image.Image) -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     assert decoded == [decode(codec, [data]) for data in together]
-    assert [symbols for ((symbols, _),) in decoded] == [container.parse(data).latent_checksum for data in together]
+    assert [symbols for ((symbols, _),) in decoded] == [latent_checksum_of(container.parse(data)) for data in together]
 
 
 @pytest.mark.parametrize("batch", [2, 17])  # from 16 on, PyTorch may take other kernels
@@ -122,10 +145,10 @@ def test_images_in_a_batch_and_alone(batch: int, mode: str, codec: Codec) -> Non
     if mode != "contiguous":
         exact.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with MODES[mode](codec):
-        payloads, written, read = there_and_back(exact, y, z, codec._thresholds)
+        payloads, written, read = there_and_back(exact, y, z)
         assert torch.equal(written.view(torch.int32), read.view(torch.int32))
         for index in range(0, batch, 5):
-            (payload,), alone, _ = there_and_back(exact, y[index, None], z[index, None], codec._thresholds)
+            (payload,), alone, _ = there_and_back(exact, y[index, None], z[index, None])
             assert payload == payloads[index]
             assert torch.equal(alone[0].view(torch.int32), written[index].view(torch.int32))
 
@@ -148,9 +171,10 @@ def test_strips_change_nothing(
 
 def test_what_differs_all_the_same_is_an_error(codec: Codec, files: list[bytes]) -> None:
     """A machine that computed one layer otherwise would decode symbols that fit neither checksum nor payload."""
-    bias = codec.entropy.context.adaptor_s1[0].bias
+    bias = codec.latents.entropy.context.adaptor_s1[0].bias
     before = bias.clone()
     bias *= 2
+    codec.latents.unchanged = Unchanged(codec.latents.entropy)
     said = []
     try:
         for file in files:
@@ -159,6 +183,7 @@ def test_what_differs_all_the_same_is_an_error(codec: Codec, files: list[bytes])
             said.append(str(caught.value))
     finally:
         bias.copy_(before)
+        codec.latents.unchanged = Unchanged(codec.latents.entropy)
     assert any("latents" in each for each in said), said
 
 
@@ -184,13 +209,22 @@ OTHERS = (
 
 
 @pytest.mark.parametrize("configuration", OTHERS, ids=lambda configuration: configuration.name)
-def test_another_process_decodes_the_same(
-    configuration: Configuration, files: list[bytes], expected: list[Latents], tmp_path: Path
+def test_another_process_codes_the_same(
+    configuration: Configuration, codec: Codec, files: list[bytes], expected: list[Latents], tmp_path: Path
 ) -> None:
+    """It decodes our files, and we decode those that it writes, the smallest pictures first and last."""
     paths = [tmp_path / f"{index}.bin" for index in range(len(files))]
     for path, data in zip(paths, files, strict=True):
         path.write_bytes(data)
-    assert run(configuration, paths, None) == expected
+    drawn = [tmp_path / f"{index}.png" for index in range(len(SIZES))]
+    for path, picture in zip(drawn, small_pictures(), strict=True):
+        picture.save(path)
+    answer = run(configuration, paths, None, drawn)
+    assert isinstance(answer, Answer), answer
+    assert answer.latents == expected
+    assert len(answer.files) == 2 * len(drawn)
+    for data in answer.files:
+        codec.verify(data)
 
 
 def test_a_file_of_another_machine_decodes_here(codec: Codec, sample: Image.Image, tmp_path: Path) -> None:
@@ -238,4 +272,6 @@ def test_a_gpu_and_a_cpu_decode_what_the_other_encoded(
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.benchmark = False
     assert decode(codec, there) == decode(other, there)
-    assert [symbols for symbols, _ in decode(codec, there)] == [container.parse(data).latent_checksum for data in there]
+    assert [symbols for symbols, _ in decode(codec, there)] == [
+        latent_checksum_of(container.parse(data)) for data in there
+    ]

@@ -322,7 +322,7 @@ def _cost(
     best: dict[tuple[bool, str, int], float] = {}
     memory = size = 0
     pixels = sum(image.width * image.height for image in images)
-    estimated = statistics.fmean(rate_of(codec, codec.entropy, image, quality)[0] for image in images)
+    estimated = statistics.fmean(rate_of(codec, codec.latents.entropy, image, quality)[0] for image in images)
     for index, image in enumerate(images):
         for _ in range(repeat):
             for is_plain, each in ((False, codec), (True, plain)):

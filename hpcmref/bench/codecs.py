@@ -148,9 +148,10 @@ class HpcmrefCodec:
     def decode(self, data: bytes) -> Image.Image:
         from hpcmref.format.container import parse
 
-        fingerprint = parse(data).fingerprint
+        file = parse(data)
+        fingerprint = b"" if file.learned is None else file.learned.fingerprint
         networks = [_network(model, self.device) for model in self.models]
-        return next((each for each in networks if each.fingerprint == fingerprint), networks[0]).decode(data)
+        return next((each for each in networks if each.fingerprint == fingerprint), networks[0]).decode(file)
 
 
 @functools.cache

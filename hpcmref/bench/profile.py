@@ -232,7 +232,7 @@ _MM, _INT_MM = torch.ops.aten.mm, torch.ops.aten._int_mm
 @contextlib.contextmanager
 def _watched(codec: Codec, stages: _Stages) -> Iterator[None]:
     """Every call of what belongs to a stage is booked there, while inside."""
-    model, entropy = codec.model, codec.entropy
+    model, entropy = codec.model, codec.latents.entropy
     context = entropy.context
     modules: dict[str, list[nn.Module | None]] = {
         "g_a": [model.g_a],

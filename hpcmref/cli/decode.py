@@ -14,6 +14,7 @@ from hpcmref.cli.options import Device, DeviceOption, ForceOption, JobsOption, M
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec
+    from hpcmref.format.container import Container
 
 
 def decode(
@@ -82,17 +83,18 @@ class _Decoder:
         from hpcmref.picture.images import rendered
         from hpcmref.picture.render import render
 
-        codec = self._codec(parse(content, self.allow_partial).fingerprint)
-        image = codec.decode(content, self.upto, self.allow_partial, self.max_pixels)
+        file = parse(content, self.allow_partial)
+        image = self._codec(file).decode(file, self.upto, max_pixels=self.max_pixels)
         target = None if job.is_stream else job.target
         data = render(image, "PNG") if target is None else rendered(image, target)
         return Made(data, f"{image.width}x{image.height} {image.mode}")
 
-    def _codec(self, fingerprint: bytes) -> Codec:
+    def _codec(self, file: Container) -> Codec:
         from hpcmref.codec import codec_for  # torch takes a second: not for a file that turns out to be damaged
 
+        fingerprint = b"" if file.learned is None else file.learned.fingerprint
         if fingerprint not in self._codecs:
-            self._codecs[fingerprint] = codec_for(fingerprint, self.device, self.model)
+            self._codecs[fingerprint] = codec_for(file, self.device, self.model)
         return self._codecs[fingerprint]
 
     @functools.cached_property

@@ -134,7 +134,8 @@ def _summary(job: Job, data: bytes) -> str:
     raw = pixels * (1 if container.grey else 3)
     size = len(data)
     line = f"{job.name} -> {job.target_name}: {size} bytes, {8 * size / pixels:.3f} bpp, {raw / size:.1f}:1 to raw"
-    line += f", quality {container.quality}"
+    if container.learned is not None:
+        line += f", quality {container.learned.quality}"
     if job.source is not None:
         line += f", {job.source.stat().st_size / size:.1f}:1 to the input file"
     return line

@@ -38,18 +38,28 @@ def _facts(job: Job) -> dict[str, Any]:
 
     data = job.read()
     container = parse(data)
-    return {
+    encoder, learned = container.encoder, container.learned
+    facts = {
         "file": job.name,
         "width": container.width,
         "height": container.height,
         "channels": "grey" if container.grey else "colour",
         "format": container.version,
-        "model": name_of(container.fingerprint),
-        "fingerprint": container.fingerprint.hex(),
-        "quality": container.quality,
-        "arithmetic": ARITHMETIC.get(container.arithmetic, f"number {container.arithmetic}"),
+        "coding": container.coding.name.lower(),
+        "encoder": None if container.version < 2 else f"{encoder.major}.{encoder.minor}",
+        "effort": None if container.version < 2 else encoder.effort,
+    }
+    if learned is not None:
+        facts |= {
+            "model": name_of(learned.fingerprint),
+            "fingerprint": learned.fingerprint.hex(),
+            "quality": learned.quality,
+            "arithmetic": ARITHMETIC.get(learned.arithmetic, f"number {learned.arithmetic}"),
+        }
+    return {
+        **facts,
         "size": len(data),
-        "parts": part_sizes(container),
+        "parts": part_sizes(data),
         "bits_per_pixel": 8 * len(data) / (container.width * container.height),
     }
 
@@ -58,9 +68,15 @@ def _text(facts: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {size}" for name, size in facts["parts"].items())
     lines = {
         "image": f"{facts['width']}x{facts['height']} {facts['channels']}",
-        "format": f"version {facts['format']}, arithmetic {facts['arithmetic']}",
-        "model": f"{facts['model'] or 'unknown here'} (fingerprint {facts['fingerprint']})",
-        "quality": facts["quality"],
+        "format": f"version {facts['format']}, coding {facts['coding']}",
+    }
+    if facts["encoder"] is not None:
+        lines["format"] += f", written by hpcmref {facts['encoder']} with effort {facts['effort']}"
+    if "model" in facts:
+        lines["format"] += f", arithmetic {facts['arithmetic']}"
+        lines["model"] = f"{facts['model'] or 'unknown here'} (fingerprint {facts['fingerprint']})"
+        lines["quality"] = str(facts["quality"])
+    lines |= {
         "size": f"{facts['size']} bytes ({parts})",
         "rate": f"{facts['bits_per_pixel']:.3f} bits per pixel",
     }

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hpcmref.errors import HpcmrefError
-from hpcmref.exact.selftest import images_of, machine
 from hpcmref.runtime.heap import keep_memory
+from research.exactness_matrix import images_of, machine
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec
@@ -42,7 +42,7 @@ def main(
     plain = checkpoint.model.entropy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     codec = Codec(checkpoint, path.stem, torch.device("cpu"))
     qualities = (0, 16, 32, 48, 63) if codec.model.config.qualities > 1 else (None,)
-    paths = (plain, codec.entropy)
+    paths = (plain, codec.latents.entropy)
     found = np.array(
         [[[rate_of(codec, path, image, quality or 0) for path in paths] for image in images] for quality in qualities]
     )
@@ -108,12 +108,12 @@ def time_ratios(
     codec: Codec, plain: EntropyPath, image: Image.Image, quality: int | None, repeats: int = 5
 ) -> tuple[float, float]:
     """Seconds to encode and to decode, over those with the entropy path `plain`: the best of each, tried in turns."""
-    exact = codec.entropy
+    exact = codec.latents.entropy
     best: dict[tuple[bool, str], float] = {}
     try:
         for _ in range(repeats):
             for is_exact in (True, False):
-                codec.entropy = exact if is_exact else plain
+                codec.latents.entropy = exact if is_exact else plain
                 begun = time.perf_counter()
                 data = codec.encode(image, quality)
                 encoded = time.perf_counter()
@@ -121,7 +121,7 @@ def time_ratios(
                 for name, seconds in (("encode", encoded - begun), ("decode", time.perf_counter() - encoded)):
                     best[is_exact, name] = min(seconds, best.get((is_exact, name), seconds))
     finally:
-        codec.entropy = exact
+        codec.latents.entropy = exact
     return best[True, "encode"] / best[False, "encode"], best[True, "decode"] / best[False, "decode"]
 
 

@@ -1,9 +1,9 @@
 """Which bytes make up a file? Writes and parses them, and knows nothing of images, models or arithmetic.
 
-    magic | version arithmetic flags fingerprint quality | width height | latent checksum | chunks | payload | crc32
+    magic | version | flags coding | width height | encoder | learned stream's header | chunks | payload | crc32
 
-Every accepted file has exactly one meaning and every meaning exactly one file: `write(parse(data)) == data`.
-`FORMAT.md` is the specification.
+Files of version 2 are written, those of versions 1 and 2 are read. Every accepted file has exactly one meaning, and for
+version 2 every meaning exactly one file: `write(parse(data)) == data`. `FORMAT.md` is the specification.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import struct
 import zlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import IO, Any
 
@@ -20,20 +20,42 @@ from hpcmref.errors import ConfigError, FormatError, UnsupportedError
 
 # The first byte is above 127, so that a transfer as text damages it visibly; the rest spells HPC.
 MAGIC = b"\x89HPC"
-VERSION = 1
+VERSION = 2
+"""The version that is written. Older versions are read."""
 
 MAX_SIDE = 1 << 15
 MAX_PIXELS = 1 << 28
 MAX_QUALITY = 63
 MAX_CHUNKS = 64
+CRITICAL = 128
+"""Chunks with a tag from here on change what the pixels are: a reader that does not know one refuses the file."""
 
-_FIXED = struct.Struct(
+_FIXED_1 = struct.Struct(
     "<"
-    "B"  # version
     "B"  # arithmetic
     "B"  # flags
     "4s"  # fingerprint
     "B"  # quality
+)
+_FIXED_2 = struct.Struct(
+    "<"
+    "B"  # flags
+    "B"  # coding
+)
+_ENCODER = struct.Struct(
+    "<"
+    "B"  # major version
+    "B"  # minor version
+    "B"  # effort
+)
+_LEARNED = struct.Struct(
+    "<"
+    "B"  # arithmetic
+    "4s"  # fingerprint
+    "B"  # quality
+    "H"  # checksum up to s1
+    "H"  # checksum up to s2
+    "I"  # checksum of all latents
 )
 _U32 = struct.Struct("<I")
 
@@ -41,6 +63,16 @@ _HAS_CHUNKS = 1 << 0
 _GREY = 1 << 1
 _END_OF_CHUNKS = 0
 _PIECE = 1 << 20
+
+
+class Coding(IntEnum):
+    """How the payload holds the pixels."""
+
+    LEARNED = 0
+    WEBP = 1
+    """Without loss: WebP files, see `FORMAT.md`."""
+    PNG = 2
+    """Without loss: a PNG file."""
 
 
 class Tag(IntEnum):
@@ -51,47 +83,92 @@ class Tag(IntEnum):
     XMP = 3
     ALPHA = 4
     MODE = 5
+    CICP = 6
+    IPTC = 7
+    TEXT = 8
+    RESOLUTION = 9
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What wrote the file: version of hpcmref, and effort 0..9. All zero in files of version 1, which do not say it."""
+
+    major: int = 0
+    minor: int = 0
+    effort: int = 0
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """Checksums over the decoded latents: up to the end of s1 and of s2 (16 bits; None in version 1), and of all."""
+
+    s1: int | None
+    s2: int | None
+    all: int
+
+    def of(self, scale: int) -> int | None:
+        """The checksum that covers the latents up to `scale` (1, 2 or 3), or None if the file has none."""
+        return (self.s1, self.s2, self.all)[scale - 1]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a decoder must know before it reads a learned payload.
+
+    arithmetic: number of the entropy path's arithmetic; the codec knows which numbers it can decode.
+    fingerprint: 4 bytes that name the model.
+    quality: 0..63.
+    """
+
+    arithmetic: int
+    fingerprint: bytes
+    quality: int
+    checksums: Checksums
 
 
 @dataclass(frozen=True)
 class Container:
     """What one file holds. Making one with a value that the format cannot hold raises ConfigError.
 
-    arithmetic: number of the entropy path's arithmetic; the codec knows which numbers it can decode.
-    fingerprint: 4 bytes that name the model.
-    quality: 0..63.
     width, height: pixels of the image, after orientation.
     grey: the image has one channel.
-    latent_checksum: unsigned 32 bits over the decoded latents.
-    payload: the range coder's bytes.
-    chunks: (tag 1..255, bytes) in file order, at most 64, each tag of `Tag` at most once; a reader skips the tags that
-        it does not know.
+    learned: the header of a learned payload, or None for a payload without loss.
+    payload: the bytes of the range coder, or of a lossless codec.
+    coding: how the payload holds the pixels.
+    chunks: (tag 1..255, bytes) in file order, at most 64, each tag of `Tag` at most once; a reader skips the tags below
+        CRITICAL that it does not know.
     version: of the format.
     truncated: the end of the payload is missing (see `parse`).
+    damaged: the checksum of the file does not match (see `parse`).
     """
 
-    arithmetic: int
-    fingerprint: bytes
-    quality: int
     width: int
     height: int
     grey: bool
-    latent_checksum: int
+    learned: Learned | None
     payload: bytes
+    coding: Coding = Coding.LEARNED
     chunks: tuple[tuple[int, bytes], ...] = ()
+    encoder: Encoder = Encoder()
     version: int = VERSION
     truncated: bool = False
+    damaged: bool = False
 
     def __post_init__(self) -> None:
-        _check_range("version", self.version, VERSION, VERSION)
-        _check_range("arithmetic", self.arithmetic, 0, 255)
-        _check_range("quality", self.quality, 0, MAX_QUALITY)
+        _check_range("version", self.version, 1, VERSION)
         _check_range("width", self.width, 1, MAX_SIDE)
         _check_range("height", self.height, 1, MAX_SIDE)
         _check_range("number of pixels", self.width * self.height, 1, MAX_PIXELS)
-        _check_range("latent checksum", self.latent_checksum, 0, 2**32 - 1)
-        _check_range("length of the fingerprint", len(self.fingerprint), 4, 4)
         _check_range("length of the payload", len(self.payload), 0, 2**32 - 1)
+        if (self.coding is Coding.LEARNED) != (self.learned is not None):
+            raise ConfigError(
+                f"a payload of coding {self.coding.name} and a learned stream's header do not go together"
+            )
+        if self.learned is not None:
+            self._check_learned(self.learned)
+        _check_range("encoder's major version", self.encoder.major, 0, 255)
+        _check_range("encoder's minor version", self.encoder.minor, 0, 255)
+        _check_range("effort", self.encoder.effort, 0, 9)
         for tag, content in self.chunks:
             _check_range("tag of a chunk", tag, 1, 255)
             _check_range("length of a chunk", len(content), 0, 2**32 - 1)
@@ -100,28 +177,42 @@ class Container:
         for known in Tag:
             _check_range(f"number of {known.name} chunks", tags.count(known), 0, 1)
 
+    def _check_learned(self, learned: Learned) -> None:
+        _check_range("arithmetic", learned.arithmetic, 0, 255)
+        _check_range("length of the fingerprint", len(learned.fingerprint), 4, 4)
+        _check_range("quality", learned.quality, 0, MAX_QUALITY)
+        checksums = learned.checksums
+        _check_range("latent checksum", checksums.all, 0, 2**32 - 1)
+        for each in (checksums.s1, checksums.s2):
+            if (each is None) != (self.version == 1):
+                raise ConfigError("checksums of s1 and s2 belong to version 2 of the format, and to no other")
+            _check_range("checksum of a scale", each or 0, 0, 2**16 - 1)
+
     def chunk(self, tag: Tag) -> bytes | None:
         """The content of the chunk with this tag, if there is one."""
         return next((content for each, content in self.chunks if each == tag), None)
 
 
 def write(container: Container) -> bytes:
-    """The bytes of a file."""
+    """The bytes of a file. Raises ConfigError for a container of an older version: only the newest is written."""
+    if container.version != VERSION or container.truncated or container.damaged:
+        raise ConfigError(f"only whole files of version {VERSION} are written")
     body = b"".join((_header(container), _chunks(container), _varint(len(container.payload)), container.payload))
     return MAGIC + body + _U32.pack(zlib.crc32(body))
 
 
-def part_sizes(container: Container) -> dict[str, int]:
-    """Bytes of each part of the file: header (magic and the payload's length included), chunks, payload, crc."""
-    return {
-        "header": len(MAGIC) + len(_header(container)) + len(_varint(len(container.payload))),
-        "chunks": len(_chunks(container)),
-        "payload": len(container.payload),
-        "crc": _U32.size,
-    }
+def part_sizes(data: bytes) -> dict[str, int]:
+    """Bytes of each part of a file: header (magic and the payload's length included), chunks, payload, crc.
+
+    Raises as `parse` does.
+    """
+    container = parse(data)
+    chunks, payload = len(_chunks(container)), len(container.payload)
+    header = len(data) - chunks - payload - _U32.size
+    return {"header": header, "chunks": chunks, "payload": payload, "crc": _U32.size}
 
 
-def parse(data: bytes, partial: bool = False) -> Container:
+def parse(data: bytes, partial: bool = False, damaged: bool = False) -> Container:
     """The container that was written as `data`.
 
     Raises FormatError if the bytes are not a file of this format or are damaged, and UnsupportedError if the file needs
@@ -129,16 +220,20 @@ def parse(data: bytes, partial: bool = False) -> Container:
 
     partial: accept a file that ends within its payload, as it is after an interrupted transfer; the payload is then
     what there is of it, in whole words of the range coder.
+    damaged: accept a file whose checksum does not match but whose structure does; the container then says `damaged`,
+    and nothing in it can be trusted.
     """
     if data[: len(MAGIC)] != MAGIC:
         raise FormatError("this is not an hpcmref file")
     body = data[len(MAGIC) : -_U32.size]
     if body:
         _refuse_newer(body[0])  # before the checksum: a later version may place its checksum elsewhere
-    if zlib.crc32(body).to_bytes(_U32.size, "little") != data[-_U32.size :]:
+    whole = zlib.crc32(body).to_bytes(_U32.size, "little") == data[-_U32.size :]
+    if not whole:
         if partial and (truncated := _parse_truncated(data[len(MAGIC) :])):
             return truncated
-        raise FormatError("the file is damaged or truncated: its checksum does not match")
+        if not damaged:
+            raise FormatError("the file is damaged or truncated: its checksum does not match")
 
     file = io.BytesIO(body)
     reader = _Reader(file)
@@ -146,7 +241,7 @@ def parse(data: bytes, partial: bool = False) -> Container:
     payload = reader.take(reader.varint())
     if left := len(body) - file.tell():
         raise FormatError(f"the file is damaged: {left} bytes follow the payload")
-    return _checked(fields, payload)
+    return replace(_checked(fields, payload), damaged=not whole)
 
 
 def _parse_truncated(body: bytes) -> Container | None:
@@ -173,21 +268,43 @@ def peek(file: IO[bytes]) -> Container:
 
 def _fields(reader: _Reader, skip: Collection[int]) -> dict[str, Any]:
     """What stands before the payload, as arguments of Container; chunks with a tag in `skip` come out empty."""
-    version, arithmetic, flags, fingerprint, quality = reader.unpack(_FIXED)
+    (version,) = reader.take(1)
     _refuse_newer(version)
+    return {"version": version, **(_fields_1(reader, skip) if version < 2 else _fields_2(reader, skip))}
+
+
+def _fields_1(reader: _Reader, skip: Collection[int]) -> dict[str, Any]:
+    """The fields of version 1."""
+    arithmetic, flags, fingerprint, quality = reader.unpack(_FIXED_1)
+    _check_flags(flags)
+    fields = {"grey": bool(flags & _GREY), "width": reader.varint(), "height": reader.varint()}
+    checksums = Checksums(None, None, reader.unpack(_U32)[0])
+    chunks = reader.chunks(skip) if flags & _HAS_CHUNKS else ()
+    return {**fields, "learned": Learned(arithmetic, fingerprint, quality, checksums), "chunks": chunks}
+
+
+def _fields_2(reader: _Reader, skip: Collection[int]) -> dict[str, Any]:
+    """The fields of version 2."""
+    flags, coding = reader.unpack(_FIXED_2)
+    _check_flags(flags)
+    if coding not in set(Coding):
+        raise UnsupportedError(f"the file uses coding {coding}, which this hpcmref does not know")
+    fields: dict[str, Any] = {"grey": bool(flags & _GREY), "coding": Coding(coding)}
+    fields |= {"width": reader.varint(), "height": reader.varint(), "encoder": Encoder(*reader.unpack(_ENCODER))}
+    learned = None
+    if coding == Coding.LEARNED:
+        arithmetic, fingerprint, quality, *checksums = reader.unpack(_LEARNED)
+        learned = Learned(arithmetic, fingerprint, quality, Checksums(*checksums))
+    chunks = reader.chunks(skip) if flags & _HAS_CHUNKS else ()
+    for tag, _ in chunks:
+        if tag >= CRITICAL and tag not in set(Tag):
+            raise UnsupportedError(f"the file has a chunk of tag {tag}, which this hpcmref would have to know")
+    return {**fields, "learned": learned, "chunks": chunks}
+
+
+def _check_flags(flags: int) -> None:
     if unknown := flags & ~(_HAS_CHUNKS | _GREY):
         raise UnsupportedError(f"the file uses a feature that this hpcmref does not know (flags {unknown:#04x})")
-    return {
-        "version": version,
-        "arithmetic": arithmetic,
-        "fingerprint": fingerprint,
-        "quality": quality,
-        "grey": bool(flags & _GREY),
-        "width": reader.varint(),
-        "height": reader.varint(),
-        "latent_checksum": reader.unpack(_U32)[0],
-        "chunks": reader.chunks(skip) if flags & _HAS_CHUNKS else (),
-    }
 
 
 def _refuse_newer(version: int) -> None:
@@ -209,8 +326,15 @@ def _check_range(name: str, value: int, low: int, high: int) -> None:
 
 def _header(container: Container) -> bytes:
     flags = _HAS_CHUNKS * bool(container.chunks) | _GREY * container.grey
-    fixed = _FIXED.pack(container.version, container.arithmetic, flags, container.fingerprint, container.quality)
-    return fixed + _varint(container.width) + _varint(container.height) + _U32.pack(container.latent_checksum)
+    encoder = container.encoder
+    header = bytes([container.version]) + _FIXED_2.pack(flags, container.coding)
+    header += _varint(container.width) + _varint(container.height)
+    header += _ENCODER.pack(encoder.major, encoder.minor, encoder.effort)
+    if (learned := container.learned) is not None:
+        checksums = learned.checksums
+        numbers = (learned.arithmetic, learned.fingerprint, learned.quality)
+        header += _LEARNED.pack(*numbers, checksums.s1, checksums.s2, checksums.all)
+    return header
 
 
 def _chunks(container: Container) -> bytes:

@@ -86,13 +86,20 @@ class Estimator:
 
 
 class _Checksummed:
-    """CRC-32 of the coded symbols of each image, as little-endian 16-bit numbers in coding order."""
+    """CRC-32 of the coded symbols of each image, as little-endian 16-bit numbers in coding order.
+
+    checksums: for each image a dictionary; entry `scale` covers z and all steps up to the end of s1, s2 or s3.
+    """
 
     def __init__(self, batch: int) -> None:
-        self.checksums = [0] * batch
+        self.checksums: list[dict[int, int]] = [{} for _ in range(batch)]
+        self._running = [0] * batch
 
-    def _add(self, image: int, symbols: np.ndarray) -> None:
-        self.checksums[image] = zlib.crc32(symbols.astype("<i2").tobytes(), self.checksums[image])
+    def _add(self, image: int, step: Step | None, symbols: np.ndarray) -> None:
+        crc = zlib.crc32(symbols.astype("<i2").tobytes(), self._running[image])
+        self._running[image] = crc
+        if step is not None:
+            self.checksums[image][step.scale] = crc
 
 
 class SymbolWriter(_Checksummed):
@@ -106,20 +113,21 @@ class SymbolWriter(_Checksummed):
         self._target = _Target(y, z)
         self._thresholds = thresholds
         self._sinks = sinks
-        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._parts: list[tuple[Step | None, Tensor, Tensor]] = []
 
     def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
         """See Coder."""
         symbols = quantise(self._target.of(step) - means)
-        self._parts.append((symbols.to(torch.int16), scale_index(scales, self._thresholds).to(torch.uint8)))
+        rows = scale_index(scales, self._thresholds)
+        self._parts.append((step, symbols.to(torch.int16), rows.to(torch.uint8)))
         return symbols + means
 
     def finish(self) -> None:
         """Hand over what was coded, after the last step."""
-        for symbols, rows in self._parts:
+        for step, symbols, rows in self._parts:
             for image, sink in enumerate(self._sinks):
                 flat = _flat(symbols[image])
-                self._add(image, flat)
+                self._add(image, step, flat)
                 sink.put(flat, _flat(rows[image]))
         self._parts.clear()
 
@@ -141,7 +149,7 @@ class SymbolReader(_Checksummed):
         images = []
         for image, source in enumerate(self._sources):
             flat = source.get(_flat(rows[image]))
-            self._add(image, flat)
+            self._add(image, step, flat)
             images.append(torch.from_numpy(flat))
         return torch.stack(images).view(means.shape).to(means) + means
 

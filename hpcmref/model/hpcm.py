@@ -39,6 +39,8 @@ class EntropyPath(nn.Module):
     def __init__(self, config: HPCMConfig) -> None:
         super().__init__()
         self.N = config.N
+        self.symbols_per_position = config.N + 16 * config.M
+        """Symbols of z and y for every position of z."""
         self.halo = hyper_halo(config)
         self.means_hyper = RateTable(torch.zeros(config.anchors), config.N)
         self.scales_hyper = RateTable(torch.ones(config.anchors), config.N)

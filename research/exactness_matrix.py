@@ -1,12 +1,14 @@
-"""Do other processes decode the same latents? `python -m hpcmref.exact.selftest FOLDER` tries all that a machine can.
+"""Does every way to compute code and decode the same latents? `python -m research.exactness_matrix FOLDER`.
 
-One process encodes the images of a folder. Then one process after the other, each made to compute differently (other
-instruction sets, threads, kernels, precision modes, batches, a GPU), decodes the files and hashes what it decoded: the
-symbols, and the bits of y_hat.
+One process encodes the images of a folder and a set of small pictures of awkward sizes, the smallest first. Then one
+process after the other, each made to compute differently (other instruction sets, threads, kernels, precision modes,
+batches, a GPU), decodes all files and encodes all pictures, in two orders. Every decoded y_hat must have the same bits,
+every file that such a process writes must decode in the first process, and no process may change its model.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -19,18 +21,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from hpcmref.codec import Codec, load
 from hpcmref.errors import HpcmrefError
-
-if TYPE_CHECKING:
-    from hpcmref.codec import Codec
+from hpcmref.format.container import Container, parse
+from hpcmref.latents import LatentCodec
+from hpcmref.model.hpcm import STRIDE
 
 Latents = tuple[int, int]
 """CRC-32 of an image's symbols, and of the bits of its y_hat (float32, with positive zeros)."""
@@ -65,6 +69,7 @@ CONFIGURATIONS = (
     Configuration("denormals flushed to zero", mode="no denormals"),
     Configuration("all images of a size in one batch", mode="batch"),
     Configuration("in one batch, without oneDNN", mode="batch without oneDNN"),
+    Configuration("the fallback kernels of a PyTorch without oneDNN", mode="fallback kernels"),
 )
 
 ON_A_GPU = Configuration("CUDA", mode="cuda")
@@ -99,12 +104,24 @@ def _without_onednn(codec: Codec) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _fallback_kernels(codec: Codec) -> Iterator[None]:
+    """As in a PyTorch that was built without oneDNN."""
+    available = torch.backends.mkldnn.is_available
+    torch.backends.mkldnn.is_available = lambda: False
+    try:
+        with _without_onednn(codec):
+            yield
+    finally:
+        torch.backends.mkldnn.is_available = available
+
+
+@contextlib.contextmanager
 def _contiguous(codec: Codec) -> Iterator[None]:
-    codec.entropy.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    codec.latents.entropy.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     try:
         yield
     finally:
-        codec.entropy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        codec.latents.entropy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _nothing(codec: Codec) -> AbstractContextManager[None]:
@@ -118,6 +135,7 @@ MODES: dict[str, Callable[[Codec], AbstractContextManager[Any]]] = {
     "contiguous": _contiguous,
     "without oneDNN": _without_onednn,
     "batch without oneDNN": _without_onednn,
+    "fallback kernels": _fallback_kernels,
     "autocast": lambda codec: torch.autocast(codec.device.type, torch.bfloat16),
     "medium precision": _medium_precision,
     "no denormals": _no_denormals,
@@ -125,69 +143,111 @@ MODES: dict[str, Callable[[Codec], AbstractContextManager[Any]]] = {
 """What surrounds decoding. Those named "batch..." decode all files of a size at once, "cuda" on a GPU."""
 
 
+SIZES = ((1, 1), (7, 33), (64, 64), (65, 63), (64, 200), (300, 200))
+"""Width and height of the small pictures, in the order in which they are coded; then in the opposite one."""
+
+
+def small_pictures() -> list[Image.Image]:
+    """One picture of each of SIZES: waves and noise, in colour."""
+    random = np.random.RandomState(0)
+    pictures = []
+    for width, height in SIZES:
+        y, x = np.mgrid[:height, :width]
+        planes = np.dstack([128 + 90 * np.sin(x / 9), 128 + 90 * np.cos(y / 7), (3 * x + 2 * y) % 256])
+        noisy = planes + random.uniform(-20, 20, planes.shape)
+        pictures.append(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)))
+    return pictures
+
+
 def decode(codec: Codec, files: Sequence[bytes], mode: str = "plain") -> list[Latents]:
-    """The latents of files of one model, in a mode of MODES."""
+    """The latents of files of one model, in a mode of MODES. Raises an HpcmrefError if they do not verify."""
     groups = [[index] for index in range(len(files))]
     if mode.startswith("batch"):
-        shapes = [_shape(file) for file in files]
+        shapes = [_shape(parse(file)) for file in files]
         groups = [[index for index, each in enumerate(shapes) if each == shape] for shape in sorted(set(shapes))]
     found: dict[int, Latents] = {}
     with MODES[mode](codec):
         for group in groups:
-            latents, _ = y_hat_of(codec, [files[index] for index in group])
+            latents = latents_of(codec.latents, [files[index] for index in group])
             found |= dict(zip(group, latents, strict=True))
     return [found[index] for index in range(len(files))]
 
 
-def y_hat_of(codec: Codec, files: Sequence[bytes]) -> tuple[list[Latents], torch.Tensor]:
-    """Decode files of one size and quality in one batch: what `decode` returns, and y_hat (B, M, h, w)."""
-    from hpcmref.exact import exactly
-    from hpcmref.format import container
-    from hpcmref.format.rangecoder import SymbolDecoder
-    from hpcmref.model.coders import SymbolReader
-
-    quality, *size = _shape(files[0])
-    config = codec.model.config
-    symbols = size[0] * size[1] * (config.N + 16 * config.M)
-    sources = [SymbolDecoder(container.parse(file).payload, symbols) for file in files]
-    reader = SymbolReader(codec._thresholds, sources)
-    with torch.inference_mode(), exactly(codec.device):
-        rate = torch.full((len(files),), float(quality), device=codec.device)
-        y_hat = codec.entropy(rate, (size[0], size[1]), reader) + 0.0  # -0 becomes 0
+def latents_of(codec: LatentCodec, files: Sequence[bytes]) -> list[Latents]:
+    """Decode files of one size and quality in one batch."""
+    parsed = [parse(file) for file in files]
+    quality, rows, columns = _shape(parsed[0])
+    checksums = [file.learned.checksums for file in parsed if file.learned is not None]
+    y_hat = codec.decompress([file.payload for file in parsed], checksums, (rows, columns), quality) + 0.0  # no -0
+    codec.unchanged.check_all()
     hashes = [zlib.crc32(image.cpu().contiguous().numpy().tobytes()) for image in y_hat]
-    return list(zip(reader.checksums, hashes, strict=True)), y_hat
+    return list(zip((each.all for each in checksums), hashes, strict=True))
 
 
-def _shape(file: bytes) -> tuple[int, int, int]:
+def _shape(file: Container) -> tuple[int, int, int]:
     """Quality, rows and columns of z."""
-    from hpcmref.format import container
-
-    header = container.parse(file)
-    return header.quality, -(-header.height // 64), -(-header.width // 64)
+    assert file.learned is not None
+    return file.learned.quality, -(-file.height // STRIDE), -(-file.width // STRIDE)
 
 
-def run(configuration: Configuration, files: Sequence[Path], model: str | None) -> list[Latents] | str:
-    """The latents of files, decoded by a process of its own; or the last line of what it said when it failed."""
-    request = {"files": [str(file) for file in files], "mode": configuration.mode, "model": model}
+def encode(codec: Codec, images: Sequence[Image.Image], quality: int | None, mode: str = "plain") -> list[bytes]:
+    """The files of images, in a mode of MODES; raises ModelChangedError if the model changes."""
+    files = []
+    with MODES[mode](codec):
+        for image in images:
+            files.append(codec.encode(image, quality))
+            codec.latents.unchanged.check_all()
+    return files
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a process of the matrix found: latents of the files that it was given, and files of the same pictures."""
+
+    latents: list[Latents]
+    files: list[bytes]
+
+
+def run(
+    configuration: Configuration, files: Sequence[Path], model: str | None, images: Sequence[Path] = ()
+) -> Answer | str:
+    """Decode files and encode images in a process of its own; or the last line of what it said when it failed."""
+    request = {
+        "files": [str(file) for file in files],
+        "images": [str(image) for image in images],
+        "mode": configuration.mode,
+        "model": model,
+    }
     process = subprocess.run(
-        [sys.executable, "-c", "from hpcmref.exact.selftest import work; work()"],
+        [sys.executable, "-c", "from research.exactness_matrix import work; work()"],
         input=json.dumps(request),
+        cwd=Path(__file__).parent.parent,
         env=os.environ | configuration.environment,
         capture_output=True,
         text=True,
     )
     if process.returncode:
         return (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-    return [(symbols, y_hat) for symbols, y_hat in json.loads(process.stdout)]
+    answer = json.loads(process.stdout)
+    latents = [(symbols, y_hat) for symbols, y_hat in answer["latents"]]
+    return Answer(latents, [base64.b64decode(file) for file in answer["files"]])
 
 
 def work() -> None:
-    """What the process of `run` does: a request on stdin, latents on stdout."""
-    from hpcmref.codec import load
-
+    """What the process of `run` does: a request on standard input, an answer on standard output."""
     request = json.load(sys.stdin)
-    codec = load(request["model"], "cuda" if request["mode"] == "cuda" else "cpu")
-    print(json.dumps(decode(codec, [Path(file).read_bytes() for file in request["files"]], request["mode"])))
+    mode = request["mode"]
+    codec = load(request["model"], "cuda" if mode == "cuda" else "cpu")
+    files = [Path(file).read_bytes() for file in request["files"]]
+    images = [Image.open(image) for image in request["images"]]
+    encoded = encode(codec, images, None, mode)
+    latents = decode(codec, files, mode)
+    backwards = encode(codec, images[::-1], None, mode)[::-1]
+    latents_backwards = decode(codec, files[::-1], mode)[::-1]
+    if latents != latents_backwards:
+        sys.exit("the order of the files changes their latents")
+    answer = [base64.b64encode(file).decode() for file in (*encoded, *backwards)]
+    print(json.dumps({"latents": latents, "files": answer}))
 
 
 def main(
@@ -198,33 +258,43 @@ def main(
     crop: Annotated[int | None, typer.Option(help="Use only the middle of each image, so many pixels a side.")] = None,
 ) -> None:
     """Decode the images of a folder in every configuration; exit code 1 if any image differs."""
-    from hpcmref.codec import load
-    from hpcmref.format.container import parse
-
-    images = images_of(folder, limit, crop)
+    images = [*small_pictures(), *images_of(folder, limit, crop)]
     console = Console()
     codec = load(model, "cpu")
     with tempfile.TemporaryDirectory() as temporary:
-        files = []
+        files, pictures = [], []
         for number, image in enumerate(images):
-            files.append(Path(temporary, f"{number}.bin"))
+            files.append(Path(temporary, f"{number}.hpcm"))
             files[-1].write_bytes(codec.encode(image, quality))
+            if number < len(SIZES):
+                pictures.append(Path(temporary, f"{number}.png"))
+                image.save(pictures[-1])
         expected = decode(codec, [file.read_bytes() for file in files])
-        passed = [symbols for symbols, _ in expected] == [parse(file.read_bytes()).latent_checksum for file in files]
-        table = Table("configuration of the decoder", "images equal", "seconds", title=f"{codec.name}, {machine()}")
+        passed = True
+        table = Table("configuration", "files equal", "its files decode", "seconds", title=f"{codec.name}, {machine()}")
         for configuration in (*CONFIGURATIONS, *([ON_A_GPU] if torch.cuda.is_available() else [])):
             begun = time.monotonic()
-            found = run(configuration, files, model)
+            found = run(configuration, files, model, pictures)
             if isinstance(found, str):
-                equal, passed = f"refused: {found}", False
+                equal, readable, passed = f"refused: {found}", "", False
             else:
-                same = sum(map(lambda one, other: one == other, found, expected))
-                equal, passed = f"{same} / {len(expected)}", passed and same == len(expected)
-            console.print(f"{configuration.name}: {equal}", style="dim", soft_wrap=True)
-            table.add_row(configuration.name, equal, f"{time.monotonic() - begun:.1f}")
+                same = sum(map(lambda one, other: one == other, found.latents, expected))
+                good = sum(_decodes(codec, file) for file in found.files)
+                equal, readable = f"{same} / {len(expected)}", f"{good} / {len(found.files)}"
+                passed &= same == len(expected) and good == len(found.files)
+            console.print(f"{configuration.name}: {equal}, {readable}", style="dim", soft_wrap=True)
+            table.add_row(configuration.name, equal, readable, f"{time.monotonic() - begun:.1f}")
     console.print(table)
     if not passed:
         raise typer.Exit(1)
+
+
+def _decodes(codec: Codec, file: bytes) -> bool:
+    try:
+        codec.verify(file)
+    except HpcmrefError:
+        return False
+    return True
 
 
 def images_of(folder: Path, limit: int | None = None, crop: int | None = None) -> list[Image.Image]:
