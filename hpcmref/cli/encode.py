@@ -54,6 +54,12 @@ def encode(
     psnr: Annotated[
         float | None, typer.Option("--psnr", help="Instead of -q: the smallest file of at least so many dB.")
     ] = None,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Instead of -q: keep every pixel exactly, invisible ones too.")
+    ] = False,
+    keep_invisible: Annotated[
+        bool, typer.Option("--keep-invisible", help="Keep the colours under transparent pixels instead of smooth ones.")
+    ] = False,
     strip: Annotated[bool, typer.Option("--strip", help="Leave out the ICC profile, EXIF and XMP data.")] = False,
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
@@ -68,8 +74,8 @@ def encode(
         raise typer.BadParameter("--force replaces what --resume keeps.")
     target: dict[str, Any] = {"bpp": bpp, "size": size and parse_size(size), "psnr": psnr}
     target = {name: value for name, value in target.items() if value is not None}
-    if len(target) + (quality is not None) > 1:
-        raise typer.BadParameter("only one of -q, --bpp, --size and --psnr can decide the quality.")
+    if len(target) + (quality is not None) + lossless > 1:
+        raise typer.BadParameter("only one of -q, --bpp, --size, --psnr and --lossless can decide the quality.")
 
     def prepare(job: Job) -> bytes:
         job.make_room(force)
@@ -85,7 +91,15 @@ def encode(
     planned = plan(images, output, IMAGE_SUFFIXES, ENCODED_SUFFIX)
     if resume:  # what is there is whole, because files appear complete or not at all
         planned = [job for job in planned if job.target is None or not job.target.is_file()]
-    run_spread(planned, prepare, _Encoder(model, device.value, quality, target, strip), finish, quiet, jobs, ray)
+    run_spread(
+        planned,
+        prepare,
+        _Encoder(model, device.value, quality, target, strip, lossless, keep_invisible),
+        finish,
+        quiet,
+        jobs,
+        ray,
+    )
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,8 @@ class _Encoder:
     quality: int | None
     target: dict[str, Any]
     strip: bool
+    lossless: bool = False
+    keep_invisible: bool = False
 
     def __call__(self, job: Job, content: bytes) -> Made:
         from hpcmref.picture import images
@@ -106,9 +122,13 @@ class _Encoder:
         image = images.open_image(file)
         if self.strip:
             image = images.strip(image)
+        if self.lossless:
+            from hpcmref.lossless import encode
+
+            return Made(encode(image))
         if self.target:
-            return Made(self._codec.encode_to(image, **self.target))
-        return Made(self._codec.encode(image, self.quality))
+            return Made(self._codec.encode_to(image, **self.target, keep_invisible=self.keep_invisible))
+        return Made(self._codec.encode(image, self.quality, keep_invisible=self.keep_invisible))
 
     @functools.cached_property
     def _codec(self) -> Codec:
@@ -136,6 +156,8 @@ def _summary(job: Job, data: bytes) -> str:
     line = f"{job.name} -> {job.target_name}: {size} bytes, {8 * size / pixels:.3f} bpp, {raw / size:.1f}:1 to raw"
     if container.learned is not None:
         line += f", quality {container.learned.quality}"
+    else:
+        line += ", lossless"
     if job.source is not None:
         line += f", {job.source.stat().st_size / size:.1f}:1 to the input file"
     return line
