@@ -321,6 +321,11 @@ def test_only_the_first_frame_is_used_and_the_user_is_told(tmp_path: Path) -> No
         with pytest.warns(UserWarning, match="first frame of .*frames"):
             pixels, _ = pixels_of(open_image(path))
         np.testing.assert_array_equal(pixels, COLOUR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            np.testing.assert_array_equal(pixels_of(open_image(path, 2))[0], 255 - COLOUR)
+        with pytest.raises(ImageError, match="has 2 frames, and no frame 3"):
+            open_image(path, 3)
 
 
 def test_an_image_larger_than_pillow_would_allow_is_ours_to_judge() -> None:

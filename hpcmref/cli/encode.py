@@ -54,6 +54,9 @@ def encode(
     psnr: Annotated[
         float | None, typer.Option("--psnr", help="Instead of -q: the smallest file of at least so many dB.")
     ] = None,
+    frame: Annotated[
+        int | None, typer.Option("--frame", metavar="N", min=1, help="Encode this frame or page, counted from 1.")
+    ] = None,
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Instead of -q: keep every pixel exactly, invisible ones too.")
     ] = False,
@@ -94,7 +97,7 @@ def encode(
     run_spread(
         planned,
         prepare,
-        _Encoder(model, device.value, quality, target, strip, lossless, keep_invisible),
+        _Encoder(model, device.value, quality, target, strip, lossless, keep_invisible, frame),
         finish,
         quiet,
         jobs,
@@ -113,13 +116,14 @@ class _Encoder:
     strip: bool
     lossless: bool = False
     keep_invisible: bool = False
+    frame: int | None = None
 
     def __call__(self, job: Job, content: bytes) -> Made:
         from hpcmref.picture import images
 
         file = io.BytesIO(content)
         file.name = job.name
-        image = images.open_image(file)
+        image = images.open_image(file, self.frame or 1)
         if self.strip:
             image = images.strip(image)
         if self.lossless:

@@ -91,18 +91,20 @@ _TURNS = {
 _pillow_limit = threading.Lock()
 
 
-def open_image(source: Path | BinaryIO) -> Image.Image:
-    """The first frame of an image file, with its pixels decoded and the file closed.
+def open_image(source: Path | BinaryIO, frame: int = 1) -> Image.Image:
+    """One frame or page of an image file, with its pixels decoded and the file closed.
 
-    Warns if there are more frames. Raises ImageError if the file cannot be read, is no image, is damaged, or has more
+    frame: its number, from 1. Warns of the frames that are left out.
+
+    Raises ImageError if the file cannot be read, is no image, is damaged, or has more
     than MAX_PIXELS pixels or a side above MAX_SIDE; the latter before any pixel is decoded.
     """
     name = str(source) if isinstance(source, Path) else getattr(source, "name", "the image")
     try:
         if isinstance(source, Path):
             with source.open("rb") as file:
-                return _first_frame(file, name)
-        return _first_frame(source, name)
+                return _frame(file, name, frame)
+        return _frame(source, name, frame)
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -226,27 +228,38 @@ def save_image(image: Image.Image, path: Path) -> None:
     atomic_write(path, rendered(image, path))
 
 
-def _first_frame(file: BinaryIO, name: str) -> Image.Image:
+def _frame(file: BinaryIO, name: str, frame: int) -> Image.Image:
     file, image = _opened(file, name)
-    if min(image.size) < 1 or max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
-        raise ImageError(
-            f"{name} has {image.width} x {image.height} pixels; "
-            f"the limits are {MAX_SIDE} pixels a side and {MAX_PIXELS} in all"
-        )
+    _check_size(image, name)
     # The later images of an MPO are thumbnails and gain maps that cameras append to a JPEG, not frames.
-    if getattr(image, "is_animated", False) and image.format != "MPO":
-        _warn(f"only the first frame of {name} is used")
+    frames = getattr(image, "n_frames", 1)
+    if not 1 <= frame <= frames:
+        raise ImageError(f"{name} has {frames} frame{'s' * (frames > 1)}, and no frame {frame}")
+    if frame > 1:
+        image.seek(frame - 1)
+        _check_size(image, name)
+    elif frames > 1 and image.format != "MPO":
+        _warn(f"only the first frame of {name} is used; {frames - 1} more are left out")
     # Pillow has no mode for colours of 16 bits and drops the lower 8 while it reads them.
     if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not is_wide(image):
         _warn(f"{name} has 16 bits a channel, and 8 are kept")
     image = keyed(image, file)
     image.load()
+    _note_colour_space(image, file)
     found = _exif(image)
     if image.format == "TIFF":  # which reads EXIF from the file, which is closed soon; Pillow remembers it
         for directory in exif.DIRECTORIES:
             with contextlib.suppress(Exception):  # damaged; the rest may be of use
                 found.get_ifd(directory)
     return image
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    if min(image.size) < 1 or max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
+        raise ImageError(
+            f"{name} has {image.width} x {image.height} pixels; "
+            f"the limits are {MAX_SIDE} pixels a side and {MAX_PIXELS} in all"
+        )
 
 
 def _opened(file: BinaryIO, name: str) -> tuple[BinaryIO, Image.Image]:
@@ -277,6 +290,36 @@ def _without_text(png: bytes) -> bytes:
             parts.append(png[position:end])
         position = end
     return b"".join(parts)
+
+
+def _note_colour_space(image: Image.Image, file: BinaryIO) -> None:
+    """Put the cICP chunk of a PNG file into `info`, where Pillow does not, and warn of what says otherwise what the
+    numbers of the image mean and is not kept.
+    """
+    if image.format != "PNG":
+        if b"hdrgm:" in (image.info.get("xmp") or b""):
+            _warn("its gain map is not kept: the picture is that of a screen without HDR")
+        return
+    file.seek(8)
+    while len(head := file.read(8)) == 8 and (length := int.from_bytes(head[:4], "big")) < 1 << 31:
+        if head[4:] in (b"IDAT", b"IEND"):
+            break
+        if head[4:] == b"cICP" and length == 4:
+            image.info["cicp"] = file.read(4)
+            file.seek(4, io.SEEK_CUR)
+        else:
+            file.seek(length + 4, io.SEEK_CUR)
+    # In PNG cICP and ICC profiles overrule both, and sRGB says what is assumed without any of them.
+    if not {"cicp", "icc_profile", "srgb"} & set(image.info):
+        gamma, primaries = image.info.get("gamma"), image.info.get("chromaticity")
+        if (gamma and abs(gamma - 0.45455) > 0.002) or (primaries and not _is_srgb(primaries)):
+            _warn("its gAMA and cHRM chunks, which say that its colours are not sRGB, are not kept")
+
+
+def _is_srgb(chromaticity: tuple[float, ...]) -> bool:
+    """White, red, green and blue (x, y) are those of sRGB."""
+    srgb = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+    return all(abs(a - b) < 0.002 for a, b in zip(chromaticity, srgb, strict=False))
 
 
 def _formats() -> list[str]:
@@ -366,7 +409,9 @@ def _metadata(image: Image.Image) -> Extras:
     icc, xmp = (_bounded(image.info.get(name), name) for name in ("icc_profile", "xmp"))
     if xmp is not None:
         xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
-    return Extras(icc=icc, exif=_bounded(_upright_exif(image), "exif"), xmp=xmp)
+    cicp = image.info.get("cicp")
+    cicp = cicp if isinstance(cicp, bytes) and len(cicp) == 4 else None
+    return Extras(icc=icc, exif=_bounded(_upright_exif(image), "exif"), xmp=xmp, cicp=cicp)
 
 
 def _bounded(content: Any, name: str) -> bytes | None:

@@ -35,6 +35,7 @@ class Extras:
 
     alpha: (H, W) uint8, or None.
     mode: a key of RESTORED, or None if colours and alpha tell the mode: L, LA, RGB or RGBA.
+    cicp: 4 bytes as in PNG's chunk cICP (primaries, transfer function, matrix, full range; ITU-T H.273), or None.
     icc, exif, xmp: as their standards say, EXIF without "Exif\\0\\0"; None, or 1 byte to MAX_METADATA.
     """
 
@@ -43,6 +44,7 @@ class Extras:
     icc: bytes | None = None
     exif: bytes | None = None
     xmp: bytes | None = None
+    cicp: bytes | None = None
 
     def chunks(self) -> tuple[tuple[int, bytes], ...]:
         """The chunks that hold this, by ascending tag."""
@@ -54,12 +56,15 @@ class Extras:
             found.append((Tag.ALPHA, pack_alpha(self.alpha)))
         if self.mode is not None:
             found.append((Tag.MODE, bytes([RESTORED[self.mode]])))
+        if self.cicp is not None:
+            found.append((Tag.CICP, self.cicp))
         return tuple(found)
 
 
 def extras_of(file: Container) -> Extras:
     """What the chunks of a file hold. Raises FormatError if they are damaged, or do not go with the image."""
     mode = mode_of(file).replace("RGBA", "RGB") if file.chunk(Tag.MODE) is not None else None
+    mode = mode if mode in RESTORED and (mode != "RGB" or file.grey) else None
     alpha = file.chunk(Tag.ALPHA)
     return replace(
         metadata_of(file),
@@ -69,12 +74,14 @@ def extras_of(file: Container) -> Extras:
 
 
 def metadata_of(file: Container) -> Extras:
-    """ICC, EXIF and XMP data of a file. Raises FormatError if they are damaged."""
+    """ICC, EXIF, XMP and cICP data of a file. Raises FormatError if they are damaged."""
     metadata: dict[str, Any] = {}
     for name, tag in _METADATA:
         packed = file.chunk(tag)
         metadata[name] = None if packed is None else _unpack(packed, MAX_METADATA, name.upper())
-    return Extras(**metadata)
+    if (cicp := file.chunk(Tag.CICP)) is not None and len(cicp) != 4:
+        raise FormatError(f"the file is damaged: its CICP data has {len(cicp)} bytes, not 4")
+    return Extras(**metadata, cicp=cicp)
 
 
 def mode_of(file: Container) -> str:
@@ -88,6 +95,8 @@ def mode_of(file: Container) -> str:
     for mode, number in RESTORED.items():
         if content == bytes([number]) and base == ("RGB" if mode == "CMYK" else "L") and mode != "RGB":
             return mode
+    if file.version > 1 and len(content) == 1 and content[0] not in RESTORED.values():
+        return base  # of a later version, which says only how to present the image
     raise FormatError(f"the file is damaged: its mode {content[:8].hex()} does not go with {base}")
 
 
@@ -97,6 +106,7 @@ def info_of(extras: Extras) -> dict[str, Any]:
         "icc_profile": extras.icc,
         "exif": None if extras.exif is None else PREFIX + extras.exif,
         "xmp": extras.xmp,
+        "cicp": extras.cicp,
     }
     return {name: content for name, content in info.items() if content is not None}
 

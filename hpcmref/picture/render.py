@@ -27,7 +27,7 @@ _MODES = {
     "TIFF": {"1", "L", "LA", "I;16", "RGB", "RGBA", "CMYK"},
     "PPM": {"1", "L", "I;16", "RGB"},
 }
-_NAMES = {"icc_profile": "ICC profile", "exif": "EXIF data", "xmp": "XMP data"}
+_NAMES = {"icc_profile": "ICC profile", "exif": "EXIF data", "xmp": "XMP data", "cicp": "cICP data"}
 _JPEG_SEGMENT = 65533
 _XMP_HEADER = 29
 
@@ -86,7 +86,7 @@ def _items(image: Image.Image, form: str) -> dict[str, bytes]:
 
 
 def _has_room(form: str, mode: str, name: str, content: bytes) -> bool:
-    if form == "PPM" or (name == "icc_profile" and _is_foreign(content, mode)):
+    if form == "PPM" or (name == "cicp" and form != "PNG") or (name == "icc_profile" and _is_foreign(content, mode)):
         return False
     limits = {"exif": _JPEG_SEGMENT, "xmp": _JPEG_SEGMENT - _XMP_HEADER}
     return form != "JPEG" or len(content) <= limits.get(name, len(content))
@@ -106,9 +106,12 @@ def _metadata_options(form: str, items: dict[str, bytes]) -> dict[str, Any]:
         return {**options, "exif": directory} if directory else options
     if tags:
         options["exif"] = tags
-    if xmp and form == "PNG":
+    if form == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add_itxt("XML:com.adobe.xmp", _text(xmp))
+        if xmp:
+            options["pnginfo"].add_itxt("XML:com.adobe.xmp", _text(xmp))
+        if "cicp" in items:
+            options["pnginfo"].add(b"cICP", items["cicp"])
     elif xmp:
         options["xmp"] = xmp
     return options
