@@ -22,7 +22,7 @@ from hpcmref.cli import app
 from hpcmref.errors import FormatError, ImageError
 from hpcmref.format.container import Container, Tag, parse, write
 from hpcmref.picture import exif
-from hpcmref.picture.images import image_of, open_image, picture_of, save_image
+from hpcmref.picture.images import image_of, open_image, picture_of, save_image, strip_only
 from hpcmref.picture.metadata import MAX_METADATA, RESTORED, Extras, extras_of, mode_of, pack_alpha, unpack_alpha
 from hpcmref.picture.render import render
 
@@ -533,6 +533,37 @@ def test_other_colour_spaces_are_not_dropped_in_silence() -> None:
             warnings.simplefilter("always")
             open_image(file)
         assert [("gAMA" in str(each.message)) for each in caught] == [True] * (not quiet)
+
+
+def test_only_the_location_is_left_out() -> None:
+    """The GPS directory, the maker note and GPS in XMP go, bytes and all; camera and date stay."""
+    tags = Image.Exif()
+    tags[0x010F] = "Maker"
+    tags._ifds[0x8825] = {1: "N", 2: (48.0, 51.0, 29.0), 29: "2020:02:29"}
+    tags._ifds[0x8769] = {0x9003: "2020:02:29 12:00:00", 0x927C: b"a note of the maker: secret place"}
+    file = io.BytesIO()
+    xmp = (
+        b'<x:xmpmeta><rdf:Description exif:GPSLatitude="48,51N" dc:title="t"><exif:GPSLongitude>2E</exif:GPSLongitude>'
+    )
+    Image.fromarray(COLOUR).save(file, "JPEG", exif=tags, xmp=xmp, icc_profile=SRGB)
+    assert b"secret" in file.getvalue()
+    extras = picture_of(strip_only(open_image(file), ["location"])).extras
+    assert extras.exif is not None
+    assert extras.xmp == b'<x:xmpmeta><rdf:Description dc:title="t">'
+    assert extras.icc == SRGB
+    assert not any(each in extras.exif for each in (b"secret", b"2020:02:29\0", b"\x25\x88", b"\x88\x25"))
+    again = Image.Exif()
+    again.load(extras.exif)
+    assert (again[0x010F], again.get_ifd(0x8825)) == ("Maker", {})
+    assert again.get_ifd(0x8769) == {0x9003: "2020:02:29 12:00:00"}
+    gone = picture_of(strip_only(open_image(file), ["exif", "icc"])).extras
+    assert (gone.exif, gone.icc, gone.xmp) == (None, None, xmp)
+    image = Image.fromarray(COLOUR)
+    image.info.update(xmp=xmp.decode().encode("utf-16"), exif=b"II*\0\xff\xff\xff\xff")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unsure = picture_of(strip_only(image, ["location"])).extras
+    assert (unsure.xmp, unsure.exif) == (None, None)
 
 
 def test_an_image_that_cannot_be_written_has_no_second_chance() -> None:

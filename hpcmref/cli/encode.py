@@ -64,6 +64,10 @@ def encode(
         bool, typer.Option("--keep-invisible", help="Keep the colours under transparent pixels instead of smooth ones.")
     ] = False,
     strip: Annotated[bool, typer.Option("--strip", help="Leave out the ICC profile, EXIF and XMP data.")] = False,
+    strip_only: Annotated[
+        str | None,
+        typer.Option("--strip-only", metavar="PARTS", help="Leave out some of: location,exif,xmp,icc."),
+    ] = None,
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     force: ForceOption = False,
@@ -75,6 +79,7 @@ def encode(
     """Encode images to small files."""
     if force and resume:
         raise typer.BadParameter("--force replaces what --resume keeps.")
+    parts = parse_parts(strip_only) if strip_only is not None else ()
     target: dict[str, Any] = {"bpp": bpp, "size": size and parse_size(size), "psnr": psnr}
     target = {name: value for name, value in target.items() if value is not None}
     if len(target) + (quality is not None) + lossless > 1:
@@ -97,7 +102,7 @@ def encode(
     run_spread(
         planned,
         prepare,
-        _Encoder(model, device.value, quality, target, strip, lossless, keep_invisible, frame),
+        _Encoder(model, device.value, quality, target, strip, lossless, keep_invisible, frame, parts),
         finish,
         quiet,
         jobs,
@@ -117,6 +122,7 @@ class _Encoder:
     lossless: bool = False
     keep_invisible: bool = False
     frame: int | None = None
+    strip_only: tuple[str, ...] = ()
 
     def __call__(self, job: Job, content: bytes) -> Made:
         from hpcmref.picture import images
@@ -126,6 +132,8 @@ class _Encoder:
         image = images.open_image(file, self.frame or 1)
         if self.strip:
             image = images.strip(image)
+        elif self.strip_only:
+            image = images.strip_only(image, self.strip_only)
         if self.lossless:
             from hpcmref.lossless import encode
 
@@ -139,6 +147,16 @@ class _Encoder:
         from hpcmref.codec import load  # torch takes a second: not before there is something to encode
 
         return load(self.model, self.device)
+
+
+def parse_parts(text: str) -> tuple[str, ...]:
+    """The parts of "location,xmp". Raises typer.BadParameter."""
+    from hpcmref.picture.privacy import PARTS
+
+    parts = tuple(part.strip() for part in text.split(","))
+    if wrong := sorted(set(parts) - set(PARTS)):
+        raise typer.BadParameter(f"it takes {', '.join(PARTS)}, not {', '.join(wrong)}.", param_hint="--strip-only")
+    return parts
 
 
 def parse_size(text: str) -> int:

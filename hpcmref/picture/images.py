@@ -24,7 +24,7 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +37,7 @@ from hpcmref.format.container import MAX_PIXELS, MAX_SIDE
 from hpcmref.picture import exif
 from hpcmref.picture.invisible import filled
 from hpcmref.picture.metadata import MAX_METADATA, Extras, info_of
+from hpcmref.picture.privacy import without
 from hpcmref.picture.ranges import image_of_array, is_wide, normalised
 from hpcmref.picture.render import render
 from hpcmref.picture.transparency import keyed
@@ -192,6 +193,14 @@ def without_exif(image: Image.Image) -> Image.Image:
     turned = turned.copy() if turned is image else turned
     turned.info = {name: value for name, value in image.info.items() if name not in _EXIF_KEYS}
     return turned
+
+
+def strip_only(image: Image.Image, parts: Collection[str]) -> Image.Image:
+    """The image, upright, without the named parts of its metadata (see `hpcmref.picture.privacy`)."""
+    _refuse_other_formats(image)
+    bare = strip(image)
+    bare.info.update(info_of(without(_metadata(image), parts)))
+    return bare
 
 
 def strip(image: Image.Image) -> Image.Image:
