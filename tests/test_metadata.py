@@ -70,6 +70,12 @@ LAYOUT_EXIF = struct.pack("<4sIH", b"II*\0", 8, 3) + bytes(4).join(
 )
 
 
+def webp(plane: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(plane).save(file, "WEBP", lossless=True)
+    return file.getvalue()
+
+
 # Alpha
 
 
@@ -116,6 +122,11 @@ def test_what_alpha_costs() -> None:
     assert sizes["ramp"][0] < 40
     assert sizes["slope"] <= (50, 3)
     assert sizes["noise"][0] < ALPHA.size + 20
+    noisy = (np.mgrid[:200, :300][1] // 8 * 8 + RNG.integers(0, 8, (200, 300))).astype(np.uint8)
+    content = pack_alpha(noisy)
+    assert content[0] == 5
+    assert len(content) <= 1.1 * len(webp(noisy))
+    np.testing.assert_array_equal(unpack_alpha(content, 200, 300), noisy)
 
 
 def test_literal_alpha() -> None:
@@ -132,7 +143,10 @@ def test_literal_alpha() -> None:
 
 HOSTILE_ALPHA = {
     "nothing at all": b"",
-    "a kind that does not exist": b"\5" + packed(bytes(6)),
+    "a kind that does not exist": b"\6" + packed(bytes(6)),
+    "no WebP": b"\5" + packed(bytes(6)),
+    "WebP of another size": b"\5" + webp(np.zeros((3, 2), np.uint8)),
+    "WebP without its end": b"\5" + webp(RNG.integers(0, 9, (2, 3), np.uint8))[:-6],
     "a kind and no stream": b"\0\0",
     "no LZMA2": b"\0" + b"\xff" * 20,
     "a pixel too few": b"\0" + packed(bytes(5)),

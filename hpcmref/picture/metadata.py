@@ -7,12 +7,14 @@ no more memory than the image has pixels, or than MAX_METADATA.
 
 from __future__ import annotations
 
+import io
 import lzma
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from hpcmref.errors import FormatError
 from hpcmref.format.container import Container, Tag
@@ -122,13 +124,20 @@ def pack_alpha(alpha: np.ndarray) -> bytes:
     middle = max(0, (len(alpha) - rows) // 2)
     sample = alpha[middle : middle + rows]
     best = min(range(len(_FORWARD)), key=lambda number: len(_pack(_FORWARD[number](sample).tobytes())))
-    return bytes([best]) + _pack(_FORWARD[best](alpha).tobytes())
+    packed = bytes([best]) + _pack(_FORWARD[best](alpha).tobytes())
+    if len(packed) > alpha.size // 4 and max(alpha.shape) <= _MAX_WEBP_SIDE:  # noisy: worth the time of WebP
+        file = io.BytesIO()
+        Image.fromarray(alpha).save(file, "WEBP", lossless=True, quality=80, method=4)
+        packed = min(packed, bytes([_WEBP]) + file.getvalue(), key=len)
+    return packed
 
 
 def unpack_alpha(content: bytes, height: int, width: int) -> np.ndarray:
     """The content of a chunk -> (height, width) uint8. Raises FormatError if it is not that of such a plane."""
     if len(content) == 1:
         return np.full((height, width), content[0], np.uint8)
+    if content and content[0] == _WEBP:
+        return _unpack_webp(content[1:], height, width)
     if not content or content[0] > _BITS:
         raise FormatError("the file is damaged: its alpha is of no known kind")
     columns = (width + 7) // 8 if content[0] == _BITS else width
@@ -142,6 +151,17 @@ def unpack_alpha(content: bytes, height: int, width: int) -> np.ndarray:
     for axis in _AXES[content[0]]:
         np.add.accumulate(plane, axis=axis, dtype=np.uint8, out=plane)
     return plane
+
+
+def _unpack_webp(content: bytes, height: int, width: int) -> np.ndarray:
+    """The green channel of a WebP file. Raises FormatError unless it is one of this size."""
+    try:
+        with Image.open(io.BytesIO(content), formats=["WEBP"]) as image:
+            if image.size == (width, height):
+                return np.array(image.convert("RGB"))[..., 1]
+    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
+        raise FormatError(f"the file is damaged: its alpha cannot be unpacked ({error})") from None
+    raise FormatError(f"the file is damaged: its alpha is not one of {width} x {height} pixels")
 
 
 def _differences(axes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
@@ -159,6 +179,8 @@ def _differences(axes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
 # left + upper - upper left. All are undone by running sums, so that numpy can do it.
 _AXES = ((), (1,), (0,), (1, 0))
 _FORWARD = [_differences(axes) for axes in _AXES]
+_WEBP = len(_AXES) + 1
+_MAX_WEBP_SIDE = 16383
 _BITS = len(_AXES)  # or values of 0 and 255 alone, 8 to a byte: 30 % smaller where it was measured
 
 
