@@ -33,6 +33,8 @@ from hpcmref.exact import attach
 from hpcmref.format import container
 from hpcmref.format.container import Container, Encoder, Learned
 from hpcmref.latents import ARITHMETIC, SCALES, LatentCodec
+from hpcmref.lossless import decode as decode_lossless
+from hpcmref.lossless import encode as encode_lossless
 from hpcmref.model.hpcm import STRIDE
 from hpcmref.model.layers import in_bfloat16
 from hpcmref.picture import images
@@ -71,17 +73,26 @@ class Codec:
             parameter.data = parameter.data.clone()  # lets go of the mapped file, most of which is not needed any more
         self.latents = LatentCodec(self.model.entropy, device)
 
-    def encode(self, image: Image.Image, quality: int | None = None, *, verify: bool = False) -> bytes:
+    def encode(
+        self,
+        image: Image.Image | np.ndarray,
+        quality: int | None = None,
+        *,
+        verify: bool = False,
+        keep_invisible: bool = False,
+    ) -> bytes:
         """The file of an image.
 
         quality: 0 (smallest) to 63 (best); None is the default. A model of one rate knows only None.
         verify: decode the latents with a second decoder and compare, before anything is returned.
+        keep_invisible: code the colours of pixels whose alpha is 0, which are otherwise replaced by a smooth
+            continuation of the visible ones.
 
         Raises ConfigError for another quality, ImageError for an image that the format cannot hold, and
         ModelChangedError if the model in memory is not the one that was loaded or the second decoder disagrees.
         """
         quality = self._checked(quality)
-        frame, x = self._framed(image)
+        frame, x = self._framed(image, keep_invisible)
         with self._inference():
             x = self.model.features(x, _to_unit)
             y, z = self.model.latents(x, self._rate(quality))
@@ -90,12 +101,13 @@ class Codec:
 
     def encode_to(
         self,
-        image: Image.Image,
+        image: Image.Image | np.ndarray,
         *,
         size: int | None = None,
         bpp: float | None = None,
         psnr: float | None = None,
         verify: bool = False,
+        keep_invisible: bool = False,
     ) -> bytes:
         """The file of an image at the quality that comes closest to one target, in at most seven trials.
 
@@ -105,7 +117,7 @@ class Codec:
         """
         if sum(target is not None for target in (size, bpp, psnr)) != 1:
             raise ConfigError("exactly one of size, bits per pixel and PSNR can be the target")
-        frame, x = self._framed(image)
+        frame, x = self._framed(image, keep_invisible)
         limit = size if bpp is None else bpp * frame.width * frame.height / 8
         low, high = 0, self.model.config.qualities - 1
         best: bytes | None = None
@@ -129,9 +141,9 @@ class Codec:
             raise HpcmrefError(f"no quality of the model {self.name} reaches {wanted} with this image")
         return best
 
-    def _framed(self, image: Image.Image) -> tuple[_Frame, Tensor]:
+    def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[_Frame, Tensor]:
         """The header fields of an image, and its pixels (1, 3, H', W') uint8, padded to multiples of 64."""
-        picture = images.picture_of(image)
+        picture = images.picture_of(image, keep_invisible)
         height, width = picture.pixels.shape[:2]
         frame = _Frame(width, height, picture.grey, picture.extras.chunks())
         return frame, _padded(picture.pixels, self.device)
@@ -177,6 +189,8 @@ class Codec:
         file = data if isinstance(data, Container) else container.parse(data, partial, damaged)
         if (pixels := file.width * file.height) > max_pixels:
             raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
+        if file.learned is None:
+            return decode_lossless(file, max_pixels)
         learned = self._learned(file)
         with self._inference():
             shown = self._pixels(self._y_hat(file, learned, upto), learned.quality, file)
@@ -285,10 +299,23 @@ def codec_for(file: Container, device: str = "auto", model: str | Path | None = 
 
 
 def encode(
-    image: Image.Image, quality: int | None = None, model: str | Path | None = None, device: str = "auto"
+    image: Image.Image | np.ndarray,
+    quality: int | None = None,
+    model: str | Path | None = None,
+    device: str = "auto",
+    *,
+    keep_invisible: bool = False,
+    lossless: bool = False,
 ) -> bytes:
-    """The file of an image; see `Codec.encode` and `load`."""
-    return load(model, device).encode(image, quality)
+    """The file of an image; see `Codec.encode` and `load`.
+
+    lossless: keep every pixel bit for bit (`hpcmref.lossless`), which takes no quality and no model.
+    """
+    if lossless:
+        if quality is not None:
+            raise ConfigError("a lossless file has no quality")
+        return encode_lossless(image)
+    return load(model, device).encode(image, quality, keep_invisible=keep_invisible)
 
 
 def decode(
@@ -296,6 +323,8 @@ def decode(
 ) -> Image.Image:
     """The image of a file; see `Codec.decode` and `codec_for`."""
     file = container.parse(data)
+    if file.learned is None:
+        return decode_lossless(file, max_pixels)
     return codec_for(file, device, model).decode(file, max_pixels=max_pixels)
 
 

@@ -6,11 +6,14 @@ image.save("photo.hpcm", quality=40)      or any suffix with format="HPCM"
 
 from __future__ import annotations
 
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from PIL import Image, ImageFile
 
-from hpcmref.errors import HpcmrefError
+from hpcmref.errors import ConfigError, HpcmrefError
+
+if TYPE_CHECKING:
+    from hpcmref.format.container import Container
 
 FORMAT = "HPCM"
 
@@ -23,6 +26,7 @@ def register() -> None:
     """Make the format known to Pillow."""
     Image.register_open(FORMAT, HpcmImageFile, _is_ours)
     Image.register_save(FORMAT, _save)
+    Image.register_save_all(FORMAT, _save_all)
     Image.register_extension(FORMAT, ".hpcm")
     Image.register_mime(FORMAT, "image/x-hpcm")
 
@@ -65,7 +69,6 @@ class HpcmImageFile(ImageFile.ImageFile):
     def load(self) -> Any:
         """Decode the file, if that is not done: of a truncated one what there is, if LOAD_TRUNCATED_IMAGES is set."""
         if self._is_encoded and self.fp is not None:
-            from hpcmref.codec import codec_for
             from hpcmref.format.container import MAX_PIXELS, parse
 
             # Pillow's own limit on pixels was asked when the file was opened.
@@ -74,7 +77,7 @@ class HpcmImageFile(ImageFile.ImageFile):
             data = self.fp.read()
             try:
                 file = parse(data, partial)
-                image = codec_for(file).decode(file, max_pixels=MAX_PIXELS)
+                image = _decoded(file, MAX_PIXELS)
             except HpcmrefError as error:
                 raise OSError(str(error)) from error
             self.im = image.im
@@ -85,25 +88,51 @@ class HpcmImageFile(ImageFile.ImageFile):
         return super().load()
 
 
+def _decoded(file: Container, max_pixels: int) -> Image.Image:
+    if file.learned is None:
+        from hpcmref.lossless import decode
+
+        return decode(file, max_pixels)
+    from hpcmref.codec import codec_for
+
+    return codec_for(file).decode(file, max_pixels=max_pixels)
+
+
 def _is_ours(prefix: bytes) -> bool:
     return prefix.startswith(_MAGIC)
 
 
+def _save_all(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
+    raise ConfigError("a file holds one picture: save each frame to a file of its own")
+
+
 def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
-    """Options: quality (0 to 63) or a target (size, bpp, psnr); model, device; icc_profile, exif and xmp.
+    """Options: quality (0 to 63), a target (size, bpp, psnr) or lossless; keep_invisible; model, device; icc_profile,
+    exif and xmp.
 
     Metadata that is not given comes from the image; None leaves it out.
     """
-    from hpcmref.codec import load
+    from hpcmref.picture.images import without_exif
 
     options = image.encoderinfo
+    if "exif" in options and options["exif"] is None:  # what Pillow reads EXIF from has many names
+        image = without_exif(image)
+        image.encoderinfo = options
     if any(name in options for name in _METADATA):
         image = image.copy()
         for name in _METADATA:
             value = options.get(name, image.info.get(name))
             image.info[name] = value.tobytes() if isinstance(value, Image.Exif) else value
+    if options.get("lossless"):
+        from hpcmref.lossless import encode
+
+        file.write(encode(image))
+        return
+    from hpcmref.codec import load
+
+    keep = bool(options.get("keep_invisible"))
     codec = load(options.get("model"), options.get("device", "auto"))
     if targets := {name: options[name] for name in _TARGETS if options.get(name) is not None}:
-        file.write(codec.encode_to(image, **targets))
+        file.write(codec.encode_to(image, **targets, keep_invisible=keep))
     else:
-        file.write(codec.encode(image, options.get("quality")))
+        file.write(codec.encode(image, options.get("quality"), keep_invisible=keep))

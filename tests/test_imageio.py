@@ -160,7 +160,7 @@ def test_palette() -> None:
     assert not grey
     assert pixels.tolist() == [[[10, 20, 30], [40, 50, 60]], [[40, 50, 60], [70, 80, 90]]]
     with pytest.warns(UserWarning, match="palette"):
-        picture = picture_of(reopened(image, "PNG", transparency=b"\x00\x80\xff"))
+        picture = picture_of(reopened(image, "PNG", transparency=b"\x00\x80\xff"), keep_invisible=True)
     np.testing.assert_array_equal(picture.pixels, pixels)
     assert picture.extras.alpha is not None
     assert picture.extras.alpha.tolist() == [[0, 128], [128, 255]]
@@ -173,13 +173,144 @@ def test_other_colours_are_converted_with_a_warning(mode: str) -> None:
     with pytest.warns(UserWarning, match="is coded as RGB|colours are converted"):
         picture = picture_of(image)
     assert picture.pixels.shape == (4, 6, 3)
-    assert not picture.grey
     assert (picture.extras.icc is not None) == (mode == "CMYK")  # a profile of colours that are no more says nothing
 
 
-def test_floating_point_is_refused() -> None:
-    with pytest.raises(ImageError, match="floating-point"):
-        pixels_of(Image.new("F", (6, 4)))
+def test_floating_point_is_0_to_1_or_refused() -> None:
+    with pytest.warns(UserWarning, match="reduced to 8 bits"):
+        pixels, grey = pixels_of(Image.fromarray(np.array([[0, 0.5, 1]], np.float32)))
+    assert grey
+    assert pixels[0, :, 0].tolist() == [0, 128, 255]
+    for value in (-0.1, 1.5, np.nan, np.inf):
+        with pytest.raises(ImageError, match=r"black and white is not known|not numbers"):
+            pixels_of(Image.fromarray(np.array([[0, value]], np.float32)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_grey_in_rgb_is_coded_as_grey_and_comes_back_as_rgb(mode: str) -> None:
+    image = Image.fromarray(GREY).convert(mode)
+    picture = picture_of(image)
+    assert picture.grey
+    again = through(image)
+    assert again.mode == mode
+    assert again.tobytes() == image.tobytes()
+    almost = np.asarray(Image.fromarray(GREY).convert("RGB")).copy()
+    almost[2, 3, 1] ^= 1
+    assert not picture_of(Image.fromarray(almost)).grey
+
+
+def test_colours_that_nobody_sees_continue_the_others() -> None:
+    """They are smooth, leave the visible ones alone, and can be kept."""
+    rows, columns = np.mgrid[:40, :50]
+    image = RNG.integers(0, 256, (40, 50, 4), np.uint8)
+    visible = (rows - 20) ** 2 + (columns - 25) ** 2 < 150
+    image[visible, :3] = (200, 100, 50)
+    image[..., 3] = visible * np.uint8(255)
+    pixels = picture_of(Image.fromarray(image)).pixels
+    assert (pixels == (200, 100, 50)).all()
+    np.testing.assert_array_equal(picture_of(Image.fromarray(image), keep_invisible=True).pixels, image[..., :3])
+    ramp = np.stack([columns * 5] * 2 + [columns, visible * 255], axis=2).astype(np.uint8)
+    pixels = picture_of(Image.fromarray(ramp)).pixels.astype(int)
+    np.testing.assert_array_equal(pixels[visible], ramp[visible][:, :3])
+    assert max(np.abs(np.diff(pixels, axis=axis)).max() for axis in (0, 1)) < 40  # no edge where alpha begins
+    nothing = Image.new("RGBA", (5, 3), (9, 9, 9, 0))
+    assert (picture_of(nothing).pixels == 0).all()
+
+
+def png(width: int, depth: int, colour: int, row: bytes, key: bytes) -> io.BytesIO:
+    """A PNG of one row with a tRNS chunk."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"tRNS", key) + chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "key", "alpha"),
+    [
+        (1, 0, b"\x40", (1,), [255, 0, 255, 255]),
+        (2, 0, b"\x1b", (2,), [255, 255, 0, 255]),
+        (4, 0, b"\x5a\x05", (5,), [0, 255, 255, 0]),
+        (8, 0, b"\x05\x55\x06\x05", (5,), [0, 255, 255, 0]),
+        (16, 0, struct.pack(">4H", 5, 5 << 8, 0x505, 5), (5,), [0, 255, 255, 0]),
+        (8, 2, bytes(3) + b"\1\2\3" + bytes(6), (1, 2, 3), [255, 0, 255, 255]),
+        (16, 2, struct.pack(">12H", 200, 100, 50, 0, 0, 0, 0, 0, 1, 256, 0, 0), (0, 0, 0), [255, 0, 255, 255]),
+    ],
+)  # fmt: skip
+def test_the_colour_that_is_transparent_is_that_of_the_file(
+    depth: int, colour: int, row: bytes, key: tuple[int, ...], alpha: list[int]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        extras = picture_of(open_image(png(4, depth, colour, row, struct.pack(f">{len(key)}H", *key)))).extras
+    assert extras.alpha is not None
+    assert extras.alpha.tolist() == [alpha]
+
+
+def wide_tiff(dtype: str, values: list[float], **tags: int | float) -> Image.Image:
+    """A TIFF of one row of numbers with more than 8 bits, opened."""
+    array = np.array([values], dtype)
+    sample_format = {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
+    entries = {256: (4, len(values)), 257: (4, 1), 258: (3, 8 * array.itemsize), 259: (3, 1), 262: (3, 1)}
+    entries |= {273: (4, 8), 277: (3, 1), 278: (4, 1), 279: (4, array.nbytes), 339: (3, sample_format)}
+    kind = {"u": 4, "i": 9, "f": 11}[array.dtype.kind]
+    numbers = {"low": 340, "high": 341, "photometric": 262}
+    entries |= {numbers[name]: (3 if name == "photometric" else kind, value) for name, value in tags.items()}
+    letter = {3: "H", 4: "I", 9: "i", 11: "f"}
+    directory = struct.pack("<H", len(entries))
+    for tag, (form, value) in sorted(entries.items()):
+        directory += struct.pack("<HHI", tag, form, 1) + struct.pack("<" + letter[form], value).ljust(4, b"\0")
+    data = b"II*\0" + struct.pack("<I", 8 + array.nbytes) + array.tobytes() + directory + bytes(4)
+    return open_image(io.BytesIO(data))
+
+
+@pytest.mark.filterwarnings("ignore:16-bit")
+def test_numbers_are_scaled_by_a_rule_or_refused() -> None:
+    def grey(image: Image.Image) -> list[int]:
+        return picture_of(image).pixels[0, :, 0].tolist()
+
+    assert grey(wide_tiff("<i4", [0, 500000, 1000000], low=0, high=1000000)) == [0, 128, 255]
+    assert grey(wide_tiff("<f4", [-1, 0, 1], low=-1, high=1)) == [0, 128, 255]
+    assert grey(wide_tiff("<u2", [0, 257, 65535], photometric=0)) == [255, 254, 0]
+    assert grey(wide_tiff("<u2", [0, 257, 65535])) == [0, 1, 255]
+    for unknown in (wide_tiff("<i4", [0, 1000000]), wide_tiff("<i2", [-1, 5]), wide_tiff("<f4", [0, 255])):
+        with pytest.raises(ImageError, match="black and white is not known"):
+            picture_of(unknown)
+
+
+def test_arrays_are_images() -> None:
+    np.testing.assert_array_equal(picture_of(COLOUR).pixels, COLOUR)
+    assert picture_of(GREY > 99).extras.mode == "1"
+    assert picture_of((GREY / 255)[..., None]).pixels[..., 0].tolist() == GREY.tolist()
+    with pytest.warns(UserWarning, match="16-bit grey"):
+        assert picture_of(GREY.astype(np.uint16) * 257).pixels[..., 0].tolist() == GREY.tolist()
+    with pytest.warns(UserWarning, match="16 bits a channel"):
+        np.testing.assert_array_equal(picture_of(COLOUR.astype(np.uint16) * 257).pixels, COLOUR)
+    for wrong in (GREY.astype(int), GREY / 100, COLOUR[0, 0], COLOUR[:, :, :0], np.array([["a"]])):
+        with pytest.raises(ImageError, match="an image"):
+            picture_of(wrong)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EPS is PostScript, which Pillow gives to Ghostscript: whatever the file is called, and whoever opened it."""
+
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen.__init__", started)
+    (tmp_path / "beach.png").write_bytes(EPS)
+    with pytest.raises(ImageError, match="not an image of a kind that is read"):
+        open_image(tmp_path / "beach.png")
+    lazy = Image.open(io.BytesIO(EPS))
+    for use in (picture_of, strip):
+        with pytest.raises(ImageError, match="format EPS"):
+            use(lazy)
 
 
 def test_only_the_first_frame_is_used_and_the_user_is_told(tmp_path: Path) -> None:
@@ -190,6 +321,11 @@ def test_only_the_first_frame_is_used_and_the_user_is_told(tmp_path: Path) -> No
         with pytest.warns(UserWarning, match="first frame of .*frames"):
             pixels, _ = pixels_of(open_image(path))
         np.testing.assert_array_equal(pixels, COLOUR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            np.testing.assert_array_equal(pixels_of(open_image(path, 2))[0], 255 - COLOUR)
+        with pytest.raises(ImageError, match="has 2 frames, and no frame 3"):
+            open_image(path, 3)
 
 
 def test_an_image_larger_than_pillow_would_allow_is_ours_to_judge() -> None:
@@ -246,7 +382,7 @@ def test_a_damaged_image_raises_no_other_error(data: st.DataObject) -> None:
 
 def through(image: Image.Image) -> Image.Image:
     """The image after coding, if coding lost nothing."""
-    picture = picture_of(image)
+    picture = picture_of(image, keep_invisible=True)
     return image_of(picture.pixels, picture.grey, picture.extras)
 
 

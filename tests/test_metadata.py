@@ -22,7 +22,7 @@ from hpcmref.cli import app
 from hpcmref.errors import FormatError, ImageError
 from hpcmref.format.container import Container, Tag, parse, write
 from hpcmref.picture import exif
-from hpcmref.picture.images import image_of, open_image, picture_of, save_image
+from hpcmref.picture.images import image_of, open_image, picture_of, save_image, strip_only
 from hpcmref.picture.metadata import MAX_METADATA, RESTORED, Extras, extras_of, mode_of, pack_alpha, unpack_alpha
 from hpcmref.picture.render import render
 
@@ -68,6 +68,12 @@ def camera_exif(
 LAYOUT_EXIF = struct.pack("<4sIH", b"II*\0", 8, 3) + bytes(4).join(
     [b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in ((256, 9), (259, 7), (278, 0))), b""]
 )
+
+
+def webp(plane: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(plane).save(file, "WEBP", lossless=True)
+    return file.getvalue()
 
 
 # Alpha
@@ -116,6 +122,11 @@ def test_what_alpha_costs() -> None:
     assert sizes["ramp"][0] < 40
     assert sizes["slope"] <= (50, 3)
     assert sizes["noise"][0] < ALPHA.size + 20
+    noisy = (np.mgrid[:200, :300][1] // 8 * 8 + RNG.integers(0, 8, (200, 300))).astype(np.uint8)
+    content = pack_alpha(noisy)
+    assert content[0] == 5
+    assert len(content) <= 1.1 * len(webp(noisy))
+    np.testing.assert_array_equal(unpack_alpha(content, 200, 300), noisy)
 
 
 def test_literal_alpha() -> None:
@@ -132,7 +143,10 @@ def test_literal_alpha() -> None:
 
 HOSTILE_ALPHA = {
     "nothing at all": b"",
-    "a kind that does not exist": b"\5" + packed(bytes(6)),
+    "a kind that does not exist": b"\6" + packed(bytes(6)),
+    "no WebP": b"\5" + packed(bytes(6)),
+    "WebP of another size": b"\5" + webp(np.zeros((3, 2), np.uint8)),
+    "WebP without its end": b"\5" + webp(RNG.integers(0, 9, (2, 3), np.uint8))[:-6],
     "a kind and no stream": b"\0\0",
     "no LZMA2": b"\0" + b"\xff" * 20,
     "a pixel too few": b"\0" + packed(bytes(5)),
@@ -169,12 +183,12 @@ def test_extras_survive_a_file() -> None:
 @given(*[st.none() | st.binary(min_size=1, max_size=5000)] * 3, st.none() | st.sampled_from(list(RESTORED)))
 def test_any_extras_survive(icc: bytes | None, tags: bytes | None, xmp: bytes | None, mode: str | None) -> None:
     extras = Extras(icc=icc, exif=tags, xmp=xmp, mode=mode)
-    assert vars(extras_of(container(extras.chunks(), grey=mode in ("1", "I;16")))) == vars(extras)
+    assert vars(extras_of(container(extras.chunks(), grey=mode not in (None, "CMYK")))) == vars(extras)
 
 
 @pytest.mark.parametrize("grey", [False, True])
 @pytest.mark.parametrize("alpha", [False, True])
-@pytest.mark.parametrize("number", [None, *range(5)])
+@pytest.mark.parametrize("number", [None, *range(6)])
 def test_a_mode_goes_with_its_channels(grey: bool, alpha: bool, number: int | None) -> None:
     chunks: tuple[tuple[int, bytes], ...] = ((Tag.ALPHA, b"\0"),) * alpha
     if number is not None:
@@ -188,8 +202,10 @@ def test_a_mode_goes_with_its_channels(grey: bool, alpha: bool, number: int | No
         (True, False, 1): "1",
         (True, False, 2): "I;16",
         (False, False, 3): "CMYK",
+        (True, False, 4): "RGB",
+        (True, True, 4): "RGBA",
     }
-    if mode := known.get((grey, alpha, number)):
+    if mode := known.get((grey, alpha, None if number in (0, 5) else number)):  # 0 and 5: of a later version
         assert mode_of(file) == mode
     else:
         with pytest.raises(FormatError, match="mode"):
@@ -435,6 +451,133 @@ def test_hostile_metadata_does_not_cost_the_image(form: str, info: dict[str, byt
         pixels = np.asarray(again.convert("RGB"))
     if form != "JPEG":
         np.testing.assert_array_equal(pixels, COLOUR)
+
+
+def test_one_damaged_item_costs_that_item_alone() -> None:
+    """XMP in UTF-16 is legal and written to PNG as UTF-8; what is damaged is left out, and the rest is there."""
+    image = Image.fromarray(COLOUR)
+    tags = exif.PREFIX + camera_exif()
+    for xmp in (XMP.decode().encode("utf-16"), XMP.decode().encode("utf-16-be"), XMP + b"\0"):
+        image.info.update(icc_profile=SRGB, exif=tags, xmp=xmp)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = Image.open(io.BytesIO(render(image, "PNG")))
+        assert (again.info["icc_profile"], again.info["xmp"]) == (SRGB, XMP)
+        assert again.getexif()[0x010F] == "Maker"
+    image.info["xmp"] = b"\xff\xfa no text"
+    with pytest.warns(UserWarning, match="its XMP data is damaged and cannot be written to PNG"):
+        again = Image.open(io.BytesIO(render(image, "PNG")))
+    assert (again.info["icc_profile"], "xmp" in again.info) == (SRGB, False)
+    assert again.getexif()[0x010F] == "Maker"
+
+
+def test_one_damaged_tag_costs_that_tag_alone() -> None:
+    """XResolution as text, which Pillow cannot write to TIFF."""
+    image = Image.fromarray(COLOUR)
+    entries = struct.pack("<HHI4s", 0x010F, 2, 4, b"abc\0") + struct.pack("<HHI4s", 0x011A, 2, 3, b"72\0\0")
+    image.info.update(icc_profile=SRGB, exif=b"II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4))
+    with pytest.warns(UserWarning, match="EXIF tags XResolution are damaged"):
+        again = Image.open(io.BytesIO(render(image, "TIFF")))
+    assert again.info["icc_profile"] == SRGB
+    assert again.getexif()[0x010F] == "abc"
+
+
+def overlapping(entries: int, length: int) -> bytes:
+    """EXIF data whose entries all describe the same bytes, as fractions."""
+    inner = struct.pack("<H", entries)
+    for number in range(entries):
+        inner += struct.pack("<HHII", 0x9000 + number, 5, length // 8, 26)
+    data = b"II*\0" + struct.pack("<IH", 8, 1) + struct.pack("<HHII", 0x8769, 4, 1, 26) + bytes(4)
+    return data + inner + bytes(4 + length)
+
+
+def test_a_bomb_in_exif_is_left_out_with_one_warning() -> None:
+    file = io.BytesIO()
+    Image.fromarray(COLOUR).save(file, "JPEG", exif=exif.PREFIX + overlapping(250, 3000), icc_profile=SRGB)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        picture = picture_of(open_image(file))
+    assert [str(each.message) for each in caught] == ["its EXIF data is damaged and not kept"]
+    assert (picture.extras.exif, picture.extras.icc) == (None, SRGB)
+    outside = b"II*\0" + struct.pack("<IH", 8, 1500) + struct.pack("<HHII", 0x9000, 5, 9, 1 << 30) * 1500
+    file = io.BytesIO()
+    Image.fromarray(COLOUR).save(file, "JPEG", exif=exif.PREFIX + outside + bytes(4))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert picture_of(open_image(file)).extras.exif is None
+    assert len(caught) == 1
+    with pytest.raises(ImageError, match="more data than the file has"):
+        open_image(io.BytesIO(overlapping(250, 3000)))
+    assert exif.is_bounded(camera_exif())
+
+
+def test_a_bomb_in_text_does_not_cost_the_picture() -> None:
+    file = io.BytesIO()
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "x" * (1 << 22), zip=True)
+    Image.fromarray(COLOUR).save(file, "PNG", pnginfo=text)
+    with pytest.warns(UserWarning, match="the text in .* is not kept"):
+        np.testing.assert_array_equal(np.asarray(open_image(file)), COLOUR)
+
+
+def test_cicp_is_kept_by_png_and_named_where_there_is_no_room() -> None:
+    pq = bytes([9, 16, 0, 1])
+    file = io.BytesIO()
+    text = PngImagePlugin.PngInfo()
+    text.add(b"cICP", pq)
+    Image.fromarray(COLOUR).save(file, "PNG", pnginfo=text)
+    picture = picture_of(open_image(file))
+    extras = extras_of(parse(write(container(picture.extras.chunks()))))
+    assert extras.cicp == pq
+    image = image_of(picture.pixels, picture.grey, extras)
+    assert picture_of(open_image(io.BytesIO(render(image, "PNG")))).extras.cicp == pq
+    with pytest.warns(UserWarning, match="JPEG of mode RGB has no room for its cICP data"):
+        render(image, "JPEG")
+    with pytest.raises(FormatError, match="CICP"):
+        extras_of(container(((Tag.CICP, pq[:3]),)))
+
+
+def test_other_colour_spaces_are_not_dropped_in_silence() -> None:
+    for gamma, quiet in ((100000, False), (45455, True)):
+        file = io.BytesIO()
+        text = PngImagePlugin.PngInfo()
+        text.add(b"gAMA", struct.pack(">I", gamma))
+        Image.fromarray(COLOUR).save(file, "PNG", pnginfo=text)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            open_image(file)
+        assert [("gAMA" in str(each.message)) for each in caught] == [True] * (not quiet)
+
+
+def test_only_the_location_is_left_out() -> None:
+    """The GPS directory, the maker note and GPS in XMP go, bytes and all; camera and date stay."""
+    tags = Image.Exif()
+    tags[0x010F] = "Maker"
+    tags._ifds[0x8825] = {1: "N", 2: (48.0, 51.0, 29.0), 29: "2020:02:29"}
+    tags._ifds[0x8769] = {0x9003: "2020:02:29 12:00:00", 0x927C: b"a note of the maker: secret place"}
+    file = io.BytesIO()
+    xmp = (
+        b'<x:xmpmeta><rdf:Description exif:GPSLatitude="48,51N" dc:title="t"><exif:GPSLongitude>2E</exif:GPSLongitude>'
+    )
+    Image.fromarray(COLOUR).save(file, "JPEG", exif=tags, xmp=xmp, icc_profile=SRGB)
+    assert b"secret" in file.getvalue()
+    extras = picture_of(strip_only(open_image(file), ["location"])).extras
+    assert extras.exif is not None
+    assert extras.xmp == b'<x:xmpmeta><rdf:Description dc:title="t">'
+    assert extras.icc == SRGB
+    assert not any(each in extras.exif for each in (b"secret", b"2020:02:29\0", b"\x25\x88", b"\x88\x25"))
+    again = Image.Exif()
+    again.load(extras.exif)
+    assert (again[0x010F], again.get_ifd(0x8825)) == ("Maker", {})
+    assert again.get_ifd(0x8769) == {0x9003: "2020:02:29 12:00:00"}
+    gone = picture_of(strip_only(open_image(file), ["exif", "icc"])).extras
+    assert (gone.exif, gone.icc, gone.xmp) == (None, None, xmp)
+    image = Image.fromarray(COLOUR)
+    image.info.update(xmp=xmp.decode().encode("utf-16"), exif=b"II*\0\xff\xff\xff\xff")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unsure = picture_of(strip_only(image, ["location"])).extras
+    assert (unsure.xmp, unsure.exif) == (None, None)
 
 
 def test_an_image_that_cannot_be_written_has_no_second_chance() -> None:

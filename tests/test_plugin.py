@@ -108,11 +108,30 @@ def test_save_takes_metadata_of_the_caller(small: Image.Image) -> None:
     assert small.info == before
 
 
+def test_none_leaves_out_exif_of_every_kind_and_turns_the_picture_once(small: Image.Image) -> None:
+    tags = Image.Exif()
+    tags[0x0112], tags[0x013B] = 6, "name"
+    stored = small.convert("RGB").transpose(Image.Transpose.ROTATE_90)
+    stored.info = {"Raw profile type exif": "\nexif\n  99\n" + (b"Exif\0\0" + tags.tobytes()[6:]).hex()}
+    for options in ({"exif": None}, {}):
+        file = io.BytesIO()
+        stored.save(file, "HPCM", quality=30, **options)
+        opened = Image.open(file)
+        assert opened.size == small.size
+        assert ("exif" in opened.info) == (not options)
+        assert opened.getexif().get(0x0112, 1) == 1
+
+
+def test_several_frames_are_refused(small: Image.Image) -> None:
+    with pytest.raises(hpcmref.HpcmrefError, match="one picture"):
+        small.save(io.BytesIO(), "HPCM", save_all=True, append_images=[small])
+
+
 def test_save_says_what_is_wrong(small: Image.Image) -> None:
     with pytest.raises(hpcmref.HpcmrefError, match="quality is 99"):
         small.save(io.BytesIO(), "HPCM", quality=99)
-    with pytest.raises(hpcmref.HpcmrefError, match="floating-point"):
-        Image.new("F", (2, 2)).save(io.BytesIO(), "HPCM")
+    with pytest.raises(hpcmref.HpcmrefError, match="black and white is not known"):
+        Image.new("F", (2, 2), 7).save(io.BytesIO(), "HPCM")
 
 
 def test_files_of_ours_are_images_to_the_command_line(codec: Codec, file: Path, data: bytes) -> None:

@@ -80,11 +80,15 @@ class _Decoder:
 
     def __call__(self, job: Job, content: bytes) -> Made:
         from hpcmref.format.container import parse
+        from hpcmref.lossless import decode as decode_lossless
         from hpcmref.picture.images import rendered
         from hpcmref.picture.render import render
 
         file = parse(content, self.allow_partial)
-        image = self._codec(file).decode(file, self.upto, max_pixels=self.max_pixels)
+        if file.learned is None:
+            image = decode_lossless(file, self.max_pixels)
+        else:
+            image = self._codec(file).decode(file, self.upto, max_pixels=self.max_pixels)
         target = None if job.is_stream else job.target
         data = render(image, "PNG") if target is None else rendered(image, target)
         return Made(data, f"{image.width}x{image.height} {image.mode}")
@@ -92,7 +96,8 @@ class _Decoder:
     def _codec(self, file: Container) -> Codec:
         from hpcmref.codec import codec_for  # torch takes a second: not for a file that turns out to be damaged
 
-        fingerprint = b"" if file.learned is None else file.learned.fingerprint
+        assert file.learned is not None
+        fingerprint = file.learned.fingerprint
         if fingerprint not in self._codecs:
             self._codecs[fingerprint] = codec_for(file, self.device, self.model)
         return self._codecs[fingerprint]

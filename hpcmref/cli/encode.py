@@ -54,7 +54,20 @@ def encode(
     psnr: Annotated[
         float | None, typer.Option("--psnr", help="Instead of -q: the smallest file of at least so many dB.")
     ] = None,
+    frame: Annotated[
+        int | None, typer.Option("--frame", metavar="N", min=1, help="Encode this frame or page, counted from 1.")
+    ] = None,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Instead of -q: keep every pixel exactly, invisible ones too.")
+    ] = False,
+    keep_invisible: Annotated[
+        bool, typer.Option("--keep-invisible", help="Keep the colours under transparent pixels instead of smooth ones.")
+    ] = False,
     strip: Annotated[bool, typer.Option("--strip", help="Leave out the ICC profile, EXIF and XMP data.")] = False,
+    strip_only: Annotated[
+        str | None,
+        typer.Option("--strip-only", metavar="PARTS", help="Leave out some of: location,exif,xmp,icc."),
+    ] = None,
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     force: ForceOption = False,
@@ -66,10 +79,11 @@ def encode(
     """Encode images to small files."""
     if force and resume:
         raise typer.BadParameter("--force replaces what --resume keeps.")
+    parts = parse_parts(strip_only) if strip_only is not None else ()
     target: dict[str, Any] = {"bpp": bpp, "size": size and parse_size(size), "psnr": psnr}
     target = {name: value for name, value in target.items() if value is not None}
-    if len(target) + (quality is not None) > 1:
-        raise typer.BadParameter("only one of -q, --bpp, --size and --psnr can decide the quality.")
+    if len(target) + (quality is not None) + lossless > 1:
+        raise typer.BadParameter("only one of -q, --bpp, --size, --psnr and --lossless can decide the quality.")
 
     def prepare(job: Job) -> bytes:
         job.make_room(force)
@@ -85,7 +99,15 @@ def encode(
     planned = plan(images, output, IMAGE_SUFFIXES, ENCODED_SUFFIX)
     if resume:  # what is there is whole, because files appear complete or not at all
         planned = [job for job in planned if job.target is None or not job.target.is_file()]
-    run_spread(planned, prepare, _Encoder(model, device.value, quality, target, strip), finish, quiet, jobs, ray)
+    run_spread(
+        planned,
+        prepare,
+        _Encoder(model, device.value, quality, target, strip, lossless, keep_invisible, frame, parts),
+        finish,
+        quiet,
+        jobs,
+        ray,
+    )
 
 
 @dataclass(frozen=True)
@@ -97,24 +119,44 @@ class _Encoder:
     quality: int | None
     target: dict[str, Any]
     strip: bool
+    lossless: bool = False
+    keep_invisible: bool = False
+    frame: int | None = None
+    strip_only: tuple[str, ...] = ()
 
     def __call__(self, job: Job, content: bytes) -> Made:
         from hpcmref.picture import images
 
         file = io.BytesIO(content)
         file.name = job.name
-        image = images.open_image(file)
+        image = images.open_image(file, self.frame or 1)
         if self.strip:
             image = images.strip(image)
+        elif self.strip_only:
+            image = images.strip_only(image, self.strip_only)
+        if self.lossless:
+            from hpcmref.lossless import encode
+
+            return Made(encode(image))
         if self.target:
-            return Made(self._codec.encode_to(image, **self.target))
-        return Made(self._codec.encode(image, self.quality))
+            return Made(self._codec.encode_to(image, **self.target, keep_invisible=self.keep_invisible))
+        return Made(self._codec.encode(image, self.quality, keep_invisible=self.keep_invisible))
 
     @functools.cached_property
     def _codec(self) -> Codec:
         from hpcmref.codec import load  # torch takes a second: not before there is something to encode
 
         return load(self.model, self.device)
+
+
+def parse_parts(text: str) -> tuple[str, ...]:
+    """The parts of "location,xmp". Raises typer.BadParameter."""
+    from hpcmref.picture.privacy import PARTS
+
+    parts = tuple(part.strip() for part in text.split(","))
+    if wrong := sorted(set(parts) - set(PARTS)):
+        raise typer.BadParameter(f"it takes {', '.join(PARTS)}, not {', '.join(wrong)}.", param_hint="--strip-only")
+    return parts
 
 
 def parse_size(text: str) -> int:
@@ -136,6 +178,8 @@ def _summary(job: Job, data: bytes) -> str:
     line = f"{job.name} -> {job.target_name}: {size} bytes, {8 * size / pixels:.3f} bpp, {raw / size:.1f}:1 to raw"
     if container.learned is not None:
         line += f", quality {container.learned.quality}"
+    else:
+        line += ", lossless"
     if job.source is not None:
         line += f", {job.source.stat().st_size / size:.1f}:1 to the input file"
     return line

@@ -7,7 +7,9 @@ something wrong are overwritten.
 
 from __future__ import annotations
 
+import io
 import struct
+from typing import BinaryIO
 
 PREFIX = b"Exif\0\0"
 """What JPEG puts in front of EXIF data."""
@@ -20,6 +22,14 @@ TAGS = frozenset(
 DIRECTORIES = (0x8769, 0x8825)
 """Those of EXIF and GPS."""
 
+MAX_ENTRIES = 4096
+"""Entries in all directories; cameras write some hundreds."""
+_MAX_OUTSIDE = 16
+_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+_LINKS = (0x8769, 0x8825, 0xA005, 0x014A)
+
+_EXIF_DIRECTORY, _GPS_DIRECTORY = DIRECTORIES
+_MAKER_NOTE = 0x927C
 _ORIENTATION = 0x0112
 _THUMBNAIL = 0x0201
 _THUMBNAIL_LENGTH = 0x0202
@@ -50,6 +60,94 @@ def upright(exif: bytes) -> bytes:
     except struct.error as error:
         raise ValueError("EXIF data points outside itself") from error
     return bytes(data)
+
+
+def without_location(exif: bytes) -> bytes:
+    """EXIF data (without PREFIX) without its GPS directory and maker note; their bytes are zero.
+
+    Raises ValueError if it is damaged.
+    """
+    data = bytearray(exif)
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(data[:4]))
+    if order is None:
+        raise ValueError("EXIF data begins with II or MM")
+    try:
+        (first,) = struct.unpack_from(order + "I", data, 4)
+        found = _values(data, first, order)
+        if (inner := found.get(_EXIF_DIRECTORY)) is not None:
+            _remove(data, inner[1], order, _MAKER_NOTE)
+        if (gps := found.get(_GPS_DIRECTORY)) is not None:
+            for tag in _values(data, gps[1], order):
+                _remove(data, gps[1], order, tag)
+            _remove(data, first, order, _GPS_DIRECTORY)
+    except struct.error as error:
+        raise ValueError("EXIF data points outside itself") from error
+    return bytes(data)
+
+
+def _values(data: bytearray, offset: int, order: str) -> dict[int, tuple[int, int]]:
+    """Of each tag in the directory at `offset`: the length of its value, and the value or where it is."""
+    values = {}
+    for entry in _directory(data, offset, order)[0]:
+        tag, form, count, value = struct.unpack_from(order + "HHII", data, entry)
+        values[tag] = (_BYTES.get(form, 1) * count, value)
+    return values
+
+
+def _remove(data: bytearray, offset: int, order: str, tag: int) -> None:
+    """Take every entry with this tag out of the directory at `offset`, and overwrite its value with zeros."""
+    while tag in (values := _values(data, offset, order)):
+        length, value = values[tag]
+        if length > 4:
+            if value + length > len(data):
+                raise ValueError("EXIF data points outside itself")
+            if value < offset + 2 + _ENTRY_BYTES * len(values) + 4 and value + length > offset:
+                raise ValueError("a value of EXIF data overlaps its directory")
+            data[value : value + length] = bytes(length)
+        entries, link = _directory(data, offset, order)
+        entry = next(each for each in entries if struct.unpack_from(order + "H", data, each)[0] == tag)
+        data[entry : link + 4] = data[entry + _ENTRY_BYTES : link + 4] + bytes(_ENTRY_BYTES)
+        struct.pack_into(order + "H", data, offset, len(entries) - 1)
+
+
+def is_bounded(exif: bytes | BinaryIO) -> bool:
+    """Reading the directories of EXIF data, or of a TIFF file, takes no more memory than their own bytes suggest.
+
+    Values may not overlap so much that together they are longer than the data, there are at most MAX_ENTRIES entries,
+    and only a few may point outside: a parser that copies each value is safe then.
+    """
+    file = io.BytesIO(exif.removeprefix(PREFIX).removeprefix(PREFIX)) if isinstance(exif, bytes) else exif
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(8)
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(head[:4])
+    if order is None or len(head) < 8:
+        return True  # nothing that would be parsed
+    open_links, seen = [struct.unpack(order + "I", head[4:])[0]], set()
+    entries = outside = total = 0
+    while open_links:
+        if (offset := open_links.pop()) in seen or not 0 < offset < size:
+            continue
+        seen.add(offset)
+        file.seek(offset)
+        count = int.from_bytes(file.read(2), "little" if order == "<" else "big")
+        entries += count
+        if entries > MAX_ENTRIES:
+            return False
+        content = file.read(_ENTRY_BYTES * count + 4)
+        for start in range(0, len(content) - _ENTRY_BYTES + 1, _ENTRY_BYTES):
+            tag, form, number, value = struct.unpack_from(order + "HHII", content, start)
+            length = _BYTES.get(form, 1) * number
+            if tag in _LINKS:
+                open_links.append(value)
+            if length > 4:
+                outside += value + length > size
+                total += length if value + length <= size else 0
+        if len(content) == _ENTRY_BYTES * count + 4:
+            open_links.append(struct.unpack_from(order + "I", content, _ENTRY_BYTES * count)[0])
+        if total > size or outside > _MAX_OUTSIDE:
+            return False
+    return True
 
 
 def _directory(data: bytearray, offset: int, order: str) -> tuple[range, int]:

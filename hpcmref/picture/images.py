@@ -11,29 +11,36 @@ file -- open_image --> Image -- picture_of --> (H, W, 3) uint8 and extras -- ima
 | CMYK | RGB | CMYK, with as much black as possible |
 | P, YCbCr, LAB, HSV, 16 bits a channel | RGB or RGBA of 8 bits | RGB or RGBA |
 
-Colours under transparent pixels are coded as they are. A palette is not given back: the decoded colours are near to its
-colours, not among them.
+An RGB or RGBA image whose three channels are equal everywhere is coded as grey and given back as RGB or RGBA. Colours
+under fully transparent pixels are replaced by a smooth continuation of the visible ones, unless they are to be kept. A
+palette is not given back: the decoded colours are near to its colours, not among them. Which numbers of an image with
+more than 8 bits are black and white: see `hpcmref.picture.ranges`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from hpcmref.errors import ImageError
 from hpcmref.format.container import MAX_PIXELS, MAX_SIDE
 from hpcmref.picture import exif
+from hpcmref.picture.invisible import filled
 from hpcmref.picture.metadata import MAX_METADATA, Extras, info_of
+from hpcmref.picture.privacy import without
+from hpcmref.picture.ranges import image_of_array, is_wide, normalised
 from hpcmref.picture.render import render
+from hpcmref.picture.transparency import keyed
 from hpcmref.runtime.files import atomic_write
 
 _FORMATS = {
@@ -45,6 +52,30 @@ _FORMATS = {
     ".tiff": "TIFF",
     ".ppm": "PPM",
 }
+ALLOWED = (
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "HEIF",
+    "HPCM",
+    "ICO",
+    "JPEG",
+    "JPEG2000",
+    "JXL",
+    "MPO",
+    "PCX",
+    "PNG",
+    "PPM",
+    "QOI",
+    "TGA",
+    "TIFF",
+    "WEBP",
+)
+"""Pillow's names of the formats that are read, HEIF and JXL where their plugins have been imported. Each is decoded
+within this process: EPS, which starts Ghostscript, WMF and stubs that call other programs are never opened."""
+
+_EXIF_KEYS = ("exif", "Raw profile type exif", "Raw profile type APP1")
 _XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:\s*=\s*[\"']|>)\s*)[0-9]")
 
 # EXIF orientation -> what turns the stored image upright; 1, or anything else, is upright already.
@@ -61,22 +92,24 @@ _TURNS = {
 _pillow_limit = threading.Lock()
 
 
-def open_image(source: Path | BinaryIO) -> Image.Image:
-    """The first frame of an image file, with its pixels decoded and the file closed.
+def open_image(source: Path | BinaryIO, frame: int = 1) -> Image.Image:
+    """One frame or page of an image file, with its pixels decoded and the file closed.
 
-    Warns if there are more frames. Raises ImageError if the file cannot be read, is no image, is damaged, or has more
+    frame: its number, from 1. Warns of the frames that are left out.
+
+    Raises ImageError if the file cannot be read, is no image, is damaged, or has more
     than MAX_PIXELS pixels or a side above MAX_SIDE; the latter before any pixel is decoded.
     """
     name = str(source) if isinstance(source, Path) else getattr(source, "name", "the image")
     try:
         if isinstance(source, Path):
             with source.open("rb") as file:
-                return _first_frame(file, name)
-        return _first_frame(source, name)
+                return _frame(file, name, frame)
+        return _frame(source, name, frame)
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not an image of a kind that Pillow reads") from None
+        raise ImageError(f"{name} is not an image of a kind that is read: {', '.join(_formats())}") from None
     except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(f"cannot read {name}: {reason}") from error
@@ -95,18 +128,30 @@ class Picture:
     extras: Extras
 
 
-def picture_of(image: Image.Image) -> Picture:
-    """What a file of ours holds of an image. Warns if anything is lost: more than 8 bits, colours that are not RGB,
-    damaged or huge metadata. Raises ImageError for images of floating-point numbers, whose range is unknown.
+def picture_of(image: Image.Image | np.ndarray, keep_invisible: bool = False) -> Picture:
+    """What a file of ours holds of an image, or of an array (see `ranges.image_of_array`). Warns if anything is lost:
+    more than 8 bits, colours that are not RGB, damaged or huge metadata.
+
+    keep_invisible: keep the colours of pixels whose alpha is 0, which are otherwise replaced by what is smallest.
+
+    Raises ImageError for numbers whose range is unknown, and for a lazily opened image of a format that is not on the
+    list ALLOWED.
     """
+    if isinstance(image, np.ndarray):
+        image = image_of_array(image)
+    _refuse_other_formats(image)
     metadata = _metadata(image)
     colours, alpha, mode = _split(_upright(image))
     if colours.mode != image.mode and image.mode in ("LAB", "YCbCr", "HSV") and metadata.icc is not None:
         metadata = replace(metadata, icc=None)  # it describes colours that are no more
     pixels = np.array(colours)
+    if alpha is not None and not keep_invisible:
+        pixels = filled(pixels.reshape(*alpha.shape, -1), alpha).reshape(pixels.shape)
     grey = pixels.ndim == 2
     if grey:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
+    elif mode is None and _is_grey(pixels):
+        grey, mode = True, "RGB"
     return Picture(pixels, grey, replace(metadata, alpha=alpha, mode=mode))
 
 
@@ -132,6 +177,8 @@ def image_of(pixels: np.ndarray, grey: bool, extras: Extras | None = None) -> Im
         image = Image.fromarray(pixels.astype(np.uint16) * 257)
     elif extras.mode == "CMYK":
         image = _cmyk(pixels)
+    elif extras.mode == "RGB":
+        image = Image.fromarray(pixels).convert("RGB")
     else:
         image = Image.fromarray(pixels)
     if extras.alpha is not None:
@@ -140,10 +187,27 @@ def image_of(pixels: np.ndarray, grey: bool, extras: Extras | None = None) -> Im
     return image
 
 
+def without_exif(image: Image.Image) -> Image.Image:
+    """The image, upright, without EXIF data in any form that Pillow knows; its info is a new dictionary."""
+    turned = _upright(image)
+    turned = turned.copy() if turned is image else turned
+    turned.info = {name: value for name, value in image.info.items() if name not in _EXIF_KEYS}
+    return turned
+
+
+def strip_only(image: Image.Image, parts: Collection[str]) -> Image.Image:
+    """The image, upright, without the named parts of its metadata (see `hpcmref.picture.privacy`)."""
+    _refuse_other_formats(image)
+    bare = strip(image)
+    bare.info.update(info_of(without(_metadata(image), parts)))
+    return bare
+
+
 def strip(image: Image.Image) -> Image.Image:
     """The image, upright, without ICC profile, EXIF and XMP data."""
+    _refuse_other_formats(image)
     bare = _upright(image).copy()
-    bare.info = {name: value for name, value in image.info.items() if name == "transparency"}
+    bare.info = {name: value for name, value in bare.info.items() if name == "transparency"}
     return bare
 
 
@@ -173,33 +237,124 @@ def save_image(image: Image.Image, path: Path) -> None:
     atomic_write(path, rendered(image, path))
 
 
-def _first_frame(file: BinaryIO, name: str) -> Image.Image:
-    with _no_bomb_check():
-        image = Image.open(file)
+def _frame(file: BinaryIO, name: str, frame: int) -> Image.Image:
+    file, image = _opened(file, name)
+    _check_size(image, name)
+    # The later images of an MPO are thumbnails and gain maps that cameras append to a JPEG, not frames.
+    frames = getattr(image, "n_frames", 1)
+    if not 1 <= frame <= frames:
+        raise ImageError(f"{name} has {frames} frame{'s' * (frames > 1)}, and no frame {frame}")
+    if frame > 1:
+        image.seek(frame - 1)
+        _check_size(image, name)
+    elif frames > 1 and image.format != "MPO":
+        _warn(f"only the first frame of {name} is used; {frames - 1} more are left out")
+    # Pillow has no mode for colours of 16 bits and drops the lower 8 while it reads them.
+    if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not is_wide(image):
+        _warn(f"{name} has 16 bits a channel, and 8 are kept")
+    image = keyed(image, file)
+    image.load()
+    _note_colour_space(image, file)
+    found = _exif(image)
+    if image.format == "TIFF":  # which reads EXIF from the file, which is closed soon; Pillow remembers it
+        for directory in exif.DIRECTORIES:
+            with contextlib.suppress(Exception):  # damaged; the rest may be of use
+                found.get_ifd(directory)
+    return image
+
+
+def _check_size(image: Image.Image, name: str) -> None:
     if min(image.size) < 1 or max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
         raise ImageError(
             f"{name} has {image.width} x {image.height} pixels; "
             f"the limits are {MAX_SIDE} pixels a side and {MAX_PIXELS} in all"
         )
-    # The later images of an MPO are thumbnails and gain maps that cameras append to a JPEG, not frames.
-    if getattr(image, "is_animated", False) and image.format != "MPO":
-        _warn(f"only the first frame of {name} is used")
-    # Pillow has no mode for colours of 16 bits and drops the lower 8 while it reads them.
-    if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not image.mode.startswith("I"):
-        _warn(f"{name} has 16 bits a channel, and 8 are kept")
-    image.load()
-    # TIFF reads EXIF from the file, which is closed soon; Pillow remembers it.
-    found = _exif(image)
-    for directory in exif.DIRECTORIES:
-        with contextlib.suppress(Exception):  # damaged; the rest may be of use
-            found.get_ifd(directory)
-    return image
+
+
+def _opened(file: BinaryIO, name: str) -> tuple[BinaryIO, Image.Image]:
+    """An image whose header has been read, and the file that its pixels will be read from."""
+    if not exif.is_bounded(file):
+        raise ImageError(f"cannot read {name}: its directory of tags describes more data than the file has")
+    for attempt in (file, None):
+        if attempt is None:
+            file.seek(0)
+            attempt = io.BytesIO(_without_text(file.read()))
+        attempt.seek(0)
+        try:
+            with _no_bomb_check():
+                return attempt, Image.open(attempt, formats=_formats())
+        except ValueError as error:
+            if attempt is not file or "text" not in str(error).lower():
+                raise
+            _warn(f"the text in {name} is not kept: unpacked, it is too long")
+    raise AssertionError  # the second attempt returns or raises
+
+
+def _without_text(png: bytes) -> bytes:
+    """The PNG file without the chunks of text."""
+    parts, position = [png[:8]], 8
+    while position + 12 <= len(png):
+        end = position + 12 + int.from_bytes(png[position : position + 4], "big")
+        if png[position + 4 : position + 8] not in (b"tEXt", b"zTXt", b"iTXt"):
+            parts.append(png[position:end])
+        position = end
+    return b"".join(parts)
+
+
+def _note_colour_space(image: Image.Image, file: BinaryIO) -> None:
+    """Put the cICP chunk of a PNG file into `info`, where Pillow does not, and warn of what says otherwise what the
+    numbers of the image mean and is not kept.
+    """
+    if image.format != "PNG":
+        if b"hdrgm:" in (image.info.get("xmp") or b""):
+            _warn("its gain map is not kept: the picture is that of a screen without HDR")
+        return
+    file.seek(8)
+    while len(head := file.read(8)) == 8 and (length := int.from_bytes(head[:4], "big")) < 1 << 31:
+        if head[4:] in (b"IDAT", b"IEND"):
+            break
+        if head[4:] == b"cICP" and length == 4:
+            image.info["cicp"] = file.read(4)
+            file.seek(4, io.SEEK_CUR)
+        else:
+            file.seek(length + 4, io.SEEK_CUR)
+    # In PNG cICP and ICC profiles overrule both, and sRGB says what is assumed without any of them.
+    if not {"cicp", "icc_profile", "srgb"} & set(image.info):
+        gamma, primaries = image.info.get("gamma"), image.info.get("chromaticity")
+        if (gamma and abs(gamma - 0.45455) > 0.002) or (primaries and not _is_srgb(primaries)):
+            _warn("its gAMA and cHRM chunks, which say that its colours are not sRGB, are not kept")
+
+
+def _is_srgb(chromaticity: tuple[float, ...]) -> bool:
+    """White, red, green and blue (x, y) are those of sRGB."""
+    srgb = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+    return all(abs(a - b) < 0.002 for a, b in zip(chromaticity, srgb, strict=False))
+
+
+def _formats() -> list[str]:
+    """Pillow's names of the formats that are read and that this Pillow knows."""
+    Image.init()
+    return [name for name in ALLOWED if name in Image.OPEN]
+
+
+def _refuse_other_formats(image: Image.Image) -> None:
+    """Raise ImageError for an image that a plugin outside of ALLOWED has opened and not decoded yet."""
+    is_lazy = isinstance(image, ImageFile.StubImageFile) or bool(getattr(image, "tile", None))
+    if isinstance(image, ImageFile.ImageFile) and is_lazy and image.format not in ALLOWED:
+        raise ImageError(f"images of format {image.format} are not decoded; call load() yourself if you trust the file")
+
+
+def _is_grey(pixels: np.ndarray) -> bool:
+    """The three channels of (H, W, 3) are equal everywhere."""
+    return bool((pixels[..., :1] == pixels[..., 1:]).all())
 
 
 @contextlib.contextmanager
 def _no_bomb_check() -> Iterator[None]:
     """Lift Pillow's own limit on pixels, which is below ours; only where headers are read, as it is global."""
-    with _pillow_limit:
+    with _pillow_limit, warnings.catch_warnings():
+        # One line for each damaged entry would be thousands: damaged EXIF data is reported once, later.
+        warnings.filterwarnings("ignore", "Corrupt EXIF|Possibly corrupt EXIF|Truncated File Read|Metadata Warning")
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             yield
@@ -208,6 +363,8 @@ def _no_bomb_check() -> Iterator[None]:
 
 
 def _exif(image: Image.Image) -> Image.Exif:
+    if isinstance(raw := image.info.get("exif"), bytes) and not exif.is_bounded(raw):
+        return Image.Exif()  # `_upright_exif` warns
     try:
         return image.getexif()
     except Exception:  # whatever damaged bytes lead Pillow to
@@ -217,18 +374,20 @@ def _exif(image: Image.Image) -> Image.Exif:
 
 def _upright(image: Image.Image) -> Image.Image:
     turn = _TURNS.get(_exif(image).get(ExifTags.Base.Orientation, 1))
+    image = normalised(image)
     return image if turn is None else image.transpose(turn)
 
 
 def _split(image: Image.Image) -> tuple[Image.Image, np.ndarray | None, str | None]:
     """The colours of an image in mode RGB or L, its alpha (H, W), and the mode to restore; warns of what that loses."""
-    if image.mode == "F":
-        raise ImageError("an image of floating-point numbers cannot be encoded; convert it to 8 bits first")
-    if image.mode.startswith("I"):
-        _warn("16-bit grey is reduced to 8 bits" + " without transparency" * image.has_transparency_data)
-        sixteen = np.asarray(image).astype(np.int64).clip(0, 65535)
-        # rounds: white is 65535 = 255 * 257
-        return Image.fromarray(((sixteen + 128) // 257).astype(np.uint8)), None, "I;16"
+    if is_wide(image):
+        _warn("16-bit grey is reduced to 8 bits")
+        sixteen = np.asarray(image)
+        rounded = Image.fromarray(((sixteen.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 = 255 * 257
+        key = image.info.get("transparency")
+        if isinstance(key, int):
+            return rounded, (sixteen != key) * np.uint8(255), None
+        return rounded, None, "I;16"
     if image.has_transparency_data:
         if image.mode in ("P", "PA"):
             _warn("palette colours are converted to RGBA")
@@ -259,7 +418,9 @@ def _metadata(image: Image.Image) -> Extras:
     icc, xmp = (_bounded(image.info.get(name), name) for name in ("icc_profile", "xmp"))
     if xmp is not None:
         xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
-    return Extras(icc=icc, exif=_bounded(_upright_exif(image), "exif"), xmp=xmp)
+    cicp = image.info.get("cicp")
+    cicp = cicp if isinstance(cicp, bytes) and len(cicp) == 4 else None
+    return Extras(icc=icc, exif=_bounded(_upright_exif(image), "exif"), xmp=xmp, cicp=cicp)
 
 
 def _bounded(content: Any, name: str) -> bytes | None:
@@ -279,6 +440,8 @@ def _upright_exif(image: Image.Image) -> bytes | None:
             for tag in set(found) & exif.TAGS:
                 tags[tag] = found.get_ifd(tag) if tag in exif.DIRECTORIES else found[tag]
             raw = tags.tobytes() if tags else b""
+        elif not exif.is_bounded(raw):
+            raise ValueError("its directories describe more data than there is")
         return exif.upright(raw) if raw else None
     except Exception:  # whatever damaged bytes lead Pillow to
         _warn("its EXIF data is damaged and not kept")

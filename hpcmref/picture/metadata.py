@@ -7,12 +7,14 @@ no more memory than the image has pixels, or than MAX_METADATA.
 
 from __future__ import annotations
 
+import io
 import lzma
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from hpcmref.errors import FormatError
 from hpcmref.format.container import Container, Tag
@@ -21,7 +23,7 @@ from hpcmref.picture.exif import PREFIX
 MAX_METADATA = 1 << 24
 """Bytes of ICC, EXIF or XMP data that a file can hold, each."""
 
-RESTORED = {"1": 1, "I;16": 2, "CMYK": 3}
+RESTORED = {"1": 1, "I;16": 2, "CMYK": 3, "RGB": 4}
 """Modes that are coded as another and restored, and the content of their chunk."""
 
 _METADATA = (("icc", Tag.ICC), ("exif", Tag.EXIF), ("xmp", Tag.XMP))
@@ -35,6 +37,7 @@ class Extras:
 
     alpha: (H, W) uint8, or None.
     mode: a key of RESTORED, or None if colours and alpha tell the mode: L, LA, RGB or RGBA.
+    cicp: 4 bytes as in PNG's chunk cICP (primaries, transfer function, matrix, full range; ITU-T H.273), or None.
     icc, exif, xmp: as their standards say, EXIF without "Exif\\0\\0"; None, or 1 byte to MAX_METADATA.
     """
 
@@ -43,6 +46,7 @@ class Extras:
     icc: bytes | None = None
     exif: bytes | None = None
     xmp: bytes | None = None
+    cicp: bytes | None = None
 
     def chunks(self) -> tuple[tuple[int, bytes], ...]:
         """The chunks that hold this, by ascending tag."""
@@ -54,27 +58,32 @@ class Extras:
             found.append((Tag.ALPHA, pack_alpha(self.alpha)))
         if self.mode is not None:
             found.append((Tag.MODE, bytes([RESTORED[self.mode]])))
+        if self.cicp is not None:
+            found.append((Tag.CICP, self.cicp))
         return tuple(found)
 
 
 def extras_of(file: Container) -> Extras:
     """What the chunks of a file hold. Raises FormatError if they are damaged, or do not go with the image."""
-    mode = mode_of(file)
+    mode = mode_of(file).replace("RGBA", "RGB") if file.chunk(Tag.MODE) is not None else None
+    mode = mode if mode in RESTORED and (mode != "RGB" or file.grey) else None
     alpha = file.chunk(Tag.ALPHA)
     return replace(
         metadata_of(file),
         alpha=None if alpha is None else unpack_alpha(alpha, file.height, file.width),
-        mode=mode if mode in RESTORED else None,
+        mode=mode,
     )
 
 
 def metadata_of(file: Container) -> Extras:
-    """ICC, EXIF and XMP data of a file. Raises FormatError if they are damaged."""
+    """ICC, EXIF, XMP and cICP data of a file. Raises FormatError if they are damaged."""
     metadata: dict[str, Any] = {}
     for name, tag in _METADATA:
         packed = file.chunk(tag)
         metadata[name] = None if packed is None else _unpack(packed, MAX_METADATA, name.upper())
-    return Extras(**metadata)
+    if (cicp := file.chunk(Tag.CICP)) is not None and len(cicp) != 4:
+        raise FormatError(f"the file is damaged: its CICP data has {len(cicp)} bytes, not 4")
+    return Extras(**metadata, cicp=cicp)
 
 
 def mode_of(file: Container) -> str:
@@ -83,9 +92,13 @@ def mode_of(file: Container) -> str:
     content = file.chunk(Tag.MODE)
     if content is None:
         return base
+    if content == bytes([RESTORED["RGB"]]) and file.grey:
+        return base.replace("L", "RGB")
     for mode, number in RESTORED.items():
-        if content == bytes([number]) and base == ("RGB" if mode == "CMYK" else "L"):
+        if content == bytes([number]) and base == ("RGB" if mode == "CMYK" else "L") and mode != "RGB":
             return mode
+    if file.version > 1 and len(content) == 1 and content[0] not in RESTORED.values():
+        return base  # of a later version, which says only how to present the image
     raise FormatError(f"the file is damaged: its mode {content[:8].hex()} does not go with {base}")
 
 
@@ -95,6 +108,7 @@ def info_of(extras: Extras) -> dict[str, Any]:
         "icc_profile": extras.icc,
         "exif": None if extras.exif is None else PREFIX + extras.exif,
         "xmp": extras.xmp,
+        "cicp": extras.cicp,
     }
     return {name: content for name, content in info.items() if content is not None}
 
@@ -110,13 +124,20 @@ def pack_alpha(alpha: np.ndarray) -> bytes:
     middle = max(0, (len(alpha) - rows) // 2)
     sample = alpha[middle : middle + rows]
     best = min(range(len(_FORWARD)), key=lambda number: len(_pack(_FORWARD[number](sample).tobytes())))
-    return bytes([best]) + _pack(_FORWARD[best](alpha).tobytes())
+    packed = bytes([best]) + _pack(_FORWARD[best](alpha).tobytes())
+    if len(packed) > alpha.size // 4 and max(alpha.shape) <= _MAX_WEBP_SIDE:  # noisy: worth the time of WebP
+        file = io.BytesIO()
+        Image.fromarray(alpha).save(file, "WEBP", lossless=True, quality=80, method=4)
+        packed = min(packed, bytes([_WEBP]) + file.getvalue(), key=len)
+    return packed
 
 
 def unpack_alpha(content: bytes, height: int, width: int) -> np.ndarray:
     """The content of a chunk -> (height, width) uint8. Raises FormatError if it is not that of such a plane."""
     if len(content) == 1:
         return np.full((height, width), content[0], np.uint8)
+    if content and content[0] == _WEBP:
+        return _unpack_webp(content[1:], height, width)
     if not content or content[0] > _BITS:
         raise FormatError("the file is damaged: its alpha is of no known kind")
     columns = (width + 7) // 8 if content[0] == _BITS else width
@@ -130,6 +151,17 @@ def unpack_alpha(content: bytes, height: int, width: int) -> np.ndarray:
     for axis in _AXES[content[0]]:
         np.add.accumulate(plane, axis=axis, dtype=np.uint8, out=plane)
     return plane
+
+
+def _unpack_webp(content: bytes, height: int, width: int) -> np.ndarray:
+    """The green channel of a WebP file. Raises FormatError unless it is one of this size."""
+    try:
+        with Image.open(io.BytesIO(content), formats=["WEBP"]) as image:
+            if image.size == (width, height):
+                return np.array(image.convert("RGB"))[..., 1]
+    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
+        raise FormatError(f"the file is damaged: its alpha cannot be unpacked ({error})") from None
+    raise FormatError(f"the file is damaged: its alpha is not one of {width} x {height} pixels")
 
 
 def _differences(axes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
@@ -147,6 +179,8 @@ def _differences(axes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
 # left + upper - upper left. All are undone by running sums, so that numpy can do it.
 _AXES = ((), (1,), (0,), (1, 0))
 _FORWARD = [_differences(axes) for axes in _AXES]
+_WEBP = len(_AXES) + 1
+_MAX_WEBP_SIDE = 16383
 _BITS = len(_AXES)  # or values of 0 and 255 alone, 8 to a byte: 30 % smaller where it was measured
 
 

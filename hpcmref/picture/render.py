@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ _MODES = {
     "TIFF": {"1", "L", "LA", "I;16", "RGB", "RGBA", "CMYK"},
     "PPM": {"1", "L", "I;16", "RGB"},
 }
+_NAMES = {"icc_profile": "ICC profile", "exif": "EXIF data", "xmp": "XMP data", "cicp": "cICP data"}
 _JPEG_SEGMENT = 65533
 _XMP_HEADER = 29
 
@@ -36,17 +39,22 @@ def render(image: Image.Image, form: str) -> bytes:
     hold the image.
     """
     image = _fitting(image, form)
-    plain = {**_OPTIONS.get(form, {}), "icc_profile": None}
+    items = _items(image, form)
     try:
-        metadata = _metadata_options(image, form)
-        return _saved(image, form, {**plain, **metadata})
+        return _saved(image, form, items)
     except Exception as error:  # damaged metadata makes Pillow raise whatever it leads to
         try:
-            data = _saved(image, form, plain)
+            data = _saved(image, form, {})
         except Exception:
             raise ImageError(str(error)) from error
-        _warn(f"its ICC, EXIF or XMP data is damaged and cannot be written to {form}")
-        return data
+    kept: dict[str, bytes] = {}
+    for name, content in items.items():
+        try:
+            data = _saved(image, form, {**kept, name: content})
+            kept[name] = content
+        except Exception:
+            _warn(f"its {_NAMES[name]} is damaged and cannot be written to {form}")
+    return data
 
 
 def _fitting(image: Image.Image, form: str) -> Image.Image:
@@ -68,40 +76,82 @@ def _fitting(image: Image.Image, form: str) -> Image.Image:
     return image
 
 
-def _metadata_options(image: Image.Image, form: str) -> dict[str, Any]:
-    """Options of Pillow's save that write what the image's info has; warns of what the format has no room for."""
-    icc, tags, xmp = (image.info.get(name) or b"" for name in ("icc_profile", "exif", "xmp"))
-    lost = []
-    if icc and (form == "PPM" or _is_foreign(icc, image.mode)):
-        lost.append("ICC profile")
-        icc = b""
-    if tags and (form == "PPM" or (form == "JPEG" and len(tags) > _JPEG_SEGMENT)):
-        lost.append("EXIF data")
-        tags = b""
-    if xmp and (form == "PPM" or (form == "JPEG" and len(xmp) > _JPEG_SEGMENT - _XMP_HEADER)):
-        lost.append("XMP data")
-        xmp = b""
+def _items(image: Image.Image, form: str) -> dict[str, bytes]:
+    """The metadata in the image's info that the format has room for; warns of the others."""
+    items = {name: bytes(content) for name in _NAMES if (content := image.info.get(name))}
+    lost = [name for name, content in items.items() if not _has_room(form, image.mode, name, content)]
     if lost:
-        _warn(f"{form} of mode {image.mode} has no room for its {' and '.join(lost)}")
-    options: dict[str, Any] = {"icc_profile": icc} if icc else {}
+        _warn(f"{form} of mode {image.mode} has no room for its {' and '.join(_NAMES[name] for name in lost)}")
+    return {name: content for name, content in items.items() if name not in lost}
+
+
+def _has_room(form: str, mode: str, name: str, content: bytes) -> bool:
+    if form == "PPM" or (name == "cicp" and form != "PNG") or (name == "icc_profile" and _is_foreign(content, mode)):
+        return False
+    limits = {"exif": _JPEG_SEGMENT, "xmp": _JPEG_SEGMENT - _XMP_HEADER}
+    return form != "JPEG" or len(content) <= limits.get(name, len(content))
+
+
+def _metadata_options(form: str, items: dict[str, bytes]) -> dict[str, Any]:
+    """Options of Pillow's save that write the metadata."""
+    options: dict[str, Any] = {"icc_profile": items.get("icc_profile")}
+    tags, xmp = items.get("exif"), items.get("xmp")
     if form == "TIFF":
         directory = Image.Exif()
         if tags:
-            directory.load(tags)
-            for tag in set(directory) - exif.TAGS:
-                del directory[tag]
+            directory = _writable(tags)
             options["compression"] = None  # with any other, Pillow fails to write the directories of EXIF
         if xmp:
             directory[ExifTags.Base.XMLPacket] = xmp
         return {**options, "exif": directory} if directory else options
     if tags:
         options["exif"] = tags
-    if xmp and form == "PNG":
+    if form == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode())
+        if xmp:
+            options["pnginfo"].add_itxt("XML:com.adobe.xmp", _text(xmp))
+        if "cicp" in items:
+            options["pnginfo"].add(b"cICP", items["cicp"])
     elif xmp:
         options["xmp"] = xmp
     return options
+
+
+def _writable(tags: bytes) -> Image.Exif:
+    """The tags of EXIF data that Pillow can write to a TIFF file, and that do not say how it stores its pixels; warns
+    of the others."""
+    lost = []
+    for tag in sorted(set(_tags_of(tags, exif.TAGS))):
+        try:
+            Image.new("L", (1, 1)).save(io.BytesIO(), "TIFF", exif=_tags_of(tags, {tag}))
+        except Exception:
+            lost.append(tag)
+    if lost:
+        names = ", ".join(ExifTags.TAGS.get(tag, f"{tag:#06x}") for tag in lost)
+        _warn(f"its EXIF tags {names} are damaged and cannot be written to TIFF")
+    return _tags_of(tags, exif.TAGS - set(lost))
+
+
+def _tags_of(tags: bytes, wanted: Collection[int]) -> Image.Exif:
+    """The wanted ones among the tags of EXIF data."""
+    directory = Image.Exif()
+    directory.load(tags)
+    for tag in set(directory) - set(wanted):
+        del directory[tag]
+    return directory
+
+
+def _text(xmp: bytes) -> str:
+    """An XMP packet, which may be in UTF-8, UTF-16 or UTF-32, as text."""
+    xmp = xmp.removeprefix(codecs.BOM_UTF8)
+    if xmp.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return xmp.decode("utf-32")
+    if xmp.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return xmp.decode("utf-16")
+    for encoding in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):
+        if xmp.startswith("<".encode(encoding)) and b"\0" in xmp[:4]:
+            return xmp.decode(encoding)
+    return xmp.rstrip(b"\0").decode()
 
 
 def _is_foreign(icc: bytes, mode: str) -> bool:
@@ -110,9 +160,9 @@ def _is_foreign(icc: bytes, mode: str) -> bool:
     return icc[16:20] in (b"CMYK", b"RGB ", b"GRAY", b"Lab ") and icc[16:20] not in own
 
 
-def _saved(image: Image.Image, form: str, options: dict[str, Any]) -> bytes:
+def _saved(image: Image.Image, form: str, items: dict[str, bytes]) -> bytes:
     file = io.BytesIO()
-    image.save(file, form, **options)
+    image.save(file, form, **{**_OPTIONS.get(form, {}), **_metadata_options(form, items)})
     return file.getvalue()
 
 

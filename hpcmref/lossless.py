@@ -1,0 +1,91 @@
+"""Bit-exact pictures: the payload is a WebP or PNG file of the colours, whichever is smaller. No model is needed.
+
+Alpha, metadata and mode are in chunks, as in files with a learned payload. WebP ends at 16383 pixels a side; larger
+pictures are always PNG.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hpcmref import DEFAULT_MAX_PIXELS, __version__
+from hpcmref.errors import DecodeError, ImageError
+from hpcmref.format import container
+from hpcmref.format.container import Coding, Container, Encoder
+from hpcmref.picture import images
+from hpcmref.picture.images import Picture
+from hpcmref.picture.metadata import extras_of
+
+_MAX_WEBP_SIDE = 16383
+_OPTIONS: dict[Coding, dict[str, Any]] = {
+    Coding.WEBP: {"lossless": True, "quality": 80, "method": 4, "exact": True},
+    Coding.PNG: {"optimize": True},
+}
+
+
+def encode(image: Image.Image | np.ndarray) -> bytes:
+    """The file of an image whose colours, alpha and grey levels decode exactly, invisible colours included.
+
+    Raises ImageError for images that are not exactly 8 bits of grey or RGB (16 bits, CMYK, palettes excepted), and as
+    `picture_of` does.
+    """
+    _refuse_inexact(image)
+    picture = images.picture_of(image, keep_invisible=True)
+    coding, payload = pack(picture)
+    height, width = picture.pixels.shape[:2]
+    encoder = Encoder(*map(int, __version__.split(".")[:2]))
+    chunks = picture.extras.chunks()
+    return container.write(Container(width, height, picture.grey, None, payload, coding, chunks, encoder))
+
+
+def pack(picture: Picture) -> tuple[Coding, bytes]:
+    """The smallest lossless payload of a picture's colours."""
+    colours = Image.fromarray(picture.pixels[..., 0] if picture.grey else picture.pixels)
+    codings = [Coding.PNG] if max(colours.size) > _MAX_WEBP_SIDE else [Coding.WEBP, Coding.PNG]
+    payloads = []
+    for coding in codings:
+        file = io.BytesIO()
+        colours.save(file, coding.name, **_OPTIONS[coding])
+        payloads.append((coding, file.getvalue()))
+    return min(payloads, key=lambda each: len(each[1]))
+
+
+def unpack(file: Container) -> np.ndarray:
+    """The colours (H, W, 3) uint8 of a file without a learned payload. Raises DecodeError if the payload is damaged or
+    not of the picture that the header describes; that is known before any pixel is decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(file.payload), formats=[file.coding.name]) as image:
+            if image.size != (file.width, file.height) or image.mode not in ("1", "L", "P", "RGB"):
+                raise DecodeError(
+                    f"the file is damaged: its payload is a picture of {image.width} x {image.height} {image.mode}, "
+                    f"not of {file.width} x {file.height}"
+                )
+            return np.array(image.convert("RGB"))
+    except DecodeError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
+        raise DecodeError(f"the file is damaged: its {file.coding.name} payload cannot be decoded ({error})") from None
+
+
+def decode(file: Container, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """The image of a file without a learned payload. Raises DecodeError, FormatError for damaged chunks, and ImageError
+    for more pixels than max_pixels or for a truncated file, of which nothing can be shown.
+    """
+    if (pixels := file.width * file.height) > max_pixels:
+        raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
+    return images.image_of(unpack(file), file.grey, extras_of(file))
+
+
+def _refuse_inexact(image: Image.Image | np.ndarray) -> None:
+    wide = isinstance(image, np.ndarray) and image.dtype not in (np.uint8, bool)
+    if wide or (isinstance(image, Image.Image) and images.is_wide(image)):
+        raise ImageError(
+            "more than 8 bits a channel cannot be kept without loss; leave out lossless, or use PNG or TIFF"
+        )
+    if isinstance(image, Image.Image) and image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        raise ImageError(f"{image.mode} colours are converted to RGB, which is not without loss; convert them first")

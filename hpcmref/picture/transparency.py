@@ -1,0 +1,48 @@
+"""The colour that a PNG file says is transparent (tRNS), as the PNG specification means it.
+
+Pillow compares that colour with pixels which it has scaled (1, 2 and 4 bits) or cut (16 bits a channel): here the
+comparison is made with the samples of the file.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+_SCALED = {"1": (1, 255), "L;2": (3, 85), "L;4": (15, 17)}
+_HIGH_BYTES, _LOW_BYTES = "RGB;16B", "RGB;16L"
+
+
+def keyed(image: Image.Image, reopen: BinaryIO) -> Image.Image:
+    """A PNG image just opened, not loaded -> an image whose key colour is right, or RGBA for 16 bits a channel.
+
+    reopen: the same file again, at any position; read only for 16 bits a channel.
+    """
+    key = image.info.get("transparency")
+    tiles = getattr(image, "tile", ())
+    if image.format != "PNG" or key is None or not tiles:
+        return image
+    raw = tiles[0][3]
+    raw = raw if isinstance(raw, str) else raw[0]
+    if raw in _SCALED and isinstance(key, int):
+        mask, factor = _SCALED[raw]
+        image.info["transparency"] = (key & mask) * factor
+    elif raw == _HIGH_BYTES and isinstance(key, tuple):
+        return _with_alpha_of_16_bits(image, key, reopen)
+    return image
+
+
+def _with_alpha_of_16_bits(image: Image.Image, key: tuple[int, ...], reopen: BinaryIO) -> Image.Image:
+    """RGBA: transparent where all 16 bits of all channels are those of the key."""
+    reopen.seek(0)
+    low = Image.open(io.BytesIO(reopen.read()), formats=["PNG"])
+    # Read as little-endian numbers, Pillow keeps the other byte of each sample: in PNG the lower one.
+    low.tile = [tile._replace(args=_LOW_BYTES) for tile in low.tile]
+    high, low_bytes = np.asarray(image).astype(np.uint16), np.asarray(low)
+    opaque = ((high << 8 | low_bytes) != np.array(key, np.uint16)).any(axis=2)
+    image.putalpha(Image.fromarray(opaque * np.uint8(255)))
+    image.info.pop("transparency", None)
+    return image
