@@ -241,7 +241,7 @@ def _loaded(file: TensorFile, any_file: bool = False) -> tuple[Checkpoint, dict[
     try:
         config = HPCMConfig.from_dict(metadata["config"])
         fingerprint, rule = bytes.fromhex(metadata["fingerprint"]), metadata.get("fingerprint_rule", 1)
-        if rule not in (1, 2) or rule == 2 and not sealed:
+        if rule not in (1, 2) or (rule == 2 and not sealed):
             raise CheckpointError(f"{path} has a fingerprint of a rule that this hpcmref does not know.")
         with torch.device("meta"):
             model = HPCM(config)
@@ -353,7 +353,9 @@ def _compare(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[
     if missing := sorted(set(expected) - set(found)):
         raise CheckpointError(f"{owner} lacks {missing[0]} ({len(missing)} tensors in all).")
     if unknown := sorted(set(found) - set(expected)):
-        raise CheckpointError(f"{owner} has {unknown[0]:.100}, which the model has not ({len(unknown)} tensors in all).")
+        raise CheckpointError(
+            f"{owner} has {unknown[0]:.100}, which the model has not ({len(unknown)} tensors in all)."
+        )
     for name, shape in expected.items():
         if found[name] != shape:
             raise CheckpointError(f"{owner} has {name} of shape {found[name]}, not {shape}.")
@@ -389,7 +391,7 @@ def _fingerprint(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray], ru
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that latents depend on. Those that rule 1 did not know are left out while they have their default."""
+    """The settings that latents depend on. Those newer than rule 1 are left out while at their default."""
     from hpcmref.model.config import HPCMConfig, MemoryConfig
 
     def kept(values: Mapping[str, Any], owner: type[HPCMConfig] | type[MemoryConfig]) -> dict[str, Any]:
@@ -403,9 +405,32 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _OF_RULE_1 = frozenset(
-    "M N hyper_blocks hyper_ratio context_width prior_s1_s2 prior_s3 heads windows displaced_s2 lambdas memory mode "
-    "scales transfer before_prior max_refs topk compress_ratio temperature num_heads value_resolution feature_map "
-    "per_position".split()
+    [
+        "M",
+        "N",
+        "hyper_blocks",
+        "hyper_ratio",
+        "context_width",
+        "prior_s1_s2",
+        "prior_s3",
+        "heads",
+        "windows",
+        "displaced_s2",
+        "lambdas",
+        "memory",
+        "mode",
+        "scales",
+        "transfer",
+        "before_prior",
+        "max_refs",
+        "topk",
+        "compress_ratio",
+        "temperature",
+        "num_heads",
+        "value_resolution",
+        "feature_map",
+        "per_position",
+    ]
 )
 """Settings of HPCMConfig and MemoryConfig that are hashed always."""
 

@@ -30,7 +30,9 @@ class OfficialPreset(str, Enum):
 @app.command("list")
 def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array with one object a model.")] = False,
-    check: Annotated[bool, typer.Option("--verify", help="Read every model whole, and exit 1 if one is damaged.")] = False,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Read every model whole, and exit 1 if one is damaged.")
+    ] = False,
 ) -> None:
     """List the models that -m knows by name."""
     from hpcmref.checkpoints import available, verify
@@ -78,7 +80,13 @@ def list_presets() -> None:
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="OFFICIAL.pth.tar of the official HPCM code, or an older FILE.safetensors of hpcmref.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="OFFICIAL.pth.tar of the official HPCM code, or an older FILE.safetensors of hpcmref.",
+        ),
+    ],
     output: Annotated[str, typer.Option("-o", "--output", metavar="FILE.safetensors", help="Where to write it.")],
     preset: Annotated[
         OfficialPreset | None, typer.Option("--preset", help="What an official checkpoint was trained as.")

@@ -58,7 +58,7 @@ class TensorFile:
     _data: int
 
     def read(self) -> dict[str, np.ndarray]:
-        """Read all tensors, in the byte order of this machine. Raises CheckpointError if the file has become shorter."""
+        """Read all tensors, in the byte order of this machine. Raises CheckpointError if the file got shorter."""
         data = bytearray(self.size - self._data)
         self._stream.seek(self._data)
         if self._stream.readinto(data) != len(data):  # type: ignore[attr-defined]

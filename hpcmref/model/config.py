@@ -8,7 +8,7 @@ from hpcmref.errors import ConfigError
 T = TypeVar("T", "MemoryConfig", "HPCMConfig")
 
 MAX_CHANNELS, MAX_BLOCKS, MAX_FACTOR, MAX_HEADS, MAX_WINDOW, MAX_ANCHORS = 4096, 32, 16, 256, 32, 64
-"""Limits of a configuration: channels of anything (M and N: a fourth), residual blocks in a row, factors by which blocks
+"""Limits of a configuration: channels (M and N: a fourth), residual blocks in a row, factors by which blocks
 widen, attention heads, sides of windows, rate anchors. A model file over them is refused before networks are made."""
 
 QUALITIES = 64
