@@ -291,7 +291,7 @@ def _check_header(file: TensorFile, model: HPCM, sealed: bool) -> None:
     _compare({name: entry.shape for name, entry in file.entries.items()}, shapes | grids, str(file.path))
     integers = {_ENTROPY + name for name in storage.convolution_names(model.entropy)} if sealed else set()
     for name, entry in file.entries.items():
-        types = _INTEGERS if name in integers else _FLOATS
+        types: tuple[str, ...] = _INTEGERS if name in integers else _FLOATS
         if name in grids:
             types = ("I32",) if name.rsplit(".", 1)[1].startswith("limit") else ("I8",)
         if entry.dtype not in types:

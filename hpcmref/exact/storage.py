@@ -36,7 +36,8 @@ def restored(entropy: EntropyPath, tensors: dict[str, Tensor], grids: Grids) -> 
     result = dict(tensors)
     for name, layer in _convolutions(entropy).items():
         keys = f"{name}.weight", f"{name}.bias"
-        exact = float_weights(layer, *(tensors[key] for key in keys), *_grids_of(layer, grids.get(name, {}), name))
+        inputs, outputs = _grids_of(layer, grids.get(name, {}), name)
+        exact = float_weights(layer, tensors[keys[0]], tensors[keys[1]], inputs, outputs)
         for key, values in zip(keys, exact, strict=True):
             result[key] = values.float()
             if not torch.equal(result[key].double(), values):
