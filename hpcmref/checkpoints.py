@@ -5,7 +5,6 @@ Importing this module does not import torch: `available` and `name_of` read only
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -13,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from hpcmref.errors import CheckpointError, ConfigError
+from hpcmref.format import tensorfile
+from hpcmref.format.tensorfile import TensorFile
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from PIL import Image
 
@@ -31,6 +31,10 @@ _WEIGHTS = Path(__file__).parent / "weights"
 _METADATA = "hpcmref"
 _ENTROPY = "entropy."
 _GRID = "exact."
+_FLOATS, _INTEGERS = ("F16", "F32"), ("I8", "I16", "I32")
+_SHIPPED = {"dde122eb3cb9a199f0e6774917b1fe2efba1a9d47266d93ee0d493f562c1b9e6"}
+"""SHA-256 of the shipped model files that hold no checksum of their own."""
+
 _TILES = Path(__file__).parent / "exact" / "tiles"
 
 
@@ -73,7 +77,8 @@ def find(model: str | Path | None) -> Path:
 
 def info(path: Path) -> CheckpointInfo:
     """Read the header of a checkpoint. Raises CheckpointError if it is not one of ours."""
-    metadata = _metadata(path)
+    with tensorfile.opened(path) as file:
+        metadata = _metadata(file)
     try:
         return CheckpointInfo(
             name=path.stem,
@@ -89,14 +94,14 @@ def info(path: Path) -> CheckpointInfo:
         raise CheckpointError(f"{path} lacks what an hpcmref checkpoint must say of itself ({error}).") from error
 
 
-def _metadata(path: Path) -> dict[str, Any]:
+def _metadata(file: TensorFile) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="np") as file:
-            return json.loads(file.metadata()[_METADATA])
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}.") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of hpcmref.") from error
+        metadata = tensorfile.strict_json(file.metadata[_METADATA])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{file.path} is not a checkpoint of hpcmref.") from error
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{file.path} is not a checkpoint of hpcmref.")
+    return metadata
 
 
 def save(
@@ -106,34 +111,83 @@ def save(
     provenance: Mapping[str, Any],
     half: bool = True,
 ) -> CheckpointInfo:
-    """Write a checkpoint with its exact grids, whole or not at all.
+    """Calibrate a model and write it as a checkpoint, whole or not at all.
 
-    half: weights in float16, else in float32. Raises CheckpointError for weights that are not finite.
+    The entropy path is stored as the integers that exact arithmetic computes with (`exact.storage`); half: g_a, h_a and
+    g_s in float16, else in float32. Raises CheckpointError for weights that are not finite.
     """
+    import torch
+
+    from hpcmref.model import HPCM
+
+    weights = {name: tensor.detach().cpu().float() for name, tensor in model.state_dict().items()}
+    for name, tensor in weights.items():
+        if not (tensor.half() if half and not name.startswith(_ENTROPY) else tensor).isfinite().all():
+            raise CheckpointError(f"The model cannot be stored: {name} is not finite.")
+    with torch.device("meta"):
+        stored = HPCM(model.config)
+    stored.load_state_dict(weights, assign=True)
+    return _write(path, stored, calibrated(stored.eval()), description, provenance, half)
+
+
+def convert(source: Path, target: Path) -> CheckpointInfo:
+    """Write a checkpoint of hpcmref anew, with a checksum and a compact entropy path.
+
+    The source may be of an older form, without a checksum. The fingerprint stays, and so do all latents. Raises
+    CheckpointError.
+    """
+    with tensorfile.opened(source) as file:
+        half = file.entries["g_s.0.weight"].dtype == "F16" if "g_s.0.weight" in file.entries else True
+        checkpoint, metadata = _loaded(file, any_file=True)
+    fingerprint = checkpoint.fingerprint.hex(), metadata.get("fingerprint_rule", 1)
+    described = str(metadata["description"]), metadata["provenance"]
+    return _write(target, checkpoint.model, checkpoint.grids, *described, half, fingerprint)
+
+
+def _write(
+    path: Path,
+    model: HPCM,
+    grids: Grids,
+    description: str,
+    provenance: Mapping[str, Any],
+    half: bool,
+    fingerprint: tuple[str, int] | None = None,
+) -> CheckpointInfo:
+    """Write a compact checkpoint; fingerprint: its digits and the rule that made them, by default those of rule 2."""
     import torch
     from safetensors.torch import save as to_bytes
 
-    from hpcmref.model import HPCM
+    from hpcmref.exact import storage
     from hpcmref.runtime.files import atomic_write
 
     dtype = torch.float16 if half else torch.float32
-    tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise CheckpointError(f"The model cannot be stored: {bad[0]} is not finite as {dtype}.")
-    with torch.device("meta"):
-        stored = HPCM(model.config)
-    stored.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    for module, grids in calibrated(stored.eval()).items():
-        tensors |= {f"{_GRID}{module}.{name}": grid for name, grid in grids.items()}
+    tensors = {
+        name: tensor.detach().cpu().to(dtype)
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(_ENTROPY)
+    }
+    tensors |= {_ENTROPY + name: tensor for name, tensor in storage.stored(model.entropy, grids).items()}
+    tensors |= {f"{_GRID}{module}.{name}": grid for module, named in grids.items() for name, grid in named.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    digits, rule = fingerprint or (_fingerprint(model.config.to_dict(), arrays, 2).hex(), 2)
     metadata = {
         "config": model.config.to_dict(),
         "description": description,
-        "fingerprint": _fingerprint(model.config.to_dict(), tensors).hex(),
+        "fingerprint": digits,
+        "fingerprint_rule": rule,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "provenance": dict(provenance),
     }
+    metadata["sha256"] = _checksum(metadata, arrays)
     atomic_write(path, to_bytes(tensors, {_METADATA: json.dumps(metadata)}))
     return info(path)
+
+
+def _checksum(metadata: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of all tensors and of the metadata but for the checksum itself."""
+    said = {name: value for name, value in metadata.items() if name != "sha256"}
+    return tensorfile.digest(json.dumps(said, sort_keys=True), arrays).hexdigest()
 
 
 def tiles() -> list[Image.Image]:
@@ -170,30 +224,86 @@ class Checkpoint:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raises CheckpointError."""
-    import torch
-    from safetensors.torch import load_file
+    """Read a checkpoint. Raises CheckpointError if it is damaged in any byte that matters."""
+    with tensorfile.opened(path) as file:
+        return _loaded(file)[0]
 
+
+def _loaded(file: TensorFile, any_file: bool = False) -> tuple[Checkpoint, dict[str, Any]]:
+    """A checkpoint and its metadata; any_file: also one without a checksum that did not ship."""
+    import torch
+
+    from hpcmref.exact import storage
     from hpcmref.model import HPCM, HPCMConfig
 
-    metadata = _metadata(path)
+    path, metadata = file.path, _metadata(file)
+    sealed = "sha256" in metadata
     try:
         config = HPCMConfig.from_dict(metadata["config"])
-        fingerprint = bytes.fromhex(metadata["fingerprint"])
+        fingerprint, rule = bytes.fromhex(metadata["fingerprint"]), metadata.get("fingerprint_rule", 1)
+        if rule not in (1, 2) or (rule == 2 and not sealed):
+            raise CheckpointError(f"{path} has a fingerprint of a rule that this hpcmref does not know.")
         with torch.device("meta"):
             model = HPCM(config)
-        tensors = load_file(path)
-    except (ConfigError, AttributeError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+    except (ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
-    if _fingerprint(config.to_dict(), tensors) != fingerprint:
+    _check_header(file, model, sealed)
+    if not sealed and not any_file and file.sha256() not in _SHIPPED:
+        raise CheckpointError(
+            f"{path} has no checksum, as files of an old form. Make a new one of it: hpcmref checkpoints convert."
+        )
+    arrays = file.read()
+    if sealed and _checksum(metadata, arrays) != metadata["sha256"]:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one that it states.")
+    # Rule 1 is over float weights, which a compact file does not hold; there the checksum vouches for the fingerprint.
+    if not (sealed and rule == 1) and _fingerprint(config.to_dict(), arrays, rule) != fingerprint:
         raise CheckpointError(f"{path} is damaged: its weights are not those of fingerprint {fingerprint.hex()}.")
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if bad := [name for name, each in tensors.items() if each.is_floating_point() and not each.isfinite().all()]:
+        raise CheckpointError(f"{path} is damaged: {bad[0]} has numbers that are not finite.")
     grids: Grids = {}
     for key in [key for key in tensors if key.startswith(_GRID)]:
         module, name = key.removeprefix(_GRID).rsplit(".", 1)
         grids.setdefault(module, {})[name] = tensors.pop(key)
-    keys = {name: name for name in model.state_dict()}
-    model = _filled(model, {name: tensor.float() for name, tensor in tensors.items()}, keys, str(path))
-    return Checkpoint(model.eval(), grids, fingerprint)
+    try:
+        storage.check_grids(model.entropy, grids)
+        if sealed:
+            names = [name for name in tensors if name.startswith(_ENTROPY)]
+            entropy = {name.removeprefix(_ENTROPY): tensors.pop(name) for name in names}
+            exact = storage.restored(model.entropy, entropy, grids)
+            tensors |= {_ENTROPY + name: tensor for name, tensor in exact.items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return Checkpoint(model.eval(), grids, fingerprint), metadata
+
+
+def _check_header(file: TensorFile, model: HPCM, sealed: bool) -> None:
+    """Raise CheckpointError unless the header has the tensors of `model` (on meta), with their shapes and types."""
+    from hpcmref.exact import storage
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    grids = {
+        f"{_GRID}{module}.{name}": shape
+        for module, named in storage.grid_shapes(model.entropy).items()
+        for name, shape in named.items()
+    }
+    _compare({name: entry.shape for name, entry in file.entries.items()}, shapes | grids, str(file.path))
+    integers = {_ENTROPY + name for name in storage.convolution_names(model.entropy)} if sealed else set()
+    for name, entry in file.entries.items():
+        types: tuple[str, ...] = _INTEGERS if name in integers else _FLOATS
+        if name in grids:
+            types = ("I32",) if name.rsplit(".", 1)[1].startswith("limit") else ("I8",)
+        if entry.dtype not in types:
+            raise CheckpointError(f"{file.path} has {name} of type {entry.dtype}, not {' or '.join(types)}.")
+
+
+def verify(path: Path) -> None:
+    """Check all of a checkpoint, also that its layers can be computed exactly. Raises CheckpointError."""
+    from hpcmref.exact import attach
+
+    checkpoint = load(path)
+    attach(checkpoint.model.entropy, checkpoint.grids)
 
 
 def load_official(state_dict: Mapping[str, torch.Tensor], preset: str) -> HPCM:
@@ -238,33 +348,91 @@ def convert_official(source: Path, target: Path, preset: str) -> CheckpointInfo:
     return save(model, target, f"Official HPCM {preset}", {"source": source.name}, half=False)
 
 
+def _compare(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], owner: str) -> None:
+    """Raise CheckpointError unless two sets of tensor names and shapes are equal."""
+    if missing := sorted(set(expected) - set(found)):
+        raise CheckpointError(f"{owner} lacks {missing[0]} ({len(missing)} tensors in all).")
+    if unknown := sorted(set(found) - set(expected)):
+        raise CheckpointError(
+            f"{owner} has {unknown[0]:.100}, which the model has not ({len(unknown)} tensors in all)."
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(f"{owner} has {name} of shape {found[name]}, not {shape}.")
+
+
 def _filled(model: HPCM, tensors: Mapping[str, torch.Tensor], keys: Mapping[str, str], owner: str) -> HPCM:
     """A model built on the meta device, with its weights; `keys`: name in the model -> key in `tensors`."""
-    if missing := sorted(set(keys.values()) - set(tensors)):
-        raise CheckpointError(f"{owner} lacks {missing[0]} ({len(missing)} tensors in all).")
-    if unknown := sorted(set(tensors) - set(keys.values())):
-        raise CheckpointError(f"{owner} has {unknown[0]}, which the model has not ({len(unknown)} tensors in all).")
-    for name, parameter in model.state_dict().items():
-        tensor = tensors[keys[name]]
-        if tensor.shape != parameter.shape:
-            found, expected = tuple(tensor.shape), tuple(parameter.shape)
-            raise CheckpointError(f"{owner} has {keys[name]} of shape {found}, not {expected}.")
+    shapes = {keys[name]: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    _compare({key: tuple(tensor.shape) for key, tensor in tensors.items()}, shapes, owner)
+    for key, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.is_sparse:
-            raise CheckpointError(f"{owner} has {keys[name]} of {tensor.dtype}, not floating-point numbers.")
+            raise CheckpointError(f"{owner} has {key} of {tensor.dtype}, not floating-point numbers.")
     model.load_state_dict({name: tensors[key] for name, key in keys.items()}, assign=True)
     return model
 
 
-def _fingerprint(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """The first 4 bytes of the SHA-256 of the entropy path: its configuration, weights (as float32) and exact grids."""
-    relevant = {name: value for name, value in config.items() if name not in ("preset", *_TRANSFORM_SETTINGS)}
-    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode())
-    for name in sorted(name for name in tensors if name.startswith((_ENTROPY, _GRID))):
-        tensor = tensors[name].float().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().astype("<f4", copy=False).tobytes())
+def _fingerprint(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray], rule: int) -> bytes:
+    """The first 4 bytes of the SHA-256 of the entropy path: its configuration, weights and exact grids.
+
+    rule: 1 hashes weights and grids as float32, 2 as they are stored in a compact file.
+    """
+    import hashlib
+
+    settings = json.dumps(_settings(config), sort_keys=True)
+    arrays = {name: array for name, array in arrays.items() if name.startswith((_ENTROPY, _GRID))}
+    if rule == 2:
+        return tensorfile.digest(f"rule 2 {settings}", arrays).digest()[:4]
+    digest = hashlib.sha256(settings.encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].shape}".encode())
+        digest.update(arrays[name].astype("<f4").tobytes())
     return digest.digest()[:4]
 
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that latents depend on. Those newer than rule 1 are left out while at their default."""
+    from hpcmref.model.config import HPCMConfig, MemoryConfig
+
+    def kept(values: Mapping[str, Any], owner: type[HPCMConfig] | type[MemoryConfig]) -> dict[str, Any]:
+        fields = owner.__dataclass_fields__
+        return {name: each for name, each in values.items() if name in _OF_RULE_1 or each != fields[name].default}
+
+    settings = {name: each for name, each in config.items() if name not in ("preset", *_TRANSFORM_SETTINGS)}
+    if settings.get("memory"):
+        settings["memory"] = kept(settings["memory"], MemoryConfig)
+    return kept(settings, HPCMConfig)
+
+
+_OF_RULE_1 = frozenset(
+    [
+        "M",
+        "N",
+        "hyper_blocks",
+        "hyper_ratio",
+        "context_width",
+        "prior_s1_s2",
+        "prior_s3",
+        "heads",
+        "windows",
+        "displaced_s2",
+        "lambdas",
+        "memory",
+        "mode",
+        "scales",
+        "transfer",
+        "before_prior",
+        "max_refs",
+        "topk",
+        "compress_ratio",
+        "temperature",
+        "num_heads",
+        "value_resolution",
+        "feature_map",
+        "per_position",
+    ]
+)
+"""Settings of HPCMConfig and MemoryConfig that are hashed always."""
 
 _TRANSFORM_SETTINGS = ("transform", "stages", "synthesis", "ratio")
 

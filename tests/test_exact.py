@@ -647,15 +647,19 @@ def test_hostile_weights_are_refused(parameter: str, value: float, honest: tuple
 
 
 def test_a_hostile_checkpoint_is_refused(tmp_path: Path) -> None:
-    """With a fingerprint that fits: a grid that is out of range ends in one error when the codec is made."""
-    from safetensors.torch import load_file, save_file
+    """With a fingerprint and a checksum that fit: a grid that is out of range ends in one error."""
+    from safetensors.numpy import save_file
+
+    from hpcmref.format import tensorfile
 
     path = tmp_path / "model.safetensors"
     checkpoints.save(model_of(), path, "hostile", {})
-    tensors, metadata = load_file(path), checkpoints._metadata(path)
-    tensors[f"exact.{CONV}.limit"].fill_(2**31 - 1)
-    metadata["fingerprint"] = checkpoints._fingerprint(metadata["config"], tensors).hex()
-    save_file(tensors, path, {"hpcmref": json.dumps(metadata)})
+    with tensorfile.opened(path) as file:
+        arrays, metadata = file.read(), checkpoints._metadata(file)
+    arrays[f"exact.{CONV}.limit"].fill(2**31 - 1)
+    metadata["fingerprint"] = checkpoints._fingerprint(metadata["config"], arrays, 2).hex()
+    metadata["sha256"] = checkpoints._checksum(metadata, arrays)
+    save_file(arrays, path, {"hpcmref": json.dumps(metadata)})
     with pytest.raises(CheckpointError, match="limit"):
         Codec(checkpoints.load(path), "hostile", CPU)
 

@@ -30,11 +30,17 @@ class OfficialPreset(str, Enum):
 @app.command("list")
 def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array with one object a model.")] = False,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Read every model whole, and exit 1 if one is damaged.")
+    ] = False,
 ) -> None:
     """List the models that -m knows by name."""
-    from hpcmref.checkpoints import available
+    from hpcmref.checkpoints import available, verify
 
     models = available()
+    if check:
+        for model in models:
+            verify(model.path)
     if as_json:
         print(json.dumps([_facts(model) for model in models], indent=2))
     else:
@@ -74,20 +80,33 @@ def list_presets() -> None:
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(metavar="OFFICIAL.pth.tar", help="A checkpoint of the official HPCM code.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="OFFICIAL.pth.tar of the official HPCM code, or an older FILE.safetensors of hpcmref.",
+        ),
+    ],
     output: Annotated[str, typer.Option("-o", "--output", metavar="FILE.safetensors", help="Where to write it.")],
-    preset: Annotated[OfficialPreset, typer.Option("--preset", help="What the checkpoint was trained as.")],
+    preset: Annotated[
+        OfficialPreset | None, typer.Option("--preset", help="What an official checkpoint was trained as.")
+    ] = None,
     force: ForceOption = False,
 ) -> None:
-    """Convert an official HPCM checkpoint; use the result with -m FILE.safetensors."""
+    """Convert an official HPCM checkpoint, or an older model file; use the result with -m FILE.safetensors."""
+    if preset is None and not source.endswith(".safetensors"):
+        raise typer.BadParameter("an official checkpoint needs --preset")
 
     def work(job: Job) -> str:
-        from hpcmref.checkpoints import convert_official
+        from hpcmref import checkpoints
 
         assert job.source is not None
         assert job.target is not None
         job.make_room(force)
-        made = convert_official(job.source, job.target, preset.value)
+        if preset is None:
+            made = checkpoints.convert(job.source, job.target)
+        else:
+            made = checkpoints.convert_official(job.source, job.target, preset.value)
         return (
             f"{job.name} -> {job.target_name}: {made.preset}, {made.parameters} parameters, "
             f"{made.size} bytes, fingerprint {made.fingerprint.hex()}"

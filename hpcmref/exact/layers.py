@@ -184,15 +184,27 @@ def integer_weights(layer: nn.Conv2d | nn.ConvTranspose2d, inputs: Tensor, outpu
     inputs: (C_in,), outputs: (C_out,) exponents; scaling by powers of two is exact, so there is one rounding.
     """
     assert layer.bias is not None
-    scale_in, scale_out = power_of_two(-inputs).double(), power_of_two(outputs).double()
-    if isinstance(layer, nn.ConvTranspose2d):
-        scale = scale_in[:, None, None, None] * scale_out[None, :, None, None]
-    elif layer.groups == 1:
-        scale = scale_out[:, None, None, None] * scale_in[None, :, None, None]
-    else:
-        scale = (scale_out * scale_in)[:, None, None, None]
+    scale, scale_out = _weight_scales(layer, inputs, outputs)
     weight = (layer.weight.detach().cpu().double() * scale).round()
     return weight, (layer.bias.detach().cpu().double() * scale_out).round()
+
+
+def float_weights(
+    layer: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor, bias: Tensor, inputs: Tensor, outputs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias, float64, of which `integer_weights` makes these integers: the inverse, and exact."""
+    scale, scale_out = _weight_scales(layer, inputs, outputs)
+    return weight.double() / scale, bias.double() / scale_out
+
+
+def _weight_scales(layer: nn.Conv2d | nn.ConvTranspose2d, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """What weight (shaped to broadcast) and bias (C_out,) are multiplied by to become integers, float64."""
+    scale_in, scale_out = power_of_two(-inputs).double(), power_of_two(outputs).double()
+    if isinstance(layer, nn.ConvTranspose2d):
+        return scale_in[:, None, None, None] * scale_out[None, :, None, None], scale_out
+    if layer.groups == 1:
+        return scale_out[:, None, None, None] * scale_in[None, :, None, None], scale_out
+    return (scale_out * scale_in)[:, None, None, None], scale_out
 
 
 def output_sums(layer: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor) -> Tensor:

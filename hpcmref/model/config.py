@@ -7,6 +7,10 @@ from hpcmref.errors import ConfigError
 
 T = TypeVar("T", "MemoryConfig", "HPCMConfig")
 
+MAX_CHANNELS, MAX_BLOCKS, MAX_FACTOR, MAX_HEADS, MAX_WINDOW, MAX_ANCHORS = 4096, 32, 16, 256, 32, 64
+"""Limits of a configuration: channels (M and N: a fourth), residual blocks in a row, factors by which blocks
+widen, attention heads, sides of windows, rate anchors. A model file over them is refused before networks are made."""
+
 QUALITIES = 64
 """Quality settings of a variable-rate model: 0 (smallest file) to 63 (best picture)."""
 
@@ -47,6 +51,8 @@ class MemoryConfig:
             raise ConfigError("Transfer is between scales that follow each other, and not with the mode cross.")
         if (len(self.max_refs), len(self.topk)) != (3, 3):
             raise ConfigError("max_refs and topk are three numbers: of s1, s2 and s3.")
+        for value in (*self.max_refs, *self.topk, self.compress_ratio, self.num_heads, self.value_resolution):
+            _check_whole("a number of the memory", value, 0, MAX_CHANNELS)
         if min(*self.max_refs, *self.topk, self.compress_ratio, self.num_heads) < 1 or max(self.max_refs) > 16:
             raise ConfigError("The memory's numbers must be positive, and max_refs at most 16.")
         if any(topk > max_refs for topk, max_refs in zip(self.topk, self.max_refs, strict=True)):
@@ -88,6 +94,7 @@ class HPCMConfig:
     memory: MemoryConfig | None = None
 
     def __post_init__(self) -> None:
+        self._check_limits()
         if self.transform not in ("conv", "dct"):
             raise ConfigError(f"The transform is {self.transform!r}; it must be 'conv' or 'dct'.")
         if self.transform == "dct" and (len(self.stages), len(self.synthesis)) != (1, 1):
@@ -102,6 +109,43 @@ class HPCMConfig:
             raise ConfigError("Rate anchors must be two or more, ascending.")
         if self.memory is not None:
             self._check_memory(self.memory)
+
+    def _check_limits(self) -> None:
+        """Types and ranges, as the values may come from a file."""
+        if not isinstance(self.preset, str) or len(self.preset) > 64:
+            raise ConfigError("The preset's name must be a text of at most 64 characters.")
+        for name in ("M", "N"):
+            _check_whole(name, getattr(self, name), 4, MAX_CHANNELS // 4)
+        _check_whole("context_width", self.context_width, 4, MAX_CHANNELS)
+        for name, low in (("ratio", 1), ("hyper_ratio", 1)):
+            _check_whole(name, getattr(self, name), low, MAX_FACTOR)
+        _check_whole("hyper_blocks", self.hyper_blocks, 0, MAX_BLOCKS)
+        _check_whole("heads", self.heads, 0, MAX_HEADS)
+        for name, count, low, high in (
+            ("prior_s1_s2", 2, 0, MAX_BLOCKS), ("prior_s3", 2, 0, MAX_BLOCKS), ("windows", 3, 1, MAX_WINDOW)
+        ):  # fmt: skip
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or len(values) != count:
+                raise ConfigError(f"{name} must be {count} numbers.")
+            for value in values:
+                _check_whole(name, value, low, high)
+        for name in ("stages", "synthesis"):
+            stages = getattr(self, name)
+            if not isinstance(stages, tuple) or not 1 <= len(stages) <= 3:
+                raise ConfigError(f"{name} must be one to three pairs of width and blocks.")
+            for stage in stages:
+                if not isinstance(stage, tuple) or len(stage) != 2:
+                    raise ConfigError(f"{name} must be one to three pairs of width and blocks.")
+                _check_whole(f"a width of {name}", stage[0], 4, MAX_CHANNELS // 4)
+                _check_whole(f"the blocks of {name}", stage[1], 0, MAX_BLOCKS)
+        if not isinstance(self.lambdas, tuple) or len(self.lambdas) > MAX_ANCHORS:
+            raise ConfigError(f"lambdas must be at most {MAX_ANCHORS} numbers.")
+        if not all(type(each) in (int, float) and 1e-9 <= each <= 1e9 for each in self.lambdas):
+            raise ConfigError("Every lambda must be a number within 1e-9 to 1e9.")
+        if not isinstance(self.displaced_s2, bool):
+            raise ConfigError("displaced_s2 must be true or false.")
+        if not isinstance(self.memory, MemoryConfig | None):
+            raise ConfigError("The memory must be a MemoryConfig.")
 
     def _check_memory(self, memory: MemoryConfig) -> None:
         narrow, rest = divmod(2 * self.M, memory.compress_ratio)
@@ -133,6 +177,12 @@ class HPCMConfig:
         if values.get("memory") is not None:
             values = {**values, "memory": _made(MemoryConfig, values["memory"])}
         return _made(cls, values)
+
+
+def _check_whole(name: str, value: Any, low: int, high: int) -> None:
+    """Raise ConfigError unless a value is an integer within the range."""
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r:.40}; it must be an integer from {low} to {high}.")
 
 
 def _made(cls: type[T], values: dict[str, Any]) -> T:
