@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import subprocess
 import sys
 import zlib
@@ -13,10 +15,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcmref.errors import ConfigError, FormatError, TruncatedError
-from hpcmref.format import rangecoder
+from hpcmref.format import rangecoder, rans_builtin, rans_compressai
 from hpcmref.format.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
 
 DATA = Path(__file__).parent / "data"
+has_compressai = pytest.mark.skipif(rans_compressai.find() is None, reason="CompressAI is not installed")
+
+
+@pytest.fixture(params=["compressai", "builtin", "python"], autouse=True)
+def coder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file runs with every coder."""
+    if request.param == "compressai" and rans_compressai.find() is None:
+        pytest.skip("CompressAI is not installed")
+    use(request.param, monkeypatch)
+
+
+def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rangecoder, "_coder", lambda: rans_compressai if name == "compressai" else rans_builtin)
+    if name == "python":
+        monkeypatch.setattr(rans_builtin, "_library", lambda: None)
+
 
 Step = tuple[np.ndarray, np.ndarray]
 
@@ -66,16 +84,17 @@ def test_what_the_safety_of_the_decoder_rests_on() -> None:
     assert set(np.diff(tables.cdfs[tables.of_bytes])) == {256, 0}
 
 
+@has_compressai
 def test_the_official_coder_and_tables_are_reproduced() -> None:
     """With the tables as stored, CompressAI's own escapes included."""
     stored = rangecoder._stored()
     with np.load(DATA / "rans_golden.npz") as golden:
         symbols, indexes, stream = golden["symbols"].tolist(), golden["indexes"].tolist(), golden["stream"].tobytes()
     tables = stored["cdf"].tolist(), stored["cdf_length"].tolist(), stored["offset"].tolist()
-    encoder = rangecoder._ans().BufferedRansEncoder()
+    encoder = rans_compressai.ans().BufferedRansEncoder()
     encoder.encode_with_indexes(symbols, indexes, *tables)
     assert encoder.flush() == stream
-    decoder = rangecoder._ans().RansDecoder()
+    decoder = rans_compressai.ans().RansDecoder()
     decoder.set_stream(stream)
     assert decoder.decode_stream(indexes, *tables) == symbols
 
@@ -257,7 +276,7 @@ def test_a_truncated_payload_decodes_to_the_right_symbols_and_then_to_an_error()
     assert not decoder.is_whole
 
 
-def test_a_payload_is_neither_refused_too_early_nor_padded_to_what_it_is_said_to_hold(
+def test_an_honest_payload_is_not_refused_too_early(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Small blocks: every look at what is left must let an honest payload pass, and stop a short one soon."""
@@ -268,12 +287,18 @@ def test_a_payload_is_neither_refused_too_early_nor_padded_to_what_it_is_said_to
         symbols = np.round(rng.normal(size=count) * scale_table()[indexes]).astype(np.int32)
         assert_survives((symbols, indexes))
 
+
+@has_compressai
+def test_a_short_payload_is_not_padded_to_what_it_is_said_to_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    use("compressai", monkeypatch)
+    monkeypatch.setattr(rangecoder, "_BLOCK", 8)
+
     class Stream:
         def set_stream(self, stream: bytes) -> None:
             self.size = len(stream)
 
-    monkeypatch.setattr(rangecoder._ans(), "RansDecoder", Stream)
-    assert SymbolDecoder(bytes(4) + b"\1" + bytes(7), 10**9)._coder.size < 20_000 + 12
+    monkeypatch.setattr(rans_compressai.ans(), "RansDecoder", Stream)
+    assert SymbolDecoder(bytes(4) + b"\1" + bytes(7), 10**9)._coder._coder.size < 20_000 + 12
 
 
 @pytest.mark.parametrize(
@@ -297,6 +322,88 @@ def test_the_encoder_refuses_what_it_cannot_write(symbols: np.ndarray, indexes: 
 def test_the_decoder_refuses_what_it_cannot_read(indexes: np.ndarray) -> None:
     with pytest.raises(ConfigError):
         SymbolDecoder(encode((flat(0), flat(0))), 1).get(indexes)
+
+
+def outcome(payload: bytes, indexes: np.ndarray) -> bytes | str:
+    """The symbols that a payload decodes to in three steps, or the class of the error."""
+    try:
+        decoder = SymbolDecoder(payload, indexes.size)
+        return b"".join(decoder.get(part).tobytes() for part in np.array_split(indexes, 3))
+    except FormatError as error:
+        return type(error).__name__
+
+
+@has_compressai
+@pytest.mark.parametrize("other", ["builtin", "python"])
+def test_both_coders_do_the_same(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal bytes, then equal symbols or equal errors for each truncation and for damaged payloads."""
+    monkeypatch.setattr(rangecoder, "_BLOCK", 64)
+    rng = np.random.default_rng(5)
+    indexes = rng.integers(0, 60, 300)
+    symbols = np.round(rng.normal(size=300) * scale_table()[indexes]).astype(np.int32)
+    symbols[::40] = rng.integers(-32768, 32768, 8)
+    found = []
+    for name in ("compressai", other):
+        use(name, monkeypatch)
+        payload = encode((symbols, indexes))
+        changes = np.random.default_rng(6)
+        payloads = [payload[:length] for length in range(len(payload))]
+        for _ in range(300):
+            damaged = bytearray(payload)
+            damaged[changes.integers(len(payload))] ^= 1 << changes.integers(8)
+            payloads.append(bytes(damaged))
+        found.append((payload, [outcome(each, indexes) for each in payloads]))
+    assert found[0] == found[1]
+    assert {"FormatError", "TruncatedError"} <= {each for each in found[0][1] if isinstance(each, str)}
+
+
+def test_the_libraries_were_built_from_the_source_that_is_here() -> None:
+    """`tools/build_rans.py` writes the hash after it has built all of them."""
+    folder = rans_builtin.library_path().parent
+    # A checkout on Windows may have other line ends.
+    source = (folder / "rans.c").read_bytes().replace(b"\r\n", b"\n")
+    assert hashlib.sha256(source).hexdigest() == (folder / "SOURCE.sha256").read_text().strip()
+    assert len([*folder.glob("*.so"), *folder.glob("*.dylib"), *folder.glob("*.dll")]) == 6
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "library"),
+    [
+        ("Linux", "x86_64", "linux-x86_64.so"),
+        ("Linux", "aarch64", "linux-aarch64.so"),
+        ("Darwin", "arm64", "darwin-arm64.dylib"),
+        ("Darwin", "x86_64", "darwin-x86_64.dylib"),
+        ("Windows", "AMD64", "windows-amd64.dll"),
+        ("Windows", "ARM64", "windows-arm64.dll"),
+    ],
+)
+def test_each_platform_has_its_library(
+    system: str, machine: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert rans_builtin.library_path().name == library
+    assert rans_builtin.library_path().is_file()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [("builtin", "builtin (C)"), pytest.param("compressai", "compressai", marks=has_compressai), ("x", "ConfigError")],
+)
+def test_the_environment_chooses_the_coder(wanted: str, expected: str) -> None:
+    code = "from hpcmref.format.rangecoder import implementation\nprint(implementation())"
+    environment = {**os.environ, "HPCMREF_RANGECODER": wanted, "PYTHONPATH": str(DATA.parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert expected in done.stdout + done.stderr
+
+
+def test_a_platform_without_a_library_warns_that_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr("platform.machine", lambda: "mips")
+    rans_builtin._library.cache_clear()
+    with pytest.warns(UserWarning, match="slow"):
+        assert rans_builtin.name() == "builtin (Python)"
+    rans_builtin._library.cache_clear()
 
 
 def test_the_package_compressai_is_not_imported() -> None:

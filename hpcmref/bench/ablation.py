@@ -41,6 +41,7 @@ from hpcmref.model.coders import Estimator
 from hpcmref.model.config import MEMORIES, MemoryConfig
 from hpcmref.model.entropy import bits
 from hpcmref.model.layers import anchor_weights
+from hpcmref.runtime.torch_names import lerp_all
 from hpcmref.training.data import Tiles
 from hpcmref.training.loop import _blocks_in_bfloat16
 from hpcmref.training.start import start_from
@@ -206,7 +207,7 @@ def _tuned(
         optimiser.step()
         decay = min(AVERAGE, step / (step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(averages, list(parameters), 1 - decay)
+            lerp_all(averages, list(parameters), 1 - decay)
         seconds += time.process_time() - begun
         losses.append(float(loss.detach()))
         if step in last:

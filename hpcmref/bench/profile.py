@@ -40,6 +40,7 @@ from hpcmref.model.coders import Estimator
 from hpcmref.model.hpcm import STRIDE
 from hpcmref.picture import images
 from hpcmref.picture.render import render
+from hpcmref.runtime.torch_names import int_mm
 from hpcmref.training.profile import now
 
 REST = "rest"
@@ -286,7 +287,7 @@ def _best_rates(device: torch.device) -> Rates:
                     work = partial(F.conv2d, x.to(dtype), weight.to(dtype), padding="same")
                 elif kernel == 1:
                     rows = x[0].flatten(1).T.to(dtype)
-                    work = partial(torch._int_mm, rows, weight[:, :, 0, 0].T.to(dtype))
+                    work = partial(int_mm, rows, weight[:, :, 0, 0].T.to(dtype))
                 else:
                     continue
                 rates[dtype] = max(rates[dtype], macs / _seconds(work, device))

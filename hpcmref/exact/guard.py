@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from hpcmref.errors import UnsupportedError
 from hpcmref.exact.layers import BOUNDS, depthwise
+from hpcmref.runtime.torch_names import use_full_precision
 
 
 @contextlib.contextmanager
@@ -60,22 +61,8 @@ def _switched_off() -> contextlib.ExitStack:
         undo.callback(setattr, backends.cudnn, "enabled", backends.cudnn.enabled)
         backends.cudnn.enabled = False
         undo.callback(backends.nnpack.set_flags, *backends.nnpack.set_flags(False))
-        if hasattr(backends.mkldnn, "matmul"):  # torch 2.9 and later
-            for mode in (backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv):
-                if mode.fp32_precision in ("tf32", "bf16"):
-                    undo.callback(_set_precision, mode, mode.fp32_precision)
-                    mode.fp32_precision = "ieee"
-        else:
-            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
+        use_full_precision(undo)
         return undo.pop_all()
-
-
-def _set_precision(mode: Any, precision: str) -> None:
-    """Set a mode as it was, and leave it unset where the mode above it says the same (reading does not tell which)."""
-    mode.fp32_precision = "none"
-    if mode.fp32_precision != precision:
-        mode.fp32_precision = precision
 
 
 @lru_cache(maxsize=4)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hpcmref.model.layers import pointwise
+from hpcmref.runtime.torch_names import has_byte_units, int_mm
 
 LIMIT = 127 * 256 + 127
 """The largest magnitude that two bytes hold so."""
@@ -48,7 +49,7 @@ def product(x: Tensor, weight: Tensor, limit: int, narrow: bool = False) -> Tens
     fast = _is_fast(x.device.type)
     if narrow and not fast:
         return _in_float32(x, weight)
-    multiply = torch._int_mm if fast else _in_float32
+    multiply = int_mm if fast else _in_float32
     if limit <= WEIGHT_LIMIT:
         return multiply(x.to(torch.int8), weight).to(torch.int32)
     high, low = split(x)
@@ -68,14 +69,13 @@ def _is_fast(device: str) -> bool:
 @lru_cache(maxsize=1)
 def _multiplies_bytes() -> bool:
     """The processor has such units, and PyTorch finds the known answers with them; asked once per process."""
-    supported = getattr(torch.cpu, "_is_vnni_supported", None)  # private, so it may go
-    if supported is None or not supported() or not torch.backends.mkldnn.is_available():
+    if not has_byte_units() or not torch.backends.mkldnn.is_available():
         return False
     random = np.random.RandomState(0)
     for rows, inputs, outputs in ((1, 64, 40), (77, 200, 129), (256, 1920, 64)):
         x, w = (random.choice([-128, -127, 127, 3], size) for size in ((rows, inputs), (inputs, outputs)))
         x[0], w[:, 0] = 127, 127  # sums that saturate 16 bits
-        found = torch._int_mm(torch.tensor(x, dtype=torch.int8), torch.tensor(w, dtype=torch.int8))
+        found = int_mm(torch.tensor(x, dtype=torch.int8), torch.tensor(w, dtype=torch.int8))
         if not np.array_equal(found.numpy(), x @ w):
             return False
     return True

@@ -1,4 +1,7 @@
-"""How do integer symbols become bytes, and bytes symbols again? CompressAI's rANS behind two small classes.
+"""How do integer symbols become bytes, and bytes symbols again? Two classes in front of one of two rANS coders.
+
+CompressAI's (`rans_compressai`, the reference) is used where it is installed, else the one of this package
+(`rans_builtin`). Both write and read the same bytes. HPCMREF_RANGECODER=compressai or builtin forces one.
 
 Every symbol is coded with one of 60 stored tables, the cumulative frequencies (16 bits) of a generalized Gaussian
 (beta = 1.5) at the scales of `scale_table()`. The last symbol of a table is its escape: it stands for every value
@@ -30,21 +33,23 @@ symbols cost, and stops soon after the end of the payload. Decoding a symbol of 
 16 - log2(f), but for a rounding of less than 2^-14, and a word adds 32 to it. With 31 <= log2(state) < 63 this tells
 how many words have been read, but for two and the rounding. After each block of symbols the decoder goes on only if
 they can have come from the payload, and so the zeros must last for one more block.
+
+The built-in coder knows where its buffer ends and takes words of 0 from there on, so it needs none of this. It is held
+to the same limits, so that both give the same result or the same error for every payload.
 """
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.resources
-import importlib.util
-import sys
+import os
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
-from hpcmref.errors import ConfigError, FormatError, HpcmrefError, TruncatedError
+from hpcmref.errors import ConfigError, FormatError, TruncatedError
+from hpcmref.format import rans_builtin, rans_compressai
 
 _TOTAL = 1 << 16  # of the frequencies in a table
 _STATE_BYTES = 8
@@ -53,8 +58,8 @@ _BLOCK = 1 << 16  # symbols between two looks at what is left of the payload
 _ROUNDING = 2.0**-14  # bits; above that of one symbol
 
 
-class _Tables(NamedTuple):
-    """The 60 tables and, after them, the uniform table of bytes, as the extension takes them.
+class Tables(NamedTuple):
+    """The 60 tables and, after them, the uniform table of bytes, as the coders take them.
 
     cdfs: cumulative frequencies from 0 to 65536, then 65536 again (see the top of the file).
     lengths: number of entries of each.
@@ -119,12 +124,8 @@ class SymbolEncoder:
         # for one or two symbols. Two more make room; the decoder never asks for them, and as the likeliest symbol of
         # table 0 they cost 0.0002 bits.
         self._append(np.zeros(2, np.int32), np.zeros(2, np.int32))
-        coder, tables = _ans().BufferedRansEncoder(), _tables()
-        for symbols, indexes in self._parts:
-            # As lists: the extension converts arrays three times slower, element by element.
-            coder.encode_with_indexes(symbols.tolist(), indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
-        self._parts.clear()
-        return coder.flush()
+        parts, self._parts = self._parts, []
+        return _coder().encode(parts, _tables())
 
     def _append(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
         """Symbols and escapes as tables have them."""
@@ -144,7 +145,6 @@ class SymbolDecoder:
 
         Raises FormatError if no encoder can have written the payload.
         """
-        self._coder = _ans().RansDecoder()
         self._symbols_left = count
         self._escapes_left = min(count, len(payload) // 2)
         self._bits_left = 0.0
@@ -160,7 +160,7 @@ class SymbolDecoder:
         most_symbols = count + 2 * self._escapes_left
         before_the_end = len(payload) // _WORD_BYTES + int(most_symbols * _ROUNDING / 16) + 4
         most_words = min((most_symbols + 1) // 2, before_the_end + _BLOCK // 2 + 1)
-        self._coder.set_stream(payload.ljust(_STATE_BYTES + _WORD_BYTES * most_words, b"\0"))
+        self._coder = _coder().Decoder(payload, most_words, _tables())
 
     @property
     def is_whole(self) -> bool:
@@ -199,8 +199,7 @@ class SymbolDecoder:
 
     def _take_block(self, indexes: np.ndarray) -> np.ndarray:
         tables = _tables()
-        decoded = self._coder.decode_stream(indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
-        symbols = np.array(decoded, np.int32)
+        symbols = self._coder.take(indexes)
         bits = _costs()[indexes, symbols - tables.lowest[indexes]]
         self._bits_left -= float(bits.sum(dtype=np.float64))
         self._rounding += _ROUNDING * indexes.size
@@ -215,7 +214,7 @@ def scale_table() -> np.ndarray:
 
 
 def _check_indexes(indexes: np.ndarray) -> None:
-    # The extension takes every index on trust.
+    # CompressAI's coder takes every index on trust.
     if indexes.ndim != 1:
         raise ConfigError(f"table indexes have shape {indexes.shape}, and must be flat")
     count = _tables().of_bytes
@@ -231,13 +230,13 @@ def _stored() -> dict[str, np.ndarray]:
 
 
 @cache
-def _tables() -> _Tables:
+def _tables() -> Tables:
     stored = _stored()
     cdfs = [row[:length].tolist() for row, length in zip(stored["cdf"], stored["cdf_length"], strict=True)]
     cdfs.append(list(range(0, _TOTAL + 1, _TOTAL // 256)))
     offset = np.append(stored["offset"], 0).astype(np.int32)
     symbols = np.array([len(cdf) - 1 for cdf in cdfs], np.int32)
-    return _Tables(
+    return Tables(
         cdfs=[[*cdf, _TOTAL] for cdf in cdfs],
         lengths=[len(cdf) + 1 for cdf in cdfs],
         offsets=offset.tolist(),
@@ -257,22 +256,20 @@ def _costs() -> np.ndarray:
         return (16 - np.log2(frequencies)).astype(np.float32)
 
 
-@cache
-def _ans() -> ModuleType:
-    """The module `compressai.ans` without the package around it, which takes seconds to import and needs torchvision.
+def implementation() -> str:
+    """Name of the coder that this process uses: "compressai", "builtin (C)" or "builtin (Python)".
 
-    Raises HpcmrefError if CompressAI is not installed.
+    Raises ConfigError if HPCMREF_RANGECODER names none, HpcmrefError if it names one that is not installed.
     """
-    name = "compressai.ans"
-    if name in sys.modules:
-        return sys.modules[name]
-    package = importlib.util.find_spec("compressai")  # finds, without importing
-    folders = package.submodule_search_locations if package else None
-    spec = importlib.machinery.PathFinder.find_spec(name, list(folders or ()))
-    if spec is None or spec.loader is None:
-        raise HpcmrefError("the range coder needs the package compressai with its extension module ans: install it")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    # Its types can be registered only once in a process: a later import of the package must find this module.
-    sys.modules[name] = module
-    return module
+    return str(_coder().name())
+
+
+@cache
+def _coder() -> ModuleType:
+    wanted = os.environ.get("HPCMREF_RANGECODER", "")
+    if wanted not in ("", "compressai", "builtin"):
+        raise ConfigError(f"HPCMREF_RANGECODER is {wanted!r}, and must be compressai or builtin")
+    if wanted == "builtin" or (not wanted and rans_compressai.find() is None):
+        return rans_builtin
+    rans_compressai.ans()  # fails now rather than in the middle of a file
+    return rans_compressai

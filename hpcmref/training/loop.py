@@ -19,6 +19,7 @@ from hpcmref.errors import CheckpointError, ConfigError
 from hpcmref.model import HPCM
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.layers import ResidualBlock
+from hpcmref.runtime.torch_names import lerp_all
 from hpcmref.training.config import TrainingConfig
 from hpcmref.training.data import Tiles
 from hpcmref.training.objective import Objective, bits_per_pixel, mean_squared_error, psnr
@@ -124,7 +125,7 @@ class Trainer:
         self.optimiser.step()
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, list(self.model.parameters()), 1 - decay)
+            lerp_all(self.average, list(self.model.parameters()), 1 - decay)
         return norm
 
     @contextlib.contextmanager

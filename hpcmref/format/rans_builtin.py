@@ -1,0 +1,168 @@
+"""The range coder of this package: `librans/rans.c`, loaded with ctypes, or the same in Python, which is slow.
+
+Writes and reads the same bytes as CompressAI's. Both forms know the length of their buffer: words behind the end of a
+payload are 0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+import warnings
+from bisect import bisect_right
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hpcmref.errors import HpcmrefError
+
+if TYPE_CHECKING:
+    from hpcmref.format.rangecoder import Tables
+
+_LOWEST = 1 << 31  # of a state between two symbols
+_SUFFIXES = {"linux": ".so", "darwin": ".dylib", "windows": ".dll"}
+_MACHINES = {("linux", "amd64"): "x86_64", ("linux", "arm64"): "aarch64", ("darwin", "aarch64"): "arm64"}
+
+
+class _CTables(ctypes.Structure):
+    """`Tables` of rans.c."""
+
+    _fields_ = (
+        ("cdfs", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+    )
+
+
+def encode(parts: Iterable[tuple[np.ndarray, np.ndarray]], tables: Tables) -> bytes:
+    """The payload of symbols, int16 (n,), and table indexes, uint8 (n,), in the order of `parts`."""
+    columns = tuple(zip(*parts, strict=True))
+    symbols = np.ascontiguousarray(np.concatenate(columns[0]), np.int16)
+    indexes = np.ascontiguousarray(np.concatenate(columns[1]), np.uint8)
+    library = _library()
+    if library is None:
+        return _encode_in_python(symbols.tolist(), indexes.tolist(), tables)
+    out = np.empty(4 * symbols.size + 8, np.uint8)  # a symbol costs 16 bits at most
+    packed, _ = _packed(tables)
+    size = library.rans_encode(
+        symbols.ctypes.data, indexes.ctypes.data, symbols.size, ctypes.byref(packed), out.ctypes.data, out.size
+    )
+    if size < 0:
+        raise HpcmrefError("the range coder was given a symbol that its table does not have")
+    return out[out.size - size :].tobytes()
+
+
+class Decoder:
+    """Decodes one payload."""
+
+    def __init__(self, payload: bytes, most_words: int, tables: Tables) -> None:
+        """
+        payload: a valid state of 8 bytes and words of 4.
+        most_words: not used: words behind the end are 0 however many are read.
+        """
+        self._payload = payload
+        self._tables = tables
+        self._state = ctypes.c_uint64(int.from_bytes(payload[:8], "little"))
+        self._place = ctypes.c_int64(8)
+
+    def take(self, indexes: np.ndarray) -> np.ndarray:
+        """The next symbols, int32 (n,), for table indexes that have been checked, (n,)."""
+        library = _library()
+        if library is None:
+            return self._take_in_python(indexes)
+        rows = np.ascontiguousarray(indexes, np.uint8)
+        symbols = np.empty(rows.size, np.int32)
+        packed, _ = _packed(self._tables)
+        failed = library.rans_decode(
+            self._payload,
+            len(self._payload),
+            ctypes.byref(self._state),
+            ctypes.byref(self._place),
+            rows.ctypes.data,
+            rows.size,
+            ctypes.byref(packed),
+            symbols.ctypes.data,
+        )
+        if failed:
+            raise HpcmrefError("the range coder was given the index of a table that it does not have")
+        return symbols
+
+    def _take_in_python(self, indexes: np.ndarray) -> np.ndarray:
+        x, place, tables = self._state.value, self._place.value, self._tables
+        symbols = []
+        for index in indexes.tolist():
+            cdf, m = tables.cdfs[index], x & 0xFFFF
+            entry = bisect_right(cdf, m) - 1
+            x = (cdf[entry + 1] - cdf[entry]) * (x >> 16) + m - cdf[entry]
+            if x < _LOWEST:
+                x = x << 32 | int.from_bytes(self._payload[place : place + 4], "little")
+                place += 4
+            symbols.append(entry + tables.offsets[index])
+        self._state.value, self._place.value = x, place
+        return np.array(symbols, np.int32)
+
+
+def name() -> str:
+    """What `implementation` of the range coder says of this one."""
+    return "builtin (Python)" if _library() is None else "builtin (C)"
+
+
+def library_path() -> Path:
+    """Where the compiled coder of this platform would be."""
+    system, machine = platform.system().lower(), platform.machine().lower()
+    machine = _MACHINES.get((system, machine), machine)
+    return Path(__file__).parent / "librans" / f"{system}-{machine}{_SUFFIXES.get(system, '.so')}"
+
+
+def _encode_in_python(symbols: list[int], indexes: list[int], tables: Tables) -> bytes:
+    x, words = _LOWEST, []
+    for symbol, index in zip(reversed(symbols), reversed(indexes), strict=True):
+        cdf, entry = tables.cdfs[index], symbol - tables.offsets[index]
+        if not 0 <= entry < len(cdf) - 1 or cdf[entry] == cdf[entry + 1]:
+            raise HpcmrefError("the range coder was given a symbol that its table does not have")
+        frequency = cdf[entry + 1] - cdf[entry]
+        if x >= frequency << 47:
+            words.append(x & 0xFFFFFFFF)
+            x >>= 32
+        x = (x // frequency << 16) + x % frequency + cdf[entry]
+    return x.to_bytes(8, "little") + b"".join(word.to_bytes(4, "little") for word in reversed(words))
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled coder, or None where there is none for this platform: warns once that Python takes its place."""
+    try:
+        if sys.maxsize < 1 << 32:
+            raise OSError("32-bit Python")
+        library = ctypes.CDLL(str(library_path()))
+    except OSError as error:
+        warnings.warn(f"the range coder runs in Python, which is slow: {error}", stacklevel=2)
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.rans_encode.argtypes = [pointer, pointer, number, pointer, pointer, number]
+    library.rans_encode.restype = number
+    library.rans_decode.argtypes = [ctypes.c_char_p, number, pointer, pointer, pointer, number, pointer, pointer]
+    library.rans_decode.restype = number
+    return library
+
+
+def _packed(tables: Tables) -> tuple[_CTables, tuple[np.ndarray, ...]]:
+    """The tables as rans.c takes them, and the arrays that they point to, which must live as long."""
+    kept = _cached_pack.get("tables")
+    if kept is None or kept[0] is not tables:
+        cdfs = np.zeros((len(tables.cdfs), max(tables.lengths)), np.uint32)
+        for row, cdf in zip(cdfs, tables.cdfs, strict=True):
+            row[: len(cdf)] = cdf
+        lengths, offsets = np.array(tables.lengths, np.int32), np.array(tables.offsets, np.int32)
+        addresses = (array.ctypes.data for array in (cdfs, lengths, offsets))
+        kept = _cached_pack["tables"] = tables, (_CTables(*addresses, *cdfs.shape), (cdfs, lengths, offsets))
+    return kept[1]
+
+
+_cached_pack: dict[str, tuple[Tables, tuple[_CTables, tuple[np.ndarray, ...]]]] = {}

@@ -1,0 +1,82 @@
+"""The range coder of CompressAI (`compressai.ans`, C++), the reference implementation.
+
+Its decoder neither knows where its buffer ends nor bounds its own escapes: `hpcmref.format.rangecoder` says why it
+cannot be led outside the buffer that it is given here.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Iterable
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hpcmref.errors import HpcmrefError
+
+if TYPE_CHECKING:
+    from hpcmref.format.rangecoder import Tables
+
+
+def encode(parts: Iterable[tuple[np.ndarray, np.ndarray]], tables: Tables) -> bytes:
+    """The payload of symbols, int16 (n,), and table indexes, uint8 (n,), in the order of `parts`."""
+    coder = ans().BufferedRansEncoder()
+    for symbols, indexes in parts:
+        # As lists: the extension converts arrays three times slower, element by element.
+        coder.encode_with_indexes(symbols.tolist(), indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
+    return coder.flush()
+
+
+class Decoder:
+    """Decodes one payload."""
+
+    def __init__(self, payload: bytes, most_words: int, tables: Tables) -> None:
+        """
+        payload: a valid state of 8 bytes and words of 4.
+        most_words: number of words that will be read at most; missing ones are filled up with zeros.
+        """
+        self._tables = tables
+        self._coder = ans().RansDecoder()
+        self._coder.set_stream(payload.ljust(8 + 4 * most_words, b"\0"))
+
+    def take(self, indexes: np.ndarray) -> np.ndarray:
+        """The next symbols, int32 (n,), for table indexes that have been checked, (n,)."""
+        tables = self._tables
+        decoded = self._coder.decode_stream(indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
+        return np.array(decoded, np.int32)
+
+
+def name() -> str:
+    """What `implementation` of the range coder says of this one."""
+    return "compressai"
+
+
+@cache
+def find() -> importlib.machinery.ModuleSpec | None:
+    """Where the extension module is, or None if CompressAI is not installed; imports nothing."""
+    package = importlib.util.find_spec("compressai")
+    folders = package.submodule_search_locations if package else None
+    return importlib.machinery.PathFinder.find_spec("compressai.ans", list(folders)) if folders else None
+
+
+@cache
+def ans() -> ModuleType:
+    """The module `compressai.ans` without the package around it, which takes seconds to import and needs torchvision.
+
+    Raises HpcmrefError if CompressAI is not installed.
+    """
+    loaded = sys.modules.get("compressai.ans")
+    if loaded is not None:
+        return loaded
+    spec = find()
+    if spec is None or spec.loader is None:
+        raise HpcmrefError("CompressAI's range coder needs the package compressai with its module ans: install it")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # Its types can be registered only once in a process: a later import of the package must find this module.
+    sys.modules["compressai.ans"] = module
+    return module
