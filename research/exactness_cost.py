@@ -1,4 +1,4 @@
-"""What does exact arithmetic cost, in rate and in time? `python -m hpcmref.exact.cost FOLDER` measures it."""
+"""What does exact arithmetic cost, in rate and in time? `python -m research.exactness_cost FOLDER` measures it."""
 
 from __future__ import annotations
 
@@ -129,4 +129,4 @@ if __name__ == "__main__":
     try:
         typer.run(main)
     except HpcmrefError as error:
-        sys.exit(f"cost: {error}")
+        sys.exit(f"exactness_cost: {error}")
