@@ -19,17 +19,17 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def images(tmp_path: Path, sample: Image.Image) -> Path:
-    """A folder with one image of 128 x 128."""
+    """A folder with one image of 64 x 64."""
     folder = tmp_path / "images"
     folder.mkdir()
-    sample.crop((64, 0, 192, 128)).save(folder / "sample.png")
+    sample.crop((64, 0, 128, 64)).save(folder / "sample.png")
     return folder
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file of an untrained tiny model."""
-    path = tmp_path / "tiny.safetensors"
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     checkpoints.save(model_of(TINY), path, "tiny", {})
     return str(path)
 
@@ -54,7 +54,7 @@ class TestGrowth:
 
 
 def test_exactness_cost(images: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exactness_cost.main(images, model=model, limit=1, crop=64, timed=1)
+    exactness_cost.main(images, model=model, limit=1, crop=64, timed=1, repeat=1)
     shown = capsys.readouterr().out
     assert "mean of 1 images" in shown
     assert len(re.findall(r"^│ +\d+ ", shown, re.MULTILINE)) == 5  # a row for each quality
@@ -73,7 +73,7 @@ def test_memory_ablation_and_probe(
 
     ablation(
         "run", str(images), "--kodak", str(images), "-o", str(output), "-m", model,
-        "--steps", "3", "--batch", "2", "--crop", "128", "--crops", "8", "--seeds", "0", "--first", "2",
+        "--steps", "3", "--batch", "2", "--crop", "64", "--crops", "8", "--seeds", "0", "--first", "2",
     )  # fmt: skip
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     assert [row["variant"] for row in rows] == ["off", "light"]
