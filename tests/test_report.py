@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 pytest.importorskip("bjontegaard")
 pytest.importorskip("matplotlib")
 
-from hpcmref.bench import codecs, measure, viewer
+from hpcmref.bench import codecs, measure, search, viewer
 from hpcmref.bench.report import html
 from hpcmref.cli import app
 
@@ -119,13 +119,13 @@ class TestViewer:
         codec, image = codecs.PILLOW_CODECS["jpeg"], picture(3)
         every = {quality: 8 * len(codec.encode(image, quality)) / (320 * 240) for quality in codec.qualities}
         best = min(every, key=lambda quality: abs(np.log(every[quality] / rate)))
-        found = viewer.nearest(codec, image, rate, {20: every[20], 60: every[60]})
+        found = search.nearest(codec, image, rate, {20: every[20], 60: every[60]})
         assert abs(every[found] / every[best] - 1) < 0.02
 
     def test_out_of_reach(self) -> None:
         codec, image = codecs.PILLOW_CODECS["jpeg"], picture(3)
-        assert viewer.nearest(codec, image, 1e-3, {}) in (1, 2)  # files of the same size
-        assert viewer.nearest(codec, image, 99, {}) == 100
+        assert search.nearest(codec, image, 1e-3, {}) in (1, 2)  # files of the same size
+        assert search.nearest(codec, image, 99, {}) == 100
 
     def test_the_crop_is_where_the_detail_is(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(viewer, "CROP", (160, 120))

@@ -82,7 +82,8 @@ class PillowCodec:
 
     @property
     def name(self) -> str:
-        return " ".join([self.label, *(f"{key}={value}" for key, value in self.changed.items())])
+        changed = {key: int(value) if isinstance(value, bool) else value for key, value in self.changed.items()}
+        return " ".join([self.label, *(f"{key}={value}" for key, value in changed.items())])
 
     @property
     def identity(self) -> str:
@@ -114,7 +115,7 @@ class PillowCodec:
             raise ConfigError(f"{codec.name}: Pillow refuses these options: {error}") from error
         return codec
 
-    def _value(self, key: str, text: str) -> int | str:
+    def _value(self, key: str, text: str) -> bool | int | str:
         choices = self.known.get(key)
         if choices is None:
             near = difflib.get_close_matches(key, self.known, 1)
@@ -122,7 +123,7 @@ class PillowCodec:
             raise ConfigError(f"{self.label} has no option {key!r} here: {hint}")
         if isinstance(choices, range):
             if text.isdecimal() and int(text) in choices:
-                return int(text)
+                return bool(int(text)) if choices == _SWITCH else int(text)
             raise ConfigError(f"{self.label} {key}={text}: it must be {choices[0]} to {choices[-1]}")
         if text in choices:
             return text
@@ -130,6 +131,8 @@ class PillowCodec:
 
 
 _SWITCH = range(2)
+"""Off and on, which Pillow's plugins want as a bool."""
+
 # The strongest settings of each format that take seconds rather than minutes for an image.
 PILLOW_CODECS = {
     "jpeg": PillowCodec(
@@ -271,10 +274,15 @@ def codecs_of(names: Sequence[str], models: Sequence[str], device: str) -> list[
             raise ConfigError(f"the codec {name} is not here: {how}")
         else:
             chosen.append(codec.with_options(_options(options)) if colon else codec)
-    labels = [codec.name for codec in chosen]
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+    return distinct(chosen)
+
+
+def distinct(codecs: Sequence[Codec]) -> list[Codec]:
+    """The same codecs. Raises ConfigError if two have one name."""
+    names = [codec.name for codec in codecs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{twice[0]} is asked for twice")
-    return chosen
+    return list(codecs)
 
 
 def _hpcmref(text: str, device: str) -> HpcmrefCodec:
@@ -317,12 +325,12 @@ def qualities_of(texts: Sequence[str], codecs: Sequence[Codec]) -> dict[str, tup
     chosen = {codec.name: codec.default_qualities for codec in codecs}
     for text in texts:
         name, equals, numbers = text.rpartition("=")
-        prefix = name.strip().lower().replace("jxl", "jpeg xl") if equals else "hpcmref"
+        prefix = name.strip().lower() if equals else "hpcmref"
         meant = [codec for codec in codecs if _means(prefix, codec)]
         if not meant and equals:
             raise ConfigError(f"--qualities {text}: no codec of this run is called {name}")
         for codec in meant:
-            wanted = _numbers(numbers)
+            wanted = numbers_of(numbers)
             if bad := sorted(set(wanted) - set(codec.qualities)):
                 least, most = codec.qualities[0], codec.qualities[-1]
                 raise ConfigError(f"quality {bad[0]} of {codec.name}: it must be {least} to {most}")
@@ -334,11 +342,13 @@ def _means(prefix: str, codec: Codec) -> bool:
     if prefix == "hpcmref" and isinstance(codec, HpcmrefCodec):
         return len(codec.models) == 1 and len(codec.qualities) > 1  # the others are measured whole
     # "jpeg" is not "jpeg xl", but "avif" is "avif speed=0" too
-    name = codec.name.lower()
-    return name == prefix or (isinstance(codec, PillowCodec) and codec.label.lower() == prefix)
+    if codec.name.lower() == prefix:
+        return True
+    return isinstance(codec, PillowCodec) and codec.label.lower() == {"jxl": "jpeg xl"}.get(prefix, prefix)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers_of(text: str) -> tuple[int, ...]:
+    """Whole numbers from "10,25,50" or "0:63:9", ascending. Raises ConfigError."""
     numbers: set[int] = set()
     try:
         for part in text.split(","):

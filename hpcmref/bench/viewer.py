@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image, features
 from hpcmref.bench import metrics
 from hpcmref.bench.codecs import Codec
 from hpcmref.bench.measure import Measurement
+from hpcmref.bench.search import nearest
 from hpcmref.picture import images
 
 IMAGES = 3
@@ -84,27 +84,6 @@ def _of_image(name: str, path: Path, codecs: Sequence[Codec], measurements: Sequ
             views.append(View(codec.name, quality, bpp, metrics.psnr(pixels, decoded), _uri(decoded, box)))
         shown.append(Exhibit(name, rate, box[2] - box[0], box[3] - box[1], original, views))
     return shown
-
-
-def nearest(codec: Codec, image: Image.Image, rate: float, known: Mapping[int, float]) -> int:
-    """The quality whose file is nearest to `rate` bits per pixel in ratio, by bisection.
-
-    known: quality -> bits per pixel of this image, as far as measured.
-    """
-    found = dict(known)
-    # The search stays between the measured qualities around the rate: the file grows with the quality.
-    low = max((quality for quality, bpp in found.items() if bpp <= rate), default=codec.qualities[0])
-    high = min((quality for quality, bpp in found.items() if bpp >= rate), default=codec.qualities[-1])
-    while low < high - 1:
-        middle = (low + high) // 2
-        found[middle] = 8 * len(codec.encode(image, middle)) / (image.width * image.height)
-        if found[middle] < rate:
-            low = middle
-        else:
-            high = middle
-    for quality in {low, high} - set(found):
-        found[quality] = 8 * len(codec.encode(image, quality)) / (image.width * image.height)
-    return min(found, key=lambda quality: abs(math.log(found[quality] / rate)))
 
 
 def _busiest(pixels: metrics.Pixels) -> tuple[int, int, int, int]:
