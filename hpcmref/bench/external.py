@@ -225,7 +225,8 @@ def _run_to_its_end(arguments: Sequence[str], seconds: float, folder: str) -> No
 
 
 def _last_line(said: IO[bytes]) -> str:
-    """What a command said last, for the end of a sentence; of long output only the end is read."""
-    said.seek(max(0, said.seek(0, os.SEEK_END) - 4096))
+    """What a command said of an error, or else said last, for the end of a sentence; only the last 64 KiB are read."""
+    said.seek(max(0, said.seek(0, os.SEEK_END) - 2**16))
     lines = said.read().decode(errors="replace").strip().splitlines()
-    return f": {lines[-1].strip()[:200]}" if lines else ""
+    errors = [line for line in lines if "error" in line.lower()]
+    return f": {(errors or lines)[-1].strip()[:200]}" if lines else ""

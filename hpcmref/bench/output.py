@@ -135,7 +135,7 @@ def notes(results: Results) -> list[str]:
                     "its quality there with care."
                 )
     left_out = {each.image for each in results.outcome.measurements} - set(results.images)
-    left_out |= {each.image for each in results.outcome.failures}
+    left_out |= {each.image for each in results.outcome.failures} - set(results.images)
     if left_out:
         found.append(f"Left out of the averages because something failed: {', '.join(sorted(left_out))}.")
     return found

@@ -47,8 +47,8 @@ def run(
     """Measure every image with every codec at its settings.
 
     settings: by codec name. metrics: besides PSNR. journal: see above; None keeps none. listener: called for every
-    image that is done, with what came of it. Raises ConfigError and CheckpointError, which every image would meet; anything
-    else is a Failure.
+    image that is done, with what came of it. Raises ConfigError and CheckpointError, which every image would meet;
+    anything else is a Failure.
     """
     names = names_of(images)
     outcome = Outcome()

@@ -48,10 +48,11 @@ class Exhibit:
 def exhibits(
     images: Mapping[str, Path], codecs: Sequence[Codec], measurements: Sequence[Measurement], count: int = IMAGES
 ) -> list[Exhibit]:
-    """Exhibits of `count` of the images, evenly spread over them, at two rates each.
+    """Exhibits of `count` of the images, evenly spread over them, at a few rates each.
 
-    images: name -> file, all of them measured with every codec. The rates are those of the first codec's points a
-    sixth and three eighths of the way up, where differences show; the others search for the quality nearest to them.
+    images: name -> file, all of them measured with every codec. The rates are the targets of the run, or without any
+    those of the first codec's points a sixth and three eighths of the way up, where differences show; the others search
+    for the quality nearest to them.
     """
     names = list(images)
     spread = sorted({round(index * (len(names) - 1) / max(1, count - 1)) for index in range(count)}) if names else []
@@ -72,9 +73,8 @@ def _of_image(name: str, path: Path, codecs: Sequence[Codec], measurements: Sequ
     known = {
         codec.name: {each.quality: each.bpp for each in measurements if each.codec == codec.name} for codec in codecs
     }
-    rates = sorted(known[codecs[0].name].values())
     shown = []
-    for rate in sorted({rates[len(rates) // 6], rates[3 * len(rates) // 8]}):
+    for rate in _rates(codecs[0].name, measurements):
         views = []
         for codec in codecs:
             quality = nearest(codec, image, rate, known[codec.name])
@@ -84,6 +84,14 @@ def _of_image(name: str, path: Path, codecs: Sequence[Codec], measurements: Sequ
             views.append(View(codec.name, quality, bpp, metrics.psnr(pixels, decoded), _uri(decoded, box)))
         shown.append(Exhibit(name, rate, box[2] - box[0], box[3] - box[1], original, views))
     return shown
+
+
+def _rates(codec: str, measurements: Sequence[Measurement]) -> list[float]:
+    """The sizes to show an image at, in bits per pixel: the targets of the run, or two of the codec's."""
+    if targets := {each.target for each in measurements if each.target is not None}:
+        return sorted(targets)
+    rates = sorted(each.bpp for each in measurements if each.codec == codec)
+    return sorted({rates[len(rates) // 6], rates[3 * len(rates) // 8]})
 
 
 def _busiest(pixels: metrics.Pixels) -> tuple[int, int, int, int]:

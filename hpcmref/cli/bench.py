@@ -198,6 +198,7 @@ def bench(
     from hpcmref.bench import curves, output
     from hpcmref.bench import generations as lossy
     from hpcmref.bench import metrics as quality
+    from hpcmref.bench.bdrate import LEAST_POINTS
     from hpcmref.bench.run import run
     from hpcmref.cli.tables import console_for, print_results
 
@@ -229,6 +230,8 @@ def bench(
     measured, averaged = curves.averages(outcome.measurements)
     every = [*measured, *others]
     reference = next((curve for curve in every if curve.name == name), None)
+    if target is not None and min(map(len, settings.values())) < LEAST_POINTS:
+        reference = None  # the targets are compared in the table of averages; curves need more points
     comparisons = output.compare(every, reference, between, outcome.measurements, averaged) if reference else []
     found = output.Results(
         title=title,
