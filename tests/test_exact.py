@@ -30,7 +30,6 @@ from hpcmref.codec import Codec
 from hpcmref.errors import CheckpointError, UnsupportedError
 from hpcmref.exact import attach, calibrate, exactly, guard, words
 from hpcmref.exact.convert import BYTES, FLOATS, WORDS, Bits, Grids, _attention_grids, _convolution_grids
-from hpcmref.exact.cost import rate_of
 from hpcmref.exact.layers import (
     BOUNDS,
     EXP_STEPS,
@@ -50,6 +49,7 @@ from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.context import Attend, CrossAttentionCell
 from hpcmref.model.hpcm import EntropyPath
 from hpcmref.model.layers import RateTable
+from research.exactness_cost import rate_of
 
 CPU = torch.device("cpu")
 FLOAT32, FLOAT64 = torch.float32, torch.float64

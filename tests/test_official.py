@@ -27,7 +27,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from hpcmref import checkpoints
-from hpcmref.bench.growth import measure
 from hpcmref.checkpoints import convert_official, load_official
 from hpcmref.cli import app
 from hpcmref.errors import CheckpointError
@@ -36,6 +35,7 @@ from hpcmref.model import PRESETS
 from hpcmref.model.coders import Estimator
 from hpcmref.model.entropy import bits, scale_index
 from hpcmref.model.schedule import S1, S2, STEPS, Step, lattices
+from research.growth import measure
 
 GOLDEN = DATA / "golden"
 TOLERANCE = 1e-9

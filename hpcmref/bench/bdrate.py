@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hpcmref.bench.curves import Curve
+from hpcmref.bench.metrics import BY_FIELD
 
 LEAST_POINTS = 4
-LEAST_DECIBELS = 1.0
 LEAST_OCTAVES = 0.5
 LEAST_SHARE = 1 / 3
-"""A comparison over less than these (LEAST_SHARE: of the narrower curve) says more of the ends than of the codecs."""
+"""A comparison over less than these (LEAST_SHARE: of the narrower curve), or over less than `Metric.least`, says more
+of the ends than of the codecs."""
+
+RESAMPLES = 2000
+LEAST_IMAGES = 3
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,43 @@ class Delta:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Spread:
+    """BD-rates of single images in percent: their mean, and the 95 % bootstrap interval of the mean.
+
+    values: image -> BD-rate, of the images that have one. total: how many images there are. low and high are NaN for
+    fewer than LEAST_IMAGES values.
+    """
+
+    values: Mapping[str, float]
+    total: int
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def smaller(self) -> int:
+        """On how many images the files are smaller than the anchor's at equal quality."""
+        return sum(value < 0 for value in self.values.values())
+
+
+def spread(values: Mapping[str, float], total: int) -> Spread:
+    """The mean of the values, with the interval that resampling the images gives (percentiles 2.5 and 97.5)."""
+    found = np.array(list(values.values()))
+    if len(found) < LEAST_IMAGES:
+        return Spread(values, total, float(found.mean()) if len(found) else math.nan, math.nan, math.nan)
+    chosen = np.random.default_rng(0).integers(0, len(found), (RESAMPLES, len(found)))
+    low, high = np.percentile(found[chosen].mean(axis=1), (2.5, 97.5))
+    return Spread(values, total, float(found.mean()), float(low), float(high))
+
+
 def bd_rate(anchor: Curve, curve: Curve, metric: str = "psnr", limits: tuple[float, float] | None = None) -> Delta:
-    """BD-rate of `curve` against `anchor` in percent. metric: "psnr" or "ms_ssim_db". limits: bits per pixel."""
+    """BD-rate of `curve` against `anchor` in percent. metric: a field of `METRICS`. limits: bits per pixel."""
     return _delta(anchor, curve, metric, limits, over_rate=False)
 
 
 def bd_psnr(anchor: Curve, curve: Curve, metric: str = "psnr", limits: tuple[float, float] | None = None) -> Delta:
-    """BD-PSNR of `curve` against `anchor` in dB. metric: "psnr" or "ms_ssim_db". limits: bits per pixel."""
+    """BD-PSNR of `curve` against `anchor` in dB. metric: a field of `METRICS`. limits: bits per pixel."""
     return _delta(anchor, curve, metric, limits, over_rate=True)
 
 
@@ -71,9 +105,9 @@ def _delta(anchor: Curve, curve: Curve, metric: str, limits: tuple[float, float]
     low, high = max(span[0] for span in spans), min(span[1] for span in spans)
     lengths = [_length(*span, over_rate) for span in (*spans, (low, high))]
     anchor_share, share = lengths[2] / lengths[0], lengths[2] / lengths[1]
-    least = LEAST_OCTAVES if over_rate else LEAST_DECIBELS
+    least = LEAST_OCTAVES if over_rate else BY_FIELD[metric].least
     if lengths[2] < least or max(anchor_share, share) < LEAST_SHARE:
-        return Delta(None, low, high, note=_refusal(low, high, over_rate))
+        return Delta(None, low, high, note=_refusal(low, high, "bpp" if over_rate else BY_FIELD[metric].unit))
     return Delta(_by_library(sides[0], sides[1], over_rate), low, high, share, anchor_share, "; ".join(notes))
 
 
@@ -109,10 +143,10 @@ def _length(low: float, high: float, over_rate: bool) -> float:
     return math.log2(high / low) if over_rate else high - low
 
 
-def _refusal(low: float, high: float, over_rate: bool) -> str:
+def _refusal(low: float, high: float, unit: str) -> str:
     if high <= low:
         return "the curves do not overlap"
-    return f"the curves share only {low:.3g} to {high:.3g} {'bpp' if over_rate else 'dB'}, too little to compare"
+    return f"the curves share only {low:.3g} to {high:.3g} {unit}".rstrip() + ", too little to compare"
 
 
 def _by_library(anchor: Sequence[tuple[float, float]], curve: Sequence[tuple[float, float]], over_rate: bool) -> float:

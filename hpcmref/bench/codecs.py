@@ -6,12 +6,13 @@ whatever is slow to make (networks) is made on first use and kept.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import importlib.util
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image, features
@@ -19,6 +20,9 @@ from PIL import __version__ as pillow_version
 
 from hpcmref._version import __version__
 from hpcmref.errors import ConfigError
+
+Choices = range | tuple[str, ...]
+"""The values that an option of a codec may have: whole numbers, or words."""
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec as Network
@@ -37,7 +41,7 @@ class Codec(Protocol):
 
     @property
     def device(self) -> str:
-        """Where it computes: "cpu" or "cuda"."""
+        """Where it computes: "cpu", "cuda", or "process" for programs that run in processes of their own."""
 
     @property
     def default_qualities(self) -> tuple[int, ...]:
@@ -46,6 +50,10 @@ class Codec(Protocol):
     @property
     def qualities(self) -> range:
         """Every setting there is."""
+
+    @property
+    def rising(self) -> bool | None:
+        """Whether a higher quality gives a larger file; None if that is not known before files are made."""
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
         """The whole file of an RGB or L image, in host memory."""
@@ -56,19 +64,26 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class PillowCodec:
-    """A format that Pillow writes, with fixed options; decoded by Pillow too."""
+    """A format that Pillow writes to memory, with fixed save options; decoded by Pillow too.
+
+    known: the options that may be changed, and their values. options: what the codec is measured with unless `changed`
+    says otherwise.
+    """
 
     label: str
     form: str
     qualities: range
     default_qualities: tuple[int, ...]
+    known: Mapping[str, Choices]
     options: Mapping[str, Any] = field(default_factory=dict)
     changed: Mapping[str, Any] = field(default_factory=dict)
     device = "cpu"
+    rising = True
 
     @property
     def name(self) -> str:
-        return " ".join([self.label, *(f"{key}={value}" for key, value in self.changed.items())])
+        changed = {key: int(value) if isinstance(value, bool) else value for key, value in self.changed.items()}
+        return " ".join([self.label, *(f"{key}={value}" for key, value in changed.items())])
 
     @property
     def identity(self) -> str:
@@ -87,27 +102,65 @@ class PillowCodec:
         image.load()
         return image
 
-    def with_options(self, changed: Mapping[str, Any]) -> PillowCodec:
-        """The same codec with other save options of Pillow; ConfigError if the codec refuses them."""
-        codec = PillowCodec(self.label, self.form, self.qualities, self.default_qualities, self.options, changed)
+    def with_options(self, changed: Mapping[str, str]) -> PillowCodec:
+        """The same codec with other save options of Pillow.
+
+        Raises ConfigError for an option or a value that the codec does not have.
+        """
+        values = {key: self._value(key, text) for key, text in changed.items()}
+        codec = replace(self, changed=values)
         try:
             codec.decode(codec.encode(Image.new("RGB", (16, 16)), self.default_qualities[0]))
         except Exception as error:
             raise ConfigError(f"{codec.name}: Pillow refuses these options: {error}") from error
         return codec
 
+    def _value(self, key: str, text: str) -> bool | int | str:
+        choices = self.known.get(key)
+        if choices is None:
+            near = difflib.get_close_matches(key, self.known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(self.known)}"
+            raise ConfigError(f"{self.label} has no option {key!r} here: {hint}")
+        if isinstance(choices, range):
+            if text.isdecimal() and int(text) in choices:
+                return bool(int(text)) if choices == _SWITCH else int(text)
+            raise ConfigError(f"{self.label} {key}={text}: it must be {choices[0]} to {choices[-1]}")
+        if text in choices:
+            return text
+        raise ConfigError(f"{self.label} {key}={text}: it must be one of {', '.join(choices)}")
+
+
+_SWITCH = range(2)
+"""Off and on, which Pillow's plugins want as a bool."""
 
 # The strongest settings of each format that take seconds rather than minutes for an image.
 PILLOW_CODECS = {
     "jpeg": PillowCodec(
         "JPEG", "JPEG", range(1, 101), (8, 15, 25, 40, 60, 80, 90),
+        {"optimize": _SWITCH, "progressive": _SWITCH, "subsampling": ("4:4:4", "4:2:2", "4:2:0")},
         {"optimize": True, "progressive": True, "subsampling": "4:2:0"},
     ),
-    "webp": PillowCodec("WebP", "WEBP", range(101), (1, 10, 25, 50, 75, 90), {"method": 6}),
-    "avif": PillowCodec(
-        "AVIF", "AVIF", range(101), (12, 20, 30, 42, 55, 68, 80), {"speed": 4, "subsampling": "4:4:4"}
+    "webp": PillowCodec(
+        "WebP", "WEBP", range(101), (1, 10, 25, 50, 75, 90), {"method": range(7), "lossless": _SWITCH}, {"method": 6}
     ),
-    "jxl": PillowCodec("JPEG XL", "JXL", range(101), (10, 25, 40, 55, 70, 82, 90), {"effort": 7}),
+    "avif": PillowCodec(
+        "AVIF", "AVIF", range(101), (12, 20, 30, 42, 55, 68, 80),
+        {
+            "speed": range(11),
+            "subsampling": ("4:4:4", "4:2:2", "4:2:0", "4:0:0"),
+            "codec": ("auto", "aom", "rav1e", "svt"),
+            "range": ("full", "limited"),
+            "max_threads": range(1, 257),
+            "tile_rows": range(7),
+            "tile_cols": range(7),
+            "autotiling": _SWITCH,
+        },
+        {"speed": 4, "subsampling": "4:4:4"},
+    ),
+    "jxl": PillowCodec(
+        "JPEG XL", "JXL", range(101), (10, 25, 40, 55, 70, 82, 90),
+        {"effort": range(1, 11), "decoding_speed": range(5), "lossless": _SWITCH}, {"effort": 7},
+    ),
 }  # fmt: skip
 
 
@@ -121,6 +174,7 @@ class HpcmrefCodec:
     label: str
     models: tuple[str, ...]
     device: str
+    rising = True
 
     @property
     def name(self) -> str:
@@ -208,8 +262,10 @@ def codecs_of(names: Sequence[str], models: Sequence[str], device: str) -> list[
     """
     chosen: list[Codec] = []
     for text in names:
-        name, _, options = text.strip().partition(":")
+        name, colon, options = text.strip().partition(":")
         if name.lower() == "hpcmref":
+            if colon:
+                raise ConfigError(f"{text.strip()}: hpcmref has no options; choose models with --models")
             where = _resolved(device)
             chosen += [_hpcmref(model, where) for model in models]
         elif (codec := PILLOW_CODECS.get(name.lower())) is None:
@@ -218,11 +274,16 @@ def codecs_of(names: Sequence[str], models: Sequence[str], device: str) -> list[
             how = "pip install pillow-jxl-plugin" if name.lower() == "jxl" else "this build of Pillow lacks it"
             raise ConfigError(f"the codec {name} is not here: {how}")
         else:
-            chosen.append(codec.with_options(_options(options)) if options else codec)
-    labels = [codec.name for codec in chosen]
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            chosen.append(codec.with_options(_options(options)) if colon else codec)
+    return distinct(chosen)
+
+
+def distinct(codecs: Sequence[Codec]) -> list[Codec]:
+    """The same codecs. Raises ConfigError if two have one name."""
+    names = [codec.name for codec in codecs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{twice[0]} is asked for twice")
-    return chosen
+    return list(codecs)
 
 
 def _hpcmref(text: str, device: str) -> HpcmrefCodec:
@@ -246,11 +307,14 @@ def _resolved(device: str) -> str:
     return device_of(device).type
 
 
-def _options(text: str) -> dict[str, Any]:
+def _options(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split("+")]
     if not all(key and equals for key, equals, _ in pairs):
         raise ConfigError(f"{text!r} are not options: write KEY=VALUE, joined by +")
-    return {key: int(value) if value.lstrip("-").isdigit() else value for key, _, value in pairs}
+    keys = [key for key, _, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ConfigError(f"{text!r}: {twice[0]} is there twice")
+    return {key: value for key, _, value in pairs}
 
 
 def qualities_of(texts: Sequence[str], codecs: Sequence[Codec]) -> dict[str, tuple[int, ...]]:
@@ -262,12 +326,12 @@ def qualities_of(texts: Sequence[str], codecs: Sequence[Codec]) -> dict[str, tup
     chosen = {codec.name: codec.default_qualities for codec in codecs}
     for text in texts:
         name, equals, numbers = text.rpartition("=")
-        prefix = name.strip().lower().replace("jxl", "jpeg xl") if equals else "hpcmref"
+        prefix = name.strip().lower() if equals else "hpcmref"
         meant = [codec for codec in codecs if _means(prefix, codec)]
         if not meant and equals:
             raise ConfigError(f"--qualities {text}: no codec of this run is called {name}")
         for codec in meant:
-            wanted = _numbers(numbers)
+            wanted = numbers_of(numbers)
             if bad := sorted(set(wanted) - set(codec.qualities)):
                 least, most = codec.qualities[0], codec.qualities[-1]
                 raise ConfigError(f"quality {bad[0]} of {codec.name}: it must be {least} to {most}")
@@ -279,11 +343,13 @@ def _means(prefix: str, codec: Codec) -> bool:
     if prefix == "hpcmref" and isinstance(codec, HpcmrefCodec):
         return len(codec.models) == 1 and len(codec.qualities) > 1  # the others are measured whole
     # "jpeg" is not "jpeg xl", but "avif" is "avif speed=0" too
-    name = codec.name.lower()
-    return name == prefix or (isinstance(codec, PillowCodec) and codec.label.lower() == prefix)
+    if codec.name.lower() == prefix:
+        return True
+    return isinstance(codec, PillowCodec) and codec.label.lower() == {"jxl": "jpeg xl"}.get(prefix, prefix)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers_of(text: str) -> tuple[int, ...]:
+    """Whole numbers from "10,25,50" or "0:63:9", ascending. Raises ConfigError."""
     numbers: set[int] = set()
     try:
         for part in text.split(","):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,7 +24,8 @@ from hpcmref.errors import ConfigError
 
 CONVENTIONS = (
     "bpp is of the real files, averaged over the images; psnr is the mean of the per-image RGB PSNRs in dB (peak 255); "
-    "ms_ssim_db is the mean of the per-image MS-SSIMs in dB, -10 log10(1 - MS-SSIM); seconds are means of per-image "
+    "ms_ssim_db is the mean of the per-image MS-SSIMs in dB, -10 log10(1 - MS-SSIM); ssimulacra2 and "
+    "cvvdp (JOD) are means over the images; seconds are means of per-image "
     "medians after warm-up, without file input and output; memory is the largest working memory of an image in bytes"
 )
 SHIPPED = Path(__file__).parent / "results"
@@ -32,7 +33,10 @@ SHIPPED = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Point:
-    """One quality of one codec, averaged. bpp: bits per pixel. psnr, ms_ssim_db: dB. memory: bytes, the largest."""
+    """One quality, or one target size, of one codec, averaged.
+
+    bpp, target: bits per pixel. psnr, ms_ssim_db: dB. cvvdp: JOD. memory: bytes, the largest.
+    """
 
     bpp: float
     psnr: float
@@ -41,6 +45,9 @@ class Point:
     encode_seconds: float | None = None
     decode_seconds: float | None = None
     memory: int | None = None
+    ssimulacra2: float | None = None
+    cvvdp: float | None = None
+    target: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,9 @@ def averages(measurements: Iterable[Measurement]) -> tuple[list[Curve], list[str
     An image on which any point failed is in no average, or the codec that failed on the hard ones would look best. A
     point that failed on every image is not a point.
     """
-    table: dict[tuple[str, int], dict[str, Measurement]] = {}
+    table: dict[tuple[str, int | float], dict[str, Measurement]] = {}
     for each in measurements:
-        table.setdefault((each.codec, each.quality), {})[each.image] = each
+        table.setdefault((each.codec, each.quality if each.target is None else each.target), {})[each.image] = each
     if not table:
         return [], []
     images = sorted(set.intersection(*(set(row) for row in table.values())))
@@ -77,26 +84,42 @@ def averages(measurements: Iterable[Measurement]) -> tuple[list[Curve], list[str
     return curves, images
 
 
+def of_image(measurements: Iterable[Measurement], codec: str) -> Curve:
+    """The curve of one codec on one image, whose measurements these are."""
+    points = [_point([each]) for each in measurements if each.codec == codec]
+    return Curve(codec, tuple(sorted(points, key=lambda point: point.bpp)))
+
+
 def _point(row: Sequence[Measurement]) -> Point:
-    similarities = [each.ms_ssim_db for each in row if each.ms_ssim_db is not None]
     memories = [each.memory for each in row if each.memory is not None]
     return Point(
         bpp=fmean(each.bpp for each in row),
         psnr=fmean(each.psnr for each in row),
-        ms_ssim_db=fmean(similarities) if len(similarities) == len(row) else None,
-        quality=row[0].quality,
+        ms_ssim_db=_mean([each.ms_ssim_db for each in row]),
+        quality=row[0].quality if row[0].target is None else None,
         encode_seconds=fmean(each.encode_seconds for each in row),
         decode_seconds=fmean(each.decode_seconds for each in row),
         memory=max(memories, default=None),
+        ssimulacra2=_mean([each.ssimulacra2 for each in row]),
+        cvvdp=_mean([each.cvvdp for each in row]),
+        target=row[0].target,
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one value is missing."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
+
+
+COLUMNS = tuple(field.name for field in fields(Point))
 
 
 def to_json(curves: Iterable[Curve]) -> dict[str, dict[str, Any]]:
     """The "curves" of a results file; numbers that JSON has not (inf) become null."""
-    names = ("bpp", "psnr", "ms_ssim_db", "quality", "encode_seconds", "decode_seconds", "memory")
     written: dict[str, dict[str, Any]] = {}
     for curve in curves:
-        columns = {name: [_finite(getattr(point, name)) for point in curve.points] for name in names}
+        columns = {name: [_finite(getattr(point, name)) for point in curve.points] for name in COLUMNS}
         kept = {name: column for name, column in columns.items() if any(value is not None for value in column)}
         written[curve.name] = {**kept, **({"source": curve.source} if curve.source else {})}
     return written
@@ -135,10 +158,7 @@ def _curve(name: str, columns: Mapping[str, Any], dataset: str | None, images: i
     psnrs = columns["psnr"] if "psnr" in columns else columns["psnr-rgb"]
     if len(psnrs) != len(columns["bpp"]):
         raise ValueError(f"{name} has {len(columns['bpp'])} rates and {len(psnrs)} PSNRs")
-    extra = {
-        field: columns.get(field) or [None] * len(psnrs)
-        for field in ("ms_ssim_db", "quality", "encode_seconds", "decode_seconds", "memory")
-    }
+    extra = {name: columns.get(name) or [None] * len(psnrs) for name in COLUMNS[2:]}
     points = [
         Point(float(bpp), math.inf if psnr is None else float(psnr), *rest)
         for bpp, psnr, *rest in zip(columns["bpp"], psnrs, *extra.values(), strict=True)

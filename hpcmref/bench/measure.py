@@ -4,8 +4,10 @@
 - Seconds: from pixels in memory to the file in memory, and back; reading the image and writing files is not in them.
   Both ends are in host memory, so a GPU has finished when the clock stops. A codec's first encode and decode in a
   process is not counted. Of several repetitions the median counts.
+- Seconds of programs outside (`external`) have their start and their reading and writing of files in them.
 - Memory: the most that the process (or, on a GPU, torch) held during encode and decode, above what it held before: the
-  working memory, without the program and the weights. None where the system does not tell (only Linux does).
+  working memory, without the program and the weights. None where the system does not tell (only Linux does) and for
+  programs outside.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +28,8 @@ from PIL import Image
 
 from hpcmref.bench import metrics
 from hpcmref.bench.codecs import Codec
+from hpcmref.bench.external import PROCESS
+from hpcmref.bench.search import nearest
 from hpcmref.errors import CheckpointError, ConfigError, HpcmrefError
 from hpcmref.picture import images
 
@@ -36,7 +40,9 @@ T = TypeVar("T")
 class Measurement:
     """One image through one codec at one quality.
 
-    size: bytes. bpp: bits per pixel. psnr: dB. ms_ssim: 0..1, None if the image is too small. memory: bytes, or None.
+    size: bytes. bpp: bits per pixel. psnr: dB. ms_ssim: 0..1. memory: bytes. cvvdp: JOD. target: the bits per pixel for
+    which the quality was chosen, if it was. None is what was not measured, or cannot be: of images too small for a
+    metric, for one.
     """
 
     image: str
@@ -51,6 +57,9 @@ class Measurement:
     encode_seconds: float
     decode_seconds: float
     memory: int | None
+    ssimulacra2: float | None = None
+    cvvdp: float | None = None
+    target: float | None = None
 
     @property
     def ms_ssim_db(self) -> float | None:
@@ -59,13 +68,31 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Target:
+    """A size to compare codecs at, in bits per pixel: each uses the quality whose file comes nearest to it."""
+
+    bpp: float
+
+    def __str__(self) -> str:
+        return f"{self.bpp:g} bpp"
+
+
+Setting = int | Target
+"""A quality, or a size."""
+
+
+@dataclass(frozen=True)
 class Failure:
-    """What could not be measured: a codec at a quality, or (both None) the whole image."""
+    """What could not be measured: a codec at a setting, or (both None) the whole image."""
 
     image: str
     codec: str | None
-    quality: int | None
+    setting: str | None
     message: str
+
+    def __str__(self) -> str:
+        where = "" if self.codec is None else f" ({self.codec}, {self.setting})"
+        return f"{self.image}{where}: {self.message}"
 
 
 @dataclass(frozen=True)
@@ -74,8 +101,14 @@ class Task:
 
     image: str
     data: bytes
-    points: Sequence[tuple[Codec, Sequence[int]]]
+    points: Sequence[tuple[Codec, Sequence[Setting]]]
     repeat: int = 1
+    metrics: frozenset[str] = frozenset({"ms-ssim"})
+
+
+def name_of(setting: Setting) -> str:
+    """A setting in words."""
+    return str(setting) if isinstance(setting, Target) else f"quality {setting}"
 
 
 def measure(task: Task) -> tuple[list[Measurement], list[Failure]]:
@@ -88,17 +121,21 @@ def measure(task: Task) -> tuple[list[Measurement], list[Failure]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what reading an image loses is lost before anything is compared
         try:
-            image, pixels = _reference(task)
+            image, pixels = reference(task)
         except Exception as error:
             return [], [Failure(task.image, None, None, describe(error))]
-        for codec, qualities in task.points:
-            for quality in qualities:
+        for codec, settings in task.points:
+            known: dict[int, float] = {}
+            for setting in settings:
                 try:
-                    measured.append(_measure(task, codec, quality, image, pixels))
+                    found = _measure(task, codec, setting, image, pixels, known)
                 except (CheckpointError, ConfigError):
                     raise
                 except Exception as error:
-                    failures.append(Failure(task.image, codec.name, quality, describe(error)))
+                    failures.append(Failure(task.image, codec.name, name_of(setting), describe(error)))
+                else:
+                    known[found.quality] = found.bpp
+                    measured.append(found)
     return measured, failures
 
 
@@ -108,7 +145,7 @@ def describe(error: BaseException) -> str:
     return text if isinstance(error, HpcmrefError) else f"{type(error).__name__}: {text}"
 
 
-def _reference(task: Task) -> tuple[Image.Image, metrics.Pixels]:
+def reference(task: Task) -> tuple[Image.Image, metrics.Pixels]:
     """What every codec gets: upright 8-bit RGB or grey without metadata; and its pixels (H, W, 3)."""
     file = io.BytesIO(task.data)
     file.name = task.image
@@ -116,7 +153,11 @@ def _reference(task: Task) -> tuple[Image.Image, metrics.Pixels]:
     return images.image_of(pixels, grey), pixels
 
 
-def _measure(task: Task, codec: Codec, quality: int, image: Image.Image, pixels: metrics.Pixels) -> Measurement:
+def _measure(
+    task: Task, codec: Codec, setting: Setting, image: Image.Image, pixels: metrics.Pixels, known: Mapping[int, float]
+) -> Measurement:
+    """One point. known: quality -> bits per pixel of the same image and codec, as far as measured."""
+    quality = nearest(codec, image, setting.bpp, known) if isinstance(setting, Target) else setting
     _warm_up(codec, image, quality)
     with PeakMemory(codec.device) as peak:
         data, encode_seconds = _timed(lambda: codec.encode(image, quality), task.repeat)
@@ -133,11 +174,11 @@ def _measure(task: Task, codec: Codec, quality: int, image: Image.Image, pixels:
         height=height,
         size=len(data),
         bpp=8 * len(data) / (width * height),
-        psnr=metrics.psnr(pixels, result),
-        ms_ssim=metrics.ms_ssim(pixels, result),
         encode_seconds=encode_seconds,
         decode_seconds=decode_seconds,
         memory=peak.bytes,
+        target=setting.bpp if isinstance(setting, Target) else None,
+        **metrics.measured(pixels, result, task.metrics),
     )
 
 
@@ -146,7 +187,7 @@ _warm: set[str] = set()  # identities of the codecs that have run in this proces
 
 def _warm_up(codec: Codec, image: Image.Image, quality: int) -> None:
     key = f"{codec.identity} {codec.device}"
-    if key not in _warm:
+    if codec.device != PROCESS and key not in _warm:
         codec.decode(codec.encode(image, quality))
         _warm.add(key)
 
@@ -167,9 +208,12 @@ class PeakMemory:
     def __init__(self, device: str) -> None:
         self.bytes: int | None = None
         self._cuda = device == "cuda"
+        self._elsewhere = device == PROCESS
         self._before: int | None = None
 
     def __enter__(self) -> PeakMemory:
+        if self._elsewhere:
+            return self
         if self._cuda:
             import torch
 

@@ -7,27 +7,32 @@ import io
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hpcmref._version import __version__
-from hpcmref.bench import bdrate
-from hpcmref.bench.bdrate import Delta
+from hpcmref.bench import bdrate, curves
+from hpcmref.bench.bdrate import Delta, Spread
 from hpcmref.bench.codecs import Codec
 from hpcmref.bench.curves import CONVENTIONS, Curve, to_json
 from hpcmref.bench.measure import Measurement
+from hpcmref.bench.metrics import METRICS
 from hpcmref.bench.run import Outcome
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One curve against the anchor: BD-rate in percent (PSNR, MS-SSIM) and BD-PSNR in dB."""
+    """One curve against the anchor.
+
+    rates: BD-rate in percent, by metric (a field of `METRICS`) that both have. psnr: BD-PSNR in dB. images: BD-rates of
+    PSNR on single images, where both codecs were measured in this run.
+    """
 
     name: str
-    rate: Delta
-    rate_ms_ssim: Delta
+    rates: Mapping[str, Delta]
     psnr: Delta
+    images: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -48,31 +53,67 @@ class Results:
     settings: Mapping[str, Any]
 
 
-def compare(curves: Sequence[Curve], anchor: Curve, limits: tuple[float, float] | None) -> list[Comparison]:
-    """Every other curve against the anchor."""
+def compare(
+    every: Sequence[Curve],
+    anchor: Curve,
+    limits: tuple[float, float] | None,
+    measurements: Sequence[Measurement] = (),
+    images: Sequence[str] = (),
+) -> list[Comparison]:
+    """Every other curve of `every` against the anchor. images: of which single BD-rates are wanted."""
+    by_image = {name: [each for each in measurements if each.image == name] for name in images}
     return [
         Comparison(
             curve.name,
-            bdrate.bd_rate(anchor, curve, "psnr", limits),
-            bdrate.bd_rate(anchor, curve, "ms_ssim_db", limits),
+            {metric: bdrate.bd_rate(anchor, curve, metric, limits) for metric in shared(anchor, curve)},
             bdrate.bd_psnr(anchor, curve, "psnr", limits),
+            _of_images(by_image, anchor.name, curve.name, limits) if anchor.source is curve.source is None else None,
         )
-        for curve in curves
+        for curve in every
         if curve.name != anchor.name
     ]
 
 
-def settings(codecs: Sequence[Codec], repeat: int, jobs: int, ray: str | None) -> dict[str, Any]:
+def shared(*some: Curve) -> list[str]:
+    """The metrics that every curve has on all of its points; PSNR always."""
+    return [
+        metric.field
+        for metric in METRICS
+        if metric.field == "psnr"
+        or all(getattr(point, metric.field) is not None for curve in some for point in curve.points)
+    ]
+
+
+def _of_images(
+    by_image: Mapping[str, Sequence[Measurement]], anchor: str, name: str, limits: tuple[float, float] | None
+) -> Spread | None:
+    values = {}
+    for image, measurements in by_image.items():
+        sides = curves.of_image(measurements, anchor), curves.of_image(measurements, name)
+        delta = bdrate.bd_rate(*sides, "psnr", limits)
+        if delta.value is not None:
+            values[image] = delta.value
+    return bdrate.spread(values, len(by_image)) if values else None
+
+
+def settings(
+    codecs: Sequence[Codec], metrics: Collection[str], repeat: int, jobs: int, ray: str | None
+) -> dict[str, Any]:
     """What was measured, and on what."""
     return {
         "hpcmref": __version__,
         "codecs": {codec.name: codec.identity for codec in codecs},
         "devices": {codec.name: codec.device for codec in codecs},
+        "metrics": ["psnr", *sorted(metrics)],
         "repeat": repeat,
         "jobs": jobs,
         "ray": ray is not None,
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
     }
+
+
+NEAR = 0.05
+"""By which part a mean size may differ from its target without a note."""
 
 
 def notes(results: Results) -> list[str]:
@@ -86,8 +127,15 @@ def notes(results: Results) -> list[str]:
             )
     if results.settings["jobs"] > 1 or results.settings["ray"]:
         found.append("Several processes were at work, so the seconds are longer than those of one image alone.")
+    for curve in results.curves:
+        for point in curve.points:
+            if point.target is not None and abs(point.bpp / point.target - 1) > NEAR:
+                found.append(
+                    f"{curve.name} comes no nearer to {point.target:g} bpp than {point.bpp:.3f} on average: compare "
+                    "its quality there with care."
+                )
     left_out = {each.image for each in results.outcome.measurements} - set(results.images)
-    left_out |= {each.image for each in results.outcome.failures}
+    left_out |= {each.image for each in results.outcome.failures} - set(results.images)
     if left_out:
         found.append(f"Left out of the averages because something failed: {', '.join(sorted(left_out))}.")
     return found
@@ -131,7 +179,7 @@ def _plain(value: Any) -> Any:
 
 COLUMNS = (
     "image", "codec", "quality", "width", "height", "bytes", "bpp", "psnr_db", "ms_ssim_db", "encode_seconds",
-    "decode_seconds", "memory_bytes",
+    "decode_seconds", "memory_bytes", "ssimulacra2", "cvvdp_jod", "target_bpp",
 )  # fmt: skip
 
 
@@ -144,8 +192,9 @@ def as_csv(results: Results, separator: str = ",") -> str:
     for curve in results.curves:
         for point in curve.points if curve.source is None else ():
             writer.writerow(
-                [mean, curve.name, point.quality, "", "", "", *_numbers(point.bpp, point.psnr, point.ms_ssim_db),
-                 *_numbers(point.encode_seconds, point.decode_seconds), _or_empty(point.memory)]
+                [mean, curve.name, _or_empty(point.quality), "", "", "",
+                 *_numbers(point.bpp, point.psnr, point.ms_ssim_db, point.encode_seconds, point.decode_seconds),
+                 _or_empty(point.memory), *_numbers(point.ssimulacra2, point.cvvdp, point.target)]
             )  # fmt: skip
     for each in results.outcome.measurements:
         writer.writerow(_row(each))
@@ -155,8 +204,8 @@ def as_csv(results: Results, separator: str = ",") -> str:
 def _row(each: Measurement) -> list[Any]:
     return [
         each.image, each.codec, each.quality, each.width, each.height, each.size,
-        *_numbers(each.bpp, each.psnr, each.ms_ssim_db), *_numbers(each.encode_seconds, each.decode_seconds),
-        _or_empty(each.memory),
+        *_numbers(each.bpp, each.psnr, each.ms_ssim_db, each.encode_seconds, each.decode_seconds),
+        _or_empty(each.memory), *_numbers(each.ssimulacra2, each.cvvdp, each.target),
     ]  # fmt: skip
 
 

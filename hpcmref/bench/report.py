@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hpcmref.bench.metrics import METRICS, Metric
 from hpcmref.bench.output import Results, as_csv, as_json
 from hpcmref.bench.viewer import Exhibit
 from hpcmref.runtime.files import atomic_write
@@ -22,7 +23,7 @@ _DATA = "/*DATA*/null"
 
 
 def write(results: Results, exhibits: Sequence[Exhibit], folder: Path) -> Path:
-    """Write index.html, rd-psnr.png, rd-ms-ssim.png (where there is MS-SSIM), results.json and results.csv to a folder.
+    """Write index.html, results.json, results.csv, and rd-psnr.png and the like for every metric, to a folder.
 
     Returns the page. Raises HpcmrefError if the folder cannot be written to.
     """
@@ -30,9 +31,9 @@ def write(results: Results, exhibits: Sequence[Exhibit], folder: Path) -> Path:
     content = as_json(results)
     atomic_write(folder / "results.json", (json.dumps(content, indent=1) + "\n").encode())
     atomic_write(folder / "results.csv", as_csv(results).encode())
-    for metric, name in (("psnr", "rd-psnr.png"), ("ms_ssim_db", "rd-ms-ssim.png")):
-        if any(getattr(point, metric) is not None for curve in results.curves for point in curve.points):
-            atomic_write(folder / name, _png(results, metric))
+    for metric in METRICS:
+        if any(getattr(point, metric.field) is not None for curve in results.curves for point in curve.points):
+            atomic_write(folder / f"rd-{metric.option}.png", _png(results, metric))
     page = folder / "index.html"
     atomic_write(page, html(content, exhibits).encode())
     return page
@@ -41,12 +42,13 @@ def write(results: Results, exhibits: Sequence[Exhibit], folder: Path) -> Path:
 def html(content: dict[str, Any], exhibits: Sequence[Exhibit]) -> str:
     """The page. content: of `output.as_json`."""
     shown = {key: value for key, value in content.items() if key != "measurements"}
-    data = json.dumps({**shown, "exhibits": [asdict(each) for each in exhibits]})
+    metrics = [{"field": each.field, "title": each.title, "unit": each.unit} for each in METRICS]
+    data = json.dumps({**shown, "metrics": metrics, "exhibits": [asdict(each) for each in exhibits]})
     # Inside a script element only "<" could end the data early.
     return _TEMPLATE.read_text(encoding="utf-8").replace(_DATA, data.replace("<", "\\u003c"))
 
 
-def _png(results: Results, metric: str) -> bytes:
+def _png(results: Results, metric: Metric) -> bytes:
     """The rate-distortion curves, up to the highest rate that was measured here."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -60,7 +62,7 @@ def _png(results: Results, metric: str) -> bytes:
         points = [
             (point.bpp, value)
             for point in curve.points
-            if (value := getattr(point, metric)) is not None and point.bpp <= most
+            if (value := getattr(point, metric.field)) is not None and point.bpp <= most
         ]
         if not points:
             continue
@@ -71,7 +73,7 @@ def _png(results: Results, metric: str) -> bytes:
             axes.plot(*zip(*points, strict=True), "--", label=curve.name, color=next(muted), lw=1)
     axes.set_xlim(0, most)
     axes.set_xlabel("bits per pixel")
-    axes.set_ylabel("PSNR (dB)" if metric == "psnr" else "MS-SSIM (dB)")
+    axes.set_ylabel(f"{metric.title} ({metric.unit})" if metric.unit else metric.title)
     axes.set_title(f"{results.title}, mean of {len(results.images)} images")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

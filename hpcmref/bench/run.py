@@ -1,9 +1,9 @@
 """How are many images measured, and a broken run taken up again? Tasks, the journal, and the order of results.
 
 The journal of `--resume` has one JSON object a line, a measurement and its key. The key names everything that the
-numbers depend on (the bytes of the image, the codec with its version and settings, device, quality, repetitions, and
-whether other processes were at work), so that a changed image or model is measured again and nothing else is. A line
-that was cut off is skipped.
+numbers depend on (the bytes of the image, the codec with its version and settings, device, quality or target, metrics,
+repetitions, and whether other processes were at work), so that a changed image or model is measured again and nothing
+else is. A line that was cut off is skipped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from hpcmref.bench.codecs import Codec
-from hpcmref.bench.measure import Failure, Measurement, Task, describe, measure
+from hpcmref.bench.measure import Failure, Measurement, Setting, Target, Task, describe, measure, name_of
 from hpcmref.errors import CheckpointError, ConfigError, HpcmrefError
 from hpcmref.runtime.executor import execute
 
@@ -36,22 +36,24 @@ Listener = Callable[[Sequence[Measurement], Sequence[Failure]], None]
 def run(
     images: Sequence[Path],
     codecs: Sequence[Codec],
-    qualities: Mapping[str, Sequence[int]],
+    settings: Mapping[str, Sequence[Setting]],
     repeat: int = 1,
     jobs: int = 1,
     ray: str | None = None,
     journal: Path | None = None,
     listener: Listener = lambda measured, failed: None,
+    metrics: frozenset[str] = frozenset({"ms-ssim"}),
 ) -> Outcome:
-    """Measure every image with every codec at its qualities.
+    """Measure every image with every codec at its settings.
 
-    qualities: by codec name. journal: see above; None keeps none. listener: called for every image that is done, with
-    what came of it. Raises ConfigError and CheckpointError, which every image would meet; anything else is a Failure.
+    settings: by codec name. metrics: besides PSNR. journal: see above; None keeps none. listener: called for every
+    image that is done, with what came of it. Raises ConfigError and CheckpointError, which every image would meet;
+    anything else is a Failure.
     """
     names = names_of(images)
     outcome = Outcome()
     with _Journal(journal) as known:
-        keys = _Keys(codecs, repeat, alone=jobs == 1 and ray is None)
+        keys = _Keys(codecs, repeat, metrics, alone=jobs == 1 and ray is None)
 
         def tasks() -> Iterator[Task]:
             for path in images:
@@ -64,15 +66,15 @@ def run(
                 missing = []
                 found = []
                 for codec in codecs:
-                    points = {quality: known.get(keys.of(data, codec, quality)) for quality in qualities[codec.name]}
+                    points = {each: known.get(keys.of(data, codec, each)) for each in settings[codec.name]}
                     found += [replace(old, image=names[path], codec=codec.name) for old in points.values() if old]
-                    if left := [quality for quality, old in points.items() if old is None]:
+                    if left := [each for each, old in points.items() if old is None]:
                         missing.append((codec, left))
                 outcome.measurements += found
                 if missing:
                     if found:
                         listener(found, [])
-                    yield Task(names[path], data, missing, repeat)
+                    yield Task(names[path], data, missing, repeat, metrics)
                 else:
                     listener(found, [])
 
@@ -84,13 +86,14 @@ def run(
                 result = [], [Failure(task.image, None, None, describe(result))]
             measured, failed = result
             for each in measured:
-                known.add(keys.of(task.data, by_name[each.codec], each.quality), each)
+                setting = each.quality if each.target is None else Target(each.target)
+                known.add(keys.of(task.data, by_name[each.codec], setting), each)
             outcome.measurements += measured
             outcome.failures += failed
             listener(measured, failed)
     place = {name: index for index, name in enumerate([*names.values()])}
     order = {codec.name: index for index, codec in enumerate(codecs)}
-    outcome.measurements.sort(key=lambda each: (place[each.image], order[each.codec], each.quality))
+    outcome.measurements.sort(key=lambda each: (place[each.image], order[each.codec], each.target or 0, each.quality))
     outcome.failures.sort(key=lambda each: place[each.image])
     return outcome
 
@@ -102,15 +105,15 @@ def names_of(images: Sequence[Path]) -> dict[Path, str]:
 
 
 class _Keys:
-    def __init__(self, codecs: Sequence[Codec], repeat: int, alone: bool) -> None:
-        self._how = f"repeat {repeat} {'alone' if alone else 'among others'}"
+    def __init__(self, codecs: Sequence[Codec], repeat: int, metrics: frozenset[str], alone: bool) -> None:
+        self._how = f"{' '.join(sorted(metrics))} repeat {repeat} {'alone' if alone else 'among others'}"
         self._identities = {codec.name: f"{codec.identity} on {codec.device}" for codec in codecs}
         self._last: tuple[bytes, str] = (b"", "")
 
-    def of(self, data: bytes, codec: Codec, quality: int) -> str:
+    def of(self, data: bytes, codec: Codec, setting: Setting) -> str:
         if self._last[0] is not data:
             self._last = data, hashlib.sha256(data).hexdigest()[:24]
-        return f"{self._last[1]} {self._identities[codec.name]} quality {quality} {self._how}"
+        return f"{self._last[1]} {self._identities[codec.name]} {name_of(setting)} {self._how}"
 
 
 class _Journal:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image, features
 from hpcmref.bench import metrics
 from hpcmref.bench.codecs import Codec
 from hpcmref.bench.measure import Measurement
+from hpcmref.bench.search import nearest
 from hpcmref.picture import images
 
 IMAGES = 3
@@ -48,10 +48,11 @@ class Exhibit:
 def exhibits(
     images: Mapping[str, Path], codecs: Sequence[Codec], measurements: Sequence[Measurement], count: int = IMAGES
 ) -> list[Exhibit]:
-    """Exhibits of `count` of the images, evenly spread over them, at two rates each.
+    """Exhibits of `count` of the images, evenly spread over them, at a few rates each.
 
-    images: name -> file, all of them measured with every codec. The rates are those of the first codec's points a
-    sixth and three eighths of the way up, where differences show; the others search for the quality nearest to them.
+    images: name -> file, all of them measured with every codec. The rates are the targets of the run, or without any
+    those of the first codec's points a sixth and three eighths of the way up, where differences show; the others search
+    for the quality nearest to them.
     """
     names = list(images)
     spread = sorted({round(index * (len(names) - 1) / max(1, count - 1)) for index in range(count)}) if names else []
@@ -72,9 +73,8 @@ def _of_image(name: str, path: Path, codecs: Sequence[Codec], measurements: Sequ
     known = {
         codec.name: {each.quality: each.bpp for each in measurements if each.codec == codec.name} for codec in codecs
     }
-    rates = sorted(known[codecs[0].name].values())
     shown = []
-    for rate in sorted({rates[len(rates) // 6], rates[3 * len(rates) // 8]}):
+    for rate in _rates(codecs[0].name, measurements):
         views = []
         for codec in codecs:
             quality = nearest(codec, image, rate, known[codec.name])
@@ -86,25 +86,12 @@ def _of_image(name: str, path: Path, codecs: Sequence[Codec], measurements: Sequ
     return shown
 
 
-def nearest(codec: Codec, image: Image.Image, rate: float, known: Mapping[int, float]) -> int:
-    """The quality whose file is nearest to `rate` bits per pixel in ratio, by bisection.
-
-    known: quality -> bits per pixel of this image, as far as measured.
-    """
-    found = dict(known)
-    # The search stays between the measured qualities around the rate: the file grows with the quality.
-    low = max((quality for quality, bpp in found.items() if bpp <= rate), default=codec.qualities[0])
-    high = min((quality for quality, bpp in found.items() if bpp >= rate), default=codec.qualities[-1])
-    while low < high - 1:
-        middle = (low + high) // 2
-        found[middle] = 8 * len(codec.encode(image, middle)) / (image.width * image.height)
-        if found[middle] < rate:
-            low = middle
-        else:
-            high = middle
-    for quality in {low, high} - set(found):
-        found[quality] = 8 * len(codec.encode(image, quality)) / (image.width * image.height)
-    return min(found, key=lambda quality: abs(math.log(found[quality] / rate)))
+def _rates(codec: str, measurements: Sequence[Measurement]) -> list[float]:
+    """The sizes to show an image at, in bits per pixel: the targets of the run, or two of the codec's."""
+    if targets := {each.target for each in measurements if each.target is not None}:
+        return sorted(targets)
+    rates = sorted(each.bpp for each in measurements if each.codec == codec)
+    return sorted({rates[len(rates) // 6], rates[3 * len(rates) // 8]})
 
 
 def _busiest(pixels: metrics.Pixels) -> tuple[int, int, int, int]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,10 +20,13 @@ from hpcmref.cli.options import Device, DeviceOption, QuietOption, RayOption
 from hpcmref.errors import ConfigError, HpcmrefError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hpcmref.bench.codecs import Codec
-    from hpcmref.bench.curves import Curve, Point
-    from hpcmref.bench.measure import Failure, Measurement
-    from hpcmref.bench.output import Comparison, Results
+    from hpcmref.bench.curves import Curve
+    from hpcmref.bench.generations import Losses
+    from hpcmref.bench.measure import Failure, Measurement, Setting
+    from hpcmref.bench.output import Results
     from hpcmref.bench.run import Listener
 
 # Option -> title and fixed results that were measured on the same images.
@@ -62,6 +65,45 @@ def bench(
             "--qualities",
             metavar="[CODEC=]LIST",
             help="What to measure: 8,16,24 or 0:63:9, for hpcmref, or for another codec: jpeg=30,60,90. Repeatable.",
+        ),
+    ] = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--encoder",
+            metavar="NAME=ENCODE|DECODE",
+            help="Measure other programs too: 'NAME=cjxl {in} {out}.jxl -q {q}|djxl {out}.jxl {png}', with --qualities "
+            "NAME=LIST. They are run without a shell; docs/bench.md has recipes. Repeatable.",
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float,
+        typer.Option("--time-limit", min=0.1, metavar="SECONDS", help="How long a command of --encoder may take."),
+    ] = 600,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="bpp=LIST",
+            help="Compare at equal size: for every image each codec uses the quality whose file comes nearest to these "
+            "bits per pixel, as in bpp=0.25,0.5.",
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics",
+            metavar="LIST",
+            help="Which to measure besides PSNR: ms-ssim, ssimulacra2, cvvdp. By default all that are installed.",
+        ),
+    ] = None,
+    generations: Annotated[
+        int | None,
+        typer.Option(
+            "--generations",
+            min=1,
+            metavar="N",
+            help="Instead: encode and decode N times, and compare the generations with the original.",
         ),
     ] = None,
     results: Annotated[
@@ -116,12 +158,20 @@ def bench(
     ] = None,
     ray: RayOption = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything; it is also a file for --results.")
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write everything; it is also a file for --results. - is standard output; tables then go to standard "
+            "error.",
+        ),
     ] = None,
     csv_file: Annotated[
         Path | None,
         typer.Option(
-            "--csv", metavar="FILE", help="Write averages and measurements, with tabs if FILE ends with .tsv."
+            "--csv",
+            metavar="FILE",
+            help="Write averages and measurements, with tabs if FILE ends with .tsv; - is standard output, as above.",
         ),
     ] = None,
     profile: Annotated[
@@ -139,14 +189,18 @@ def bench(
     quiet: QuietOption = False,
 ) -> None:
     """Measure codecs side by side on your own images: size, quality, time, memory, BD-rate."""
+    _check_outputs(json_file, csv_file, report, generations)
     if profile:
         for model in models.split(",") if models else [_default()]:
             _profile(model, _images(folders or [])[:1], device.value, repeat)
         return
     _need_extra()
-    from hpcmref.bench import codecs as known
     from hpcmref.bench import curves, output
+    from hpcmref.bench import generations as lossy
+    from hpcmref.bench import metrics as quality
+    from hpcmref.bench.bdrate import LEAST_POINTS
     from hpcmref.bench.run import run
+    from hpcmref.cli.tables import console_for, print_results
 
     shortcuts = {"kodak": kodak, "clic": clic, "tecnick": tecnick}
     asked = {name: folder for name, folder in shortcuts.items() if folder is not None}
@@ -157,35 +211,84 @@ def bench(
     fixed = {source: curves.read(source) for source in sources}
     images = _images(folders)[:limit]
     between = _range(limits) if limits else None
-    chosen = known.codecs_of(
-        codecs.split(",") if codecs else known.available(), models.split(",") if models else [_default()], device.value
-    )
-    wanted = known.qualities_of(qualities or [], chosen)
+    chosen = _codecs(codecs, models, encoder or [], qualities or [], time_limit, device.value)
+    settings = _settings(qualities or [], target, chosen)
+    optional = quality.chosen(metrics)
+    title = " + ".join(DATASETS[dataset][0] for dataset in asked) or Path(folders[0]).resolve().name
+    facts = output.settings(chosen, optional, repeat, jobs, ray)
+    tables = None if quiet else console_for(stderr="-" in map(str, (json_file, csv_file)))
+    if generations is not None:
+        losses = _generations(images, chosen, settings, generations, optional, jobs, ray, title, tables)
+        _write(_as_text(lossy.as_json(losses, title, facts)), json_file)
+        _write(lossy.as_csv(losses, _separator(csv_file)), csv_file)
+        raise typer.Exit(1 if losses.failures else 0)
     others = _distinct(fixed, {codec.name for codec in chosen})
     name = _find(anchor, [*(codec.name for codec in chosen), *(curve.name for curve in others)])
 
     with _progress(len(images), quiet) as listener:
-        outcome = run(images, chosen, wanted, repeat, jobs, ray, resume, listener)
+        outcome = run(images, chosen, settings, repeat, jobs, ray, resume, listener, optional)
     measured, averaged = curves.averages(outcome.measurements)
     every = [*measured, *others]
     reference = next((curve for curve in every if curve.name == name), None)
+    if target is not None and min(map(len, settings.values())) < LEAST_POINTS:
+        reference = None  # the targets are compared in the table of averages; curves need more points
+    comparisons = output.compare(every, reference, between, outcome.measurements, averaged) if reference else []
     found = output.Results(
-        title=" + ".join(DATASETS[dataset][0] for dataset in asked) or Path(folders[0]).resolve().name,
+        title=title,
         curves=every,
         images=averaged,
         outcome=outcome,
         anchor=name if reference else None,
-        comparisons=output.compare(every, reference, between) if reference else [],
+        comparisons=comparisons,
         limits=between,
-        settings=output.settings(chosen, repeat, jobs, ray),
+        settings=facts,
     )
-    if not quiet:
-        _print(found)
-    _write(found, json_file, csv_file)
+    if tables is not None:
+        print_results(found, tables)
+    _write(_as_text(output.as_json(found)), json_file)
+    _write(output.as_csv(found, _separator(csv_file)), csv_file)
     if report is not None:
-        _report(found, images, chosen, report, quiet)
+        _report(found, images, chosen, report, tables)
     if outcome.failures:
         raise typer.Exit(1)
+
+
+def _check_outputs(json_file: Path | None, csv_file: Path | None, report: Path | None, generations: int | None) -> None:
+    if str(report) == "-":
+        raise typer.BadParameter("a report is a folder; it cannot go to standard output.", param_hint="--report")
+    if str(json_file) == str(csv_file) == "-":
+        raise typer.BadParameter("only one of --json and --csv can go to standard output.", param_hint="--csv")
+    if report is not None and generations is not None:
+        raise typer.BadParameter("--generations has no page; use --json or --csv.", param_hint="--report")
+
+
+def _codecs(
+    names: str | None, models: str | None, encoders: Sequence[str], qualities: Sequence[str], limit: float, device: str
+) -> list[Codec]:
+    from hpcmref.bench import codecs
+    from hpcmref.bench.external import externals
+
+    asked = names.split(",") if names else codecs.available()
+    ours = codecs.codecs_of(asked, models.split(",") if models else [_default()], device)
+    return codecs.distinct([*ours, *externals(encoders, qualities, limit)])
+
+
+def _settings(qualities: Sequence[str], target: str | None, chosen: Sequence[Codec]) -> Mapping[str, Sequence[Setting]]:
+    """Codec name -> what to measure: the targets, if there are any, or qualities."""
+    from hpcmref.bench.codecs import qualities_of
+    from hpcmref.bench.measure import Target
+
+    wanted = qualities_of(qualities, chosen)
+    if target is None:
+        return wanted
+    key, _, numbers = target.partition("=")
+    try:
+        rates = sorted({float(number) for number in numbers.split(",")})
+        if key.strip() != "bpp" or not all(0 < rate < math.inf for rate in rates):
+            raise ValueError
+    except ValueError:
+        raise typer.BadParameter("write bpp=LIST, as in bpp=0.25,0.5.", param_hint="--target") from None
+    return {codec.name: [Target(rate) for rate in rates] for codec in chosen}
 
 
 def _need_extra() -> None:
@@ -257,8 +360,7 @@ def _progress(total: int, quiet: bool) -> Iterator[Listener]:
 
     def complain(failed: Sequence[Failure]) -> None:
         for each in failed:
-            where = "" if each.codec is None else f" ({each.codec}, quality {each.quality})"
-            print(f"hpcmref: {each.image}{where}: {each.message}", file=sys.stderr)
+            print(f"hpcmref: {each}", file=sys.stderr)
 
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield lambda measured, failed: complain(failed)
@@ -291,84 +393,33 @@ def _progress(total: int, quiet: bool) -> Iterator[Listener]:
         yield update
 
 
-def _print(results: Results) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _generations(
+    images: Sequence[Path],
+    chosen: Sequence[Codec],
+    settings: Mapping[str, Sequence[Setting]],
+    generations: int,
+    optional: frozenset[str],
+    jobs: int,
+    ray: str | None,
+    title: str,
+    tables: Console | None,
+) -> Losses:
+    from hpcmref.bench import generations as lossy
+    from hpcmref.cli.tables import print_generations
 
-    from hpcmref.bench.output import notes
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=10_000)  # no terminal to fit, so a line a row, whatever its length
-
-    def show(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for index, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if index else "left")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        console.print(table)
-
-    console.print(Text(f"{results.title}: averages over {len(results.images)} images; PSNR is the mean of RGB PSNRs"))
-    console.print()
-    show(
-        ("codec", "quality", "bpp", "PSNR dB", "MS-SSIM dB", "encode s", "decode s", "memory MB"),
-        [_point_cells(curve.name, point) for curve in results.curves if not curve.source for point in curve.points],
-    )
-    if results.comparisons:
-        within = f" between {results.limits[0]:g} and {results.limits[1]:g} bpp" if results.limits else ""
-        console.print()
-        console.print(Text(f"Against {results.anchor}{within} (negative BD-rate: smaller files)"))
-        console.print()
-        show(
-            ("codec", "BD-rate", "over dB", "of its range", "of the anchor's", "BD-PSNR", "BD-rate MS-SSIM", "note"),
-            [_comparison_cells(each) for each in results.comparisons],
+    with _progress(len(images), tables is None) as listener:
+        losses = lossy.run(
+            images, chosen, settings, generations, optional, jobs, ray, lambda image, failed: listener([], failed)
         )
-    console.print()
-    if fixed := [curve for curve in results.curves if curve.source]:
-        console.print(Text("Not measured here: " + "; ".join(f"{curve.name}: {curve.source}" for curve in fixed)))
-    for note in notes(results):
-        console.print(Text(note))
-
-
-def _point_cells(name: str, point: Point) -> list[str]:
-    return [
-        name,
-        "" if point.quality is None else str(point.quality),
-        f"{point.bpp:.4f}",
-        f"{point.psnr:.3f}",
-        *(
-            "" if value is None else f"{value:.3f}"
-            for value in (point.ms_ssim_db, point.encode_seconds, point.decode_seconds)
-        ),
-        "" if point.memory is None else f"{point.memory / 1e6:.0f}",
-    ]
-
-
-def _comparison_cells(each: Comparison) -> list[str]:
-    rate, psnr, similar = each.rate, each.psnr, each.rate_ms_ssim
-    return [
-        each.name,
-        "-" if rate.value is None else f"{rate.value:+.2f} %",
-        "" if rate.value is None else f"{rate.low:.2f} to {rate.high:.2f}",
-        "" if rate.value is None else f"{rate.share:.0%}",
-        "" if rate.value is None else f"{rate.anchor_share:.0%}",
-        "-" if psnr.value is None else f"{psnr.value:+.3f} dB",
-        "-" if similar.value is None else f"{similar.value:+.2f} %",
-        rate.note,
-    ]
+    if tables is not None:
+        print_generations(losses, title, tables)
+    return losses
 
 
 def _profile(model: str, images: Sequence[Path], device: str, repeat: int) -> None:
-    from dataclasses import astuple
-
-    import torch
-    from rich.console import Console
-    from rich.table import Table
-
     from hpcmref import checkpoints, codec
     from hpcmref.bench import profile
+    from hpcmref.cli.tables import console_for, print_profile
     from hpcmref.model import PRESETS
     from hpcmref.picture.images import open_image
 
@@ -377,35 +428,12 @@ def _profile(model: str, images: Sequence[Path], device: str, repeat: int) -> No
     checkpoint = profile.untrained(model) if untrained else checkpoints.load(checkpoints.find(model))
     image = open_image(images[0]) if images else profile.photograph()
     found = profile.profile(checkpoint, codec.device_of(device), image, repeat=repeat)
-    console = Console()
-    rates = ", ".join(f"{2e-9 * rate:.0f} ({str(dtype)[6:]})" for dtype, rate in found.rates.items())
-    console.print(
-        f"{model}, {image.width}x{image.height}, {torch.get_num_threads()} threads, best of {repeat}. The best here: "
-        f"10^9 operations a second {rates}, {1e-9 * found.bytes_per_second:.1f} GB/s (copy)."
-    )
-    for name, costs in (("encode", found.encode), ("decode", found.decode)):
-        total = sum(cost.seconds for cost in costs.values())
-        table = Table(name, "ms", "share", "MMAC", "GOP/s", "of the best", "MB moved", "GB/s", "of the best")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        whole = profile.Cost(*(sum(values) for values in zip(*map(astuple, costs.values()), strict=True)))
-        for stage, cost in (*costs.items(), ("all", whole)):
-            macs, least, moved = (each / max(cost.seconds, 1e-9) for each in (cost.macs, cost.least, cost.moved))
-            table.add_row(
-                stage, f"{1e3 * cost.seconds:.1f}", f"{cost.seconds / total:.1%}", f"{1e-6 * cost.macs:.0f}",
-                f"{2e-9 * macs:.0f}", f"{least:.0%}", f"{1e-6 * cost.moved:.0f}",
-                f"{1e-9 * moved:.1f}", f"{moved / found.bytes_per_second:.0%}",
-            )  # fmt: skip
-        console.print(table)
-        networks = total - costs["pixels"].seconds
-        seconds = found.plain_encode if name == "encode" else found.plain_decode
-        console.print(
-            f"The networks alone as plain PyTorch in float32, in another process: {1e3 * seconds:.1f} ms, "
-            f"{seconds / networks:.2f} times what hpcmref takes without pixels.\n"
-        )
+    print_profile(model, image.size, repeat, found, console_for())
 
 
-def _report(results: Results, images: Sequence[Path], codecs: Sequence[Codec], folder: Path, quiet: bool) -> None:
+def _report(
+    results: Results, images: Sequence[Path], codecs: Sequence[Codec], folder: Path, tables: Console | None
+) -> None:
     from hpcmref.bench import viewer
     from hpcmref.bench.report import write
     from hpcmref.bench.run import names_of
@@ -414,16 +442,25 @@ def _report(results: Results, images: Sequence[Path], codecs: Sequence[Codec], f
     complete = {curve.name for curve in results.curves if curve.source is None}
     shown = [codec for codec in codecs if codec.name in complete]
     page = write(results, viewer.exhibits(files, shown, results.outcome.measurements) if shown else [], folder)
-    if not quiet:
-        print(f"The report is {page}")
+    if tables is not None:
+        print(f"The report is {page}", file=tables.file)
 
 
-def _write(results: Results, json_file: Path | None, csv_file: Path | None) -> None:
-    from hpcmref.bench.output import as_csv, as_json
+def _write(content: str, file: Path | None) -> None:
+    """Write text to a file, or to standard output for "-"."""
     from hpcmref.runtime.files import atomic_write
 
-    if json_file is not None:
-        atomic_write(json_file, (json.dumps(as_json(results), indent=1) + "\n").encode())
-    if csv_file is not None:
-        separator = "\t" if csv_file.suffix.lower() == ".tsv" else ","
-        atomic_write(csv_file, as_csv(results, separator).encode())
+    if file is None:
+        return
+    if str(file) == "-":
+        sys.stdout.write(content)
+    else:
+        atomic_write(file, content.encode())
+
+
+def _separator(file: Path | None) -> str:
+    return "\t" if file is not None and file.suffix.lower() == ".tsv" else ","
+
+
+def _as_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"

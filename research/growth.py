@@ -1,4 +1,4 @@
-"""How do time and memory grow with the image? `python -m hpcmref.bench.growth` measures it, and draws a figure.
+"""How do time and memory grow with the image? `python -m research.growth` measures it, and draws a figure.
 
 Every size is encoded in a process of its own and decoded in another, so that no memory of one is counted for the next.
 Seconds are from pixels in memory to the file in memory and back, after a small image; memory is the most that the
@@ -8,6 +8,7 @@ process ever held, with Python, torch and the weights.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 SIZES = "0.1,0.4,1,2,4,8,12,16,24,50,100"
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,13 @@ def measure(megapixels: float, model: str | None = None, quality: int | None = N
 
 
 def _in_a_process(request: dict[str, Any]) -> dict[str, Any]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.run(
-        [sys.executable, "-c", "from hpcmref.bench.growth import work; work()"],
+        [sys.executable, "-c", "from research.growth import work; work()"],
         input=json.dumps(request),
         capture_output=True,
         text=True,
+        env={**os.environ, "PYTHONPATH": path},
     )
     if process.returncode:
         said = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]

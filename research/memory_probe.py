@@ -1,10 +1,10 @@
-"""Do earlier contexts know what the present one does not? `python -m hpcmref.bench.probe FOLDER --kodak KODAK`.
+"""Do earlier contexts know what the present one does not? `python -m research.memory_probe FOLDER --kodak KODAK`.
 
 What a memory bank could gain at most is what earlier contexts say of the latents beyond what the present context says.
 Here plain HPCM is asked: in some steps of s3, the residual of every latent over its predicted scale, and the log of its
 magnitude (what is wrong with the scale), are predicted by ridge regression from the context before the step alone, and
 from that and all earlier contexts of s3 at the same position, over the surrounding 4 x 4 positions, and over the
-image. Fitted on the crops of `hpcmref.bench.ablation run`, judged on other photographs: the part of the variance that
+image. Fitted on the crops of `research.memory_ablation run`, judged on other photographs: the part of the variance that
 is explained there, in percent, with the best of some ridges. More features can explain less of what they were not
 fitted on.
 """
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpcmref import checkpoints
-from hpcmref.bench.ablation import _pictures
 from hpcmref.errors import HpcmrefError
 from hpcmref.model import HPCM
 from hpcmref.model.coders import Estimator
 from hpcmref.model.entropy import SCALE_BOUND
 from hpcmref.model.schedule import STEPS_S3, Step
+from research.memory_ablation import channels_last, pictures_of
 
 STEPS, GROUPS = (2, 5), (0, 3)
 """Of the six steps of s3, and of its eight channel groups."""
@@ -60,16 +60,16 @@ class _Residuals(Estimator):
 
 
 def main(
-    output: Annotated[Path, typer.Argument(help="The folder of `hpcmref.bench.ablation run`.")],
+    output: Annotated[Path, typer.Argument(help="The folder of `research.memory_ablation run`.")],
     kodak: Annotated[Path, typer.Option(help="The images to judge on.")],
     model: Annotated[str, typer.Option("-m", "--model", help="The model that the run started from.")] = "nano",
     quality: Annotated[int, typer.Option(help="At which quality.")] = 42,
 ) -> None:
     """Print how much of the residuals each set of contexts explains."""
-    hpcm = checkpoints.load(checkpoints.find(model)).model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    hpcm = channels_last(checkpoints.load(checkpoints.find(model)).model)
     crops = torch.load(output / "crops.pt", weights_only=True)
     fitted = _collected(hpcm, crops.split(8), quality)
-    judged = _collected(hpcm, (picture.features for picture in _pictures(hpcm, kodak)[::2]), quality)
+    judged = _collected(hpcm, (picture.features for picture in pictures_of(hpcm, kodak)[::2]), quality)
     table = Table("step", "group", "of the", *SETS, title=f"variance explained, quality {quality}")
     for key, columns in fitted.items():
         for target in ("residual", "magnitude"):
@@ -140,4 +140,4 @@ if __name__ == "__main__":
     try:
         typer.run(main)
     except HpcmrefError as error:
-        sys.exit(f"probe: {error}")
+        sys.exit(f"memory_probe: {error}")

@@ -1,4 +1,4 @@
-"""Does a memory bank pay? `python -m hpcmref.bench.ablation run ...`, then `... report ...`.
+"""Does a memory bank pay? `python -m research.memory_ablation run ...`, then `... report ...`.
 
 Every variant starts as one and the same trained model, with a closed bank, and its context model is fine-tuned: the
 same crops, qualities, noise and number of steps for all of one seed, plain HPCM (`off`) included. A bank acts on the
@@ -35,7 +35,6 @@ from hpcmref.bench.curves import Curve, Point
 from hpcmref.bench.measure import PeakMemory
 from hpcmref.codec import Codec
 from hpcmref.errors import HpcmrefError
-from hpcmref.exact.cost import rate_of
 from hpcmref.model import HPCM
 from hpcmref.model.coders import Estimator
 from hpcmref.model.config import MEMORIES, MemoryConfig
@@ -45,6 +44,7 @@ from hpcmref.runtime.torch_names import lerp_all
 from hpcmref.training.data import Tiles
 from hpcmref.training.loop import _blocks_in_bfloat16
 from hpcmref.training.start import start_from
+from research.exactness_cost import rate_of
 
 LIGHT, FULL, LINEAR = MEMORIES["light"], MEMORIES["full"], MEMORIES["linear"]
 
@@ -114,9 +114,9 @@ def run(
 ) -> None:
     """Fine-tune and judge every variant, one seed after the other."""
     output.mkdir(parents=True, exist_ok=True)
-    trained = checkpoints.load(checkpoints.find(model)).model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = channels_last(checkpoints.load(checkpoints.find(model)).model)
     features = _crops(trained, data, output / "crops.pt", crops, crop)
-    pictures = _pictures(trained, kodak)
+    pictures = pictures_of(trained, kodak)
     results = output / "results.jsonl"
     done = {(row["variant"], row["seed"]) for row in _rows(results)}
     for seed in map(int, seeds.split(",")):
@@ -126,6 +126,11 @@ def run(
                 with results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
+
+
+def channels_last(model: HPCM) -> HPCM:
+    """The model with its weights in the memory format that convolutions on a CPU are fastest in."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _weights(output: Path, name: str, seed: int) -> Path:
@@ -147,7 +152,8 @@ def _crops(model: HPCM, data: Sequence[Path], cache: Path, count: int, side: int
     return torch.load(cache, weights_only=True)
 
 
-def _pictures(model: HPCM, folder: Path) -> list[Picture]:
+def pictures_of(model: HPCM, folder: Path) -> list[Picture]:
+    """The PNG files of a folder, cropped to multiples of 64 pixels, with the model's features of each."""
     pictures = []
     for path in sorted(folder.glob("*.png")):
         pixels = np.asarray(Image.open(path).convert("RGB"))
@@ -163,7 +169,7 @@ def _with_memory(trained: HPCM, memory: MemoryConfig | None, seed: int) -> HPCM:
     torch.manual_seed(seed)
     model = HPCM(replace(trained.config, memory=memory))
     start_from(model, trained)
-    return model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return channels_last(model).eval()
 
 
 def _tuned(
@@ -436,4 +442,4 @@ if __name__ == "__main__":
     try:
         app()
     except HpcmrefError as error:
-        sys.exit(f"ablation: {error}")
+        sys.exit(f"memory_ablation: {error}")

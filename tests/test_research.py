@@ -1,0 +1,87 @@
+"""Does every script in research/ still run, on a case small enough for a test, and measure what it says?"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from models import TINY, model_of
+from PIL import Image
+from typer.testing import CliRunner
+
+from hpcmref import checkpoints
+from research import exactness_cost, growth, memory_ablation, memory_probe
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def images(tmp_path: Path, sample: Image.Image) -> Path:
+    """A folder with one image of 64 x 64."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    sample.crop((64, 0, 128, 64)).save(folder / "sample.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of an untrained tiny model."""
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    checkpoints.save(model_of(TINY), path, "tiny", {})
+    return str(path)
+
+
+class TestGrowth:
+    def test_a_small_curve(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        growth.main(sizes="0.02", model=None, quality=20, output=tmp_path / "new")
+        (point,) = json.loads((tmp_path / "new" / "growth.json").read_text())["points"]
+        assert (point["width"], point["height"]) == (174, 115)
+        assert 0 < point["encode_seconds"] < 30
+        assert min(point["encode_memory"], point["decode_memory"]) > 2**27  # torch alone takes more
+        assert (tmp_path / "new" / "growth.png").read_bytes()[:4] == b"\x89PNG"
+        assert "0.02 MP" in capsys.readouterr().out
+
+    def test_a_process_that_fails_is_reported_from_any_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(RuntimeError, match=r"encode of .*There is no model"):
+            growth.measure(0.01, "missing")
+
+
+def test_exactness_cost(images: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exactness_cost.main(images, model=model, limit=1, crop=64, timed=1, repeat=1)
+    shown = capsys.readouterr().out
+    assert "mean of 1 images" in shown
+    assert len(re.findall(r"^│ +\d+ ", shown, re.MULTILINE)) == 5  # a row for each quality
+    assert "x 0.00" not in shown
+
+
+def test_memory_ablation_and_probe(
+    images: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "ablation"
+
+    def ablation(*arguments: str) -> str:
+        result = CliRunner().invoke(memory_ablation.app, arguments)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    ablation(
+        "run", str(images), "--kodak", str(images), "-o", str(output), "-m", model,
+        "--steps", "3", "--batch", "2", "--crop", "64", "--crops", "8", "--seeds", "0", "--first", "2",
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    assert [row["variant"] for row in rows] == ["off", "light"]
+    assert rows[1]["parameters"] > rows[0]["parameters"]
+    ablation("cost", str(output), "--kodak", str(images), "--limit", "1", "--repeat", "1")
+    shown = ablation("report", str(output), "--figure", str(tmp_path / "memory.png"))
+    assert re.search(r"^\| light \| [+-]0\.\d\d % .*\| x \d", shown, re.MULTILINE)
+    assert (tmp_path / "memory.png").read_bytes()[:4] == b"\x89PNG"
+
+    memory_probe.main(output, images, model, quality=42)
+    assert capsys.readouterr().out.count("magnitude") == 4  # two steps of two groups
