@@ -112,7 +112,9 @@ class Trainer:
     def update(self) -> Tensor | None:
         """Move weights and average along the gradients; their norm, or None if it is not finite and nothing moved."""
         config = self.config
-        rate = min(1.0, (self.step + 1) / config.warm_up) * SCHEDULES[config.schedule](self.progress)
+        rate = SCHEDULES[config.schedule](self.progress)
+        if config.schedule != "decay":  # which goes on where another run stands
+            rate *= min(1.0, (self.step + 1) / config.warm_up)
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate * rate
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
