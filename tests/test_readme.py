@@ -67,7 +67,7 @@ def test_the_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_links_lead_somewhere() -> None:
-    for name in ("README.md", "FORMAT.md", "CHANGELOG.md", "checkpoints.md"):
+    for name in ("README.md", "FORMAT.md", "CHANGELOG.md", "checkpoints.md", "docs/training.md", "docs/memory-bank.md"):
         text = (README.parent / name).read_text()
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
             assert (README.parent / target).exists(), (name, target)
