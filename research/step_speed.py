@@ -69,7 +69,7 @@ def main() -> None:
         workers = {}
         for name, code in (("old", folder), ("new", str(ROOT))):
             arguments = (
-                options.data,
+                options.data.resolve(),
                 options.threads,
                 options.batch,
                 options.crop,

@@ -466,7 +466,7 @@ def test_a_gpu_that_is_not_there_is_missed() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [(), ("--compile",)])
 def test_the_recipe_for_a_gpu(tmp_path: Path, compiled: tuple[str, ...]) -> None:
-    """The command of checkpoints.md, on one photograph and for a few steps; the model codes on the CPU."""
+    """The command of docs/training.md, on one photograph and for a few steps; the model codes on the CPU."""
     arguments = ["train", str(DATA / "sample.png"), "-o", str(tmp_path), "--preset", "light", "--device", "cuda"]
     result = CliRunner().invoke(
         app, [*arguments, "--crops", "4x192,1x256@0.9", "--shard-mb", "15", "--steps", "10", *compiled]
