@@ -231,7 +231,9 @@ def test_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_without_an_end_is_exported_by_another_that_begins_with_its_state(tmp_path: Path) -> None:
     """Weights, average and optimiser are those of the first run; the clock is the second's own, when it resumes too."""
     first = train(configured(output=tmp_path / "first", steps=2, schedule="constant"))
-    config = configured(output=tmp_path / "second", start=tmp_path / "first", steps=1, schedule="decay", learning_rate=1e-12)
+    config = configured(
+        output=tmp_path / "second", start=tmp_path / "first", steps=1, schedule="decay", learning_rate=1e-12
+    )
     second = train(config)
     assert second.step == 1
     moments = [trainer.optimiser.state_dict()["state"][0]["step"] for trainer in (first, second)]
