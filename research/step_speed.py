@@ -25,6 +25,7 @@ WORKER = """
 import dataclasses, json, sys, time
 from pathlib import Path
 import torch
+import hpcmref
 from hpcmref.model import PRESETS
 from hpcmref.training import Phase, Trainer, TrainingConfig
 from hpcmref.training.data import Tiles
@@ -44,7 +45,7 @@ torch.save([parameter.grad.clone() for parameter in trainer.model.parameters()],
 for _ in range(2):
     trainer.run_step(tiles)
 clock = time.process_time if int(threads) == 1 else time.perf_counter
-print("ready", flush=True)
+print(Path(hpcmref.__file__).parent.parent, flush=True)
 for count in sys.stdin:
     begun = clock()
     for _ in range(int(count)):
@@ -66,6 +67,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(["git", "archive", OLD, "hpcmref"], cwd=ROOT, check=True, capture_output=True).stdout
         subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
+        neutral = Path(folder) / "empty"  # Python looks in its own folder first: no code may lie there
+        neutral.mkdir()
         workers = {}
         for name, code in (("old", folder), ("new", str(ROOT))):
             arguments = (
@@ -79,9 +82,10 @@ def main() -> None:
             environment = {**os.environ, "PYTHONPATH": code, "OMP_NUM_THREADS": str(options.threads)}
             workers[name] = subprocess.Popen(
                 [sys.executable, "-c", WORKER, *map(str, arguments)],
-                env=environment, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env=environment, cwd=neutral, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
-            read(workers[name])
+            if (found := read(workers[name]).strip()) != str(Path(code).resolve()):
+                sys.exit(f"step_speed: the {name} trainer came from {found}")
         print(f"cosine of both gradients at the start: {cosine(folder):.8f}")
         ratios = []
         for _ in range(options.rounds):
