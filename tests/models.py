@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from hpcmref.model import HPCM, PRESETS, HPCMConfig
+from hpcmref.model.config import MEMORIES
 
 TINY = dataclasses.replace(
     PRESETS["nano"],
@@ -20,8 +21,12 @@ TINY = dataclasses.replace(
     synthesis=((48, 1),),
     context_width=40,
     heads=4,
+    memory=None,
 )
-"""All parts of nano, a hundredth of its size."""
+"""All parts of nano, a hundredth of its size, with attention in the place of its state."""
+
+STATE = dataclasses.replace(TINY, heads=0, memory=dataclasses.replace(MEMORIES["state"], width=12))
+"""As tiny, with a state as nano has it."""
 
 TRAINABLE = dataclasses.replace(TINY, stages=((192, 1),), synthesis=((192, 1),))
 """As tiny, with the width that the DCT start needs."""

@@ -213,6 +213,38 @@ def test_a_run_that_was_stopped_continues_exactly(tmp_path: Path) -> None:
     assert [entry["step"] for entry in log if entry["kind"] == "train"] == [1, 2, 3, 3, 4, 5, 6, 6]
 
 
+def test_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learning rate after the warm-up, at the start, in the middle and near the end of the budget."""
+    rates: dict[str, list[float]] = {}
+    for schedule in ("cosine", "constant", "decay"):
+        trainer = Trainer(configured(schedule=schedule, warm_up=4, steps=100, learning_rate=2e-3))
+        monkeypatch.setattr(trainer.optimiser, "step", lambda: None)
+        for step in (1, 50, 99):
+            trainer.step = step
+            trainer.update()
+            rates.setdefault(schedule, []).append(trainer.optimiser.param_groups[0]["lr"] / 2e-3)
+    assert rates["cosine"] == pytest.approx([0.5, 0.5, 0.0], abs=1e-3)
+    assert rates["constant"] == [0.5, 1, 1]
+    assert rates["decay"] == pytest.approx([0.9, 1 - 0.5**0.5, 0.005], abs=1e-3)
+
+
+def test_a_run_without_an_end_is_exported_by_another_that_begins_with_its_state(tmp_path: Path) -> None:
+    """Weights, average and optimiser are those of the first run; the clock is the second's own, when it resumes too."""
+    first = train(configured(output=tmp_path / "first", steps=2, schedule="constant"))
+    config = configured(
+        output=tmp_path / "second", start=tmp_path / "first", steps=1, schedule="decay", learning_rate=1e-12
+    )
+    second = train(config)
+    assert second.step == 1
+    moments = [trainer.optimiser.state_dict()["state"][0]["step"] for trainer in (first, second)]
+    assert [float(moment) for moment in moments] == [2, 3]
+    for found, expected in zip(second.model.parameters(), first.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert train(config).step == 1
+    with pytest.raises(CheckpointError, match="with memory light"):
+        train(dataclasses.replace(config, memory="light", output=tmp_path / "third"))
+
+
 def test_the_seed_decides(tmp_path: Path) -> None:
     first, second, third = (Trainer(configured(seed=seed)).model.g_a[2].expand.weight for seed in (1, 1, 2))
     assert torch.equal(first, second)
@@ -242,7 +274,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.Mo
     assert (resumed.step, resumed.skipped) == (3, 1)
 
 
-@pytest.mark.parametrize("memory", [None, *MEMORIES])
+@pytest.mark.parametrize("memory", ["none", *MEMORIES])
 def test_every_number_gets_a_gradient(memory: str | None) -> None:
     """In bfloat16 too, and with every memory bank; processes that train together wait for all of them."""
     trainer = Trainer(configured(memory=memory, phases=(Phase(0, 1, 64),)))
@@ -275,6 +307,8 @@ def test_the_average_lends_itself_to_the_model() -> None:
         {"phases": (Phase(0, 1, 64), Phase(0, 1, 128))},
         {"phases": (Phase(0, 1, 64), Phase(1, 1, 128))},
         {"metric": "vmaf"},
+        {"memory": "lite"},
+        {"schedule": "linear"},
         {"device": "tpu"},
         {"metric": "ms-ssim"},  # its window does not fit into crops of 64
         {"rate": 0.5},
@@ -434,7 +468,7 @@ def test_a_gpu_that_is_not_there_is_missed() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [(), ("--compile",)])
 def test_the_recipe_for_a_gpu(tmp_path: Path, compiled: tuple[str, ...]) -> None:
-    """The command of checkpoints.md, on one photograph and for a few steps; the model codes on the CPU."""
+    """The command of docs/training.md, on one photograph and for a few steps; the model codes on the CPU."""
     arguments = ["train", str(DATA / "sample.png"), "-o", str(tmp_path), "--preset", "light", "--device", "cuda"]
     result = CliRunner().invoke(
         app, [*arguments, "--crops", "4x192,1x256@0.9", "--shard-mb", "15", "--steps", "10", *compiled]

@@ -26,12 +26,15 @@ def train(
         typer.Option(
             "--memory",
             metavar="NAME",
-            help="A memory bank: light, full, linear, global, cross, memory-saving, accurate or fast.",
+            help="A memory bank instead of the preset's: none, state, light, full, linear, global, cross, "
+            "memory-saving, accurate or fast.",
         ),
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--from", metavar="MODEL", help="Begin with a trained model, which may have a lower M."),
+        typer.Option(
+            "--from", metavar="MODEL", help="Begin with a trained model, which may have a lower M, or with another run."
+        ),
     ] = None,
     minutes: Annotated[float, typer.Option("--minutes", help="Wall-clock budget; the schedule follows it.")] = 60.0,
     steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many steps instead of minutes.")] = None,
@@ -49,6 +52,9 @@ def train(
     ] = None,
     rescale: Annotated[float, typer.Option("--rescale", help="Smallest scale of the crops; 1 to keep all.")] = 0.5,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak of the schedule.")] = 1e-3,
+    schedule: Annotated[
+        str, typer.Option("--schedule", help="Of the learning rate: cosine, constant, or decay at once.")
+    ] = "cosine",
     seed: Annotated[int, typer.Option("--seed", help="Of weights, crops, qualities and noise.")] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     bfloat16: Annotated[bool, typer.Option(help="Compute inside residual blocks and attention in bfloat16.")] = True,
@@ -69,8 +75,8 @@ def train(
 
     config = TrainingConfig(
         data=tuple(data), output=output, preset=preset, memory=memory, start=start, minutes=minutes, steps=steps,
-        phases=phases_of(crops), metric=metric, rate=rate, rescale=rescale, learning_rate=learning_rate, seed=seed,
-        device=device, bfloat16=bfloat16, compile=compile_, limit=limit, part_mb=part_mb,
+        phases=phases_of(crops), metric=metric, rate=rate, rescale=rescale, learning_rate=learning_rate,
+        schedule=schedule, seed=seed, device=device, bfloat16=bfloat16, compile=compile_, limit=limit, part_mb=part_mb,
     )  # fmt: skip
     if profile:
         _profile(config)
@@ -80,7 +86,7 @@ def train(
         return
     provenance = {
         "minutes": trainer.seconds / 60, "steps": trainer.step, "processes": trainer.ranks.count, "seed": seed,
-        "metric": metric, "lambda": rate, "memory": memory, "from": start,
+        "metric": metric, "lambda": rate, "memory": memory, "from": start, "schedule": schedule,
     }  # fmt: skip
     with trainer.averaged() as model:
         made = checkpoints.save(

@@ -46,6 +46,8 @@ What might still differ, and why it does not:
   So every number that is not rounded to an integer next is 0 or between 2^-110 and 2^120: flushing denormals changes
   nothing, and there is no infinity to subtract from another. (What a memory bank adds to a context can be smaller, but
   the context is rounded to multiples of 2^-40 next, and a denormal moves no number that is not rounded to 0 anyway.)
+  What priors write to a state are integers below 2^31 times 2^-e, e within +-40: multiples of 2^-40 below 2^71, and so
+  are their float32 sums, rounded or not, but for their bound. The at most ten additions stay below 2^75.
 - *Which references a memory bank recalls* is a comparison of integers, and of equal ones the oldest is taken.
 - *The sign of zero* depends on the order of a sum. Nothing divides by it or reads its sign.
 - *Symbols* are integers in the file. Encoder and decoder add the same integer to the same mean.

@@ -25,6 +25,7 @@ class MemoryConfig:
     compress_ratio, temperature: divide the channels of keys, and the similarities (light, full).
     value_resolution: side of the grid of values (full, linear). feature_map: of linear.
     per_position: light and full choose references for every position, not once an image.
+    width: channels of the state (state, which runs through all scales and uses no other number).
     """
 
     mode: str
@@ -39,14 +40,19 @@ class MemoryConfig:
     value_resolution: int = 8
     feature_map: str = "elu"
     per_position: bool = False
+    width: int = 64
 
     def __post_init__(self) -> None:
-        if self.mode not in ("light", "full", "linear", "global", "cross"):
-            raise ConfigError(f"The memory is {self.mode!r}; it must be light, full, linear, global or cross.")
+        if self.mode not in ("state", "light", "full", "linear", "global", "cross"):
+            raise ConfigError(f"The memory is {self.mode!r}; it must be state, light, full, linear, global or cross.")
         if not self.scales or list(self.scales) != sorted(set(self.scales)) or not {1, 2, 3} >= set(self.scales):
             raise ConfigError(f"The memory's scales are {self.scales}; they must be of 1, 2 and 3, ascending.")
         if self.before_prior and 1 in self.scales:
             raise ConfigError("There is nothing to read before the prior of s1: it has one.")
+        if self.mode == "state" and (self.scales, self.transfer) != ((1, 2, 3), True):
+            raise ConfigError("A state runs through all scales: they are 1, 2 and 3, with transfer.")
+        if not 1 <= self.width <= 1024:
+            raise ConfigError(f"The state has {self.width} channels; it must have 1 to 1024.")
         if self.transfer and (self.mode == "cross" or self.scales not in ((1, 2, 3), (2, 3), (1, 2))):
             raise ConfigError("Transfer is between scales that follow each other, and not with the mode cross.")
         if (len(self.max_refs), len(self.topk)) != (3, 3):
@@ -63,6 +69,10 @@ class MemoryConfig:
             raise ConfigError(f"value_resolution is {self.value_resolution}; it must be within 1 to 32.")
         if self.feature_map not in ("elu", "relu"):
             raise ConfigError(f"The feature map is {self.feature_map!r}; it must be 'elu' or 'relu'.")
+
+
+_YOUNGER = ("width",)
+"""Settings of a memory that model files of 0.1.0 do not have."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,8 @@ class HPCMConfig:
             raise ConfigError("The memory must be a MemoryConfig.")
 
     def _check_memory(self, memory: MemoryConfig) -> None:
+        if memory.mode == "state":
+            return
         narrow, rest = divmod(2 * self.M, memory.compress_ratio)
         if rest:
             raise ConfigError(f"compress_ratio {memory.compress_ratio} does not divide the {2 * self.M} channels.")
@@ -164,11 +176,24 @@ class HPCMConfig:
         """Number of quality settings."""
         return QUALITIES if self.lambdas else 1
 
+    @property
+    def state_width(self) -> int:
+        """Channels of the state that coding steps hand on; 0 for a model without one."""
+        return self.memory.width if self.memory is not None and self.memory.mode == "state" else 0
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` is its inverse. Without a memory there is no word of it."""
+        """JSON-ready form; `from_dict` is its inverse. Without a memory there is no word of it.
+
+        Settings that are younger than the first model files (`_YOUNGER`) are left out while they have their defaults:
+        a model's fingerprint depends on this form, and must stay what it was.
+        """
         values = asdict(self)
         if self.memory is None:
             del values["memory"]
+            return values
+        for name in _YOUNGER:
+            if values["memory"][name] == MemoryConfig.__dataclass_fields__[name].default:
+                del values["memory"][name]
         return values
 
     @classmethod
@@ -214,13 +239,28 @@ def _official(
 # Lambdas are log-spaced over the range that covers about 0.05 to 1.5 bits per pixel on photographs.
 _LAMBDAS = tuple(round(0.0009 * (0.15 / 0.0009) ** (k / 7), 6) for k in range(8))
 
+_EVERYWHERE: dict[str, Any] = {"scales": (1, 2, 3), "transfer": True}
+
+MEMORIES: dict[str, MemoryConfig] = {
+    "state": MemoryConfig("state", **_EVERYWHERE),
+    "light": MemoryConfig("light"),
+    "full": MemoryConfig("full", **_EVERYWHERE),
+    "linear": MemoryConfig("linear", **_EVERYWHERE),
+    "global": MemoryConfig("global"),
+    "cross": MemoryConfig("cross"),
+    "memory-saving": MemoryConfig("light", compress_ratio=8, max_refs=(2, 2, 2)),
+    "accurate": MemoryConfig("light", compress_ratio=2, max_refs=(6, 6, 6), topk=(3, 3, 3)),
+    "fast": MemoryConfig("light", topk=(1, 1, 1), temperature=0.05),
+}
+"""Every mode with its usual numbers, and three presets of the mode light."""
+
 PRESETS: dict[str, HPCMConfig] = {
     config.preset: config
     for config in (
         HPCMConfig(
             preset="nano", M=320, N=64, transform="dct", stages=((192, 3),), synthesis=((192, 3),), ratio=3,
-            hyper_blocks=1, hyper_ratio=2, context_width=192, prior_s1_s2=(1, 1), prior_s3=(1, 1), heads=8,
-            lambdas=_LAMBDAS,
+            hyper_blocks=1, hyper_ratio=2, context_width=192, prior_s1_s2=(1, 1), prior_s3=(1, 1), heads=0,
+            lambdas=_LAMBDAS, memory=MEMORIES["state"],
         ),
         HPCMConfig(
             preset="light", M=320, N=128, transform="dct", stages=((256, 4),), synthesis=((256, 6),), ratio=4,
@@ -232,17 +272,3 @@ PRESETS: dict[str, HPCMConfig] = {
         _official("phi", 4, (2, 1), (3, 2), 0),
     )
 }  # fmt: skip
-
-_EVERYWHERE: dict[str, Any] = {"scales": (1, 2, 3), "transfer": True}
-
-MEMORIES: dict[str, MemoryConfig] = {
-    "light": MemoryConfig("light"),
-    "full": MemoryConfig("full", **_EVERYWHERE),
-    "linear": MemoryConfig("linear", **_EVERYWHERE),
-    "global": MemoryConfig("global"),
-    "cross": MemoryConfig("cross"),
-    "memory-saving": MemoryConfig("light", compress_ratio=8, max_refs=(2, 2, 2)),
-    "accurate": MemoryConfig("light", compress_ratio=2, max_refs=(6, 6, 6), topk=(3, 3, 3)),
-    "fast": MemoryConfig("light", topk=(1, 1, 1), temperature=0.05),
-}
-"""Every mode with its usual numbers, and three presets of the mode light."""

@@ -11,12 +11,13 @@
 A prior sees what all steps before it left: context_next (2M) and y_hat so far (M, zero where nothing is coded yet). Its
 output `context` is the scales and means of this step; cross attention over the last context_next makes the next one.
 Where a scale has a memory bank (`memory.py`), each context_next that is replaced is written to it, and what is read
-joins the new one.
+joins the new one. The bank of the mode `state` sits elsewhere: priors have more outputs, which add up to a state that
+runs from s1 to s3, and adaptors read it.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -128,24 +129,47 @@ class Bank(Protocol):
         """The context joined with what the bank recalls."""
 
 
+class Carry(Protocol):
+    """Carries a state (B, width, h, w) from step to step: see `memory.StateBank`."""
+
+    def start(self, context: Tensor) -> Tensor:
+        """The state before the first step of s1, whose context is (B, 2M, h, w)."""
+
+    def write(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The context (B, 2M, h, w) and the state after a prior whose result is out (B, 2M + width, h, w)."""
+
+    def finer(self, state: Tensor) -> Tensor:
+        """The state for the next scale: (B, width, 2h, 2w)."""
+
+
+class Known(NamedTuple):
+    """What the steps so far leave to the next: planes (B, 2M, M or width, h, w) of its scale, and a bank's state."""
+
+    context_next: Tensor
+    y_hat: Tensor
+    state: Tensor | None
+    memory: tuple[Bank, Any] | None
+
+
 class ContextModel(nn.Module):
     """HPCM's hierarchical progressive context model (paper section 3; official HPCM_Base.py, forward_hpcm)."""
 
-    def __init__(self, config: HPCMConfig, banks: nn.ModuleDict) -> None:
-        """banks: a memory bank for some of the scales "s1", "s2" and "s3"."""
+    def __init__(self, config: HPCMConfig, banks: nn.ModuleDict, state: Carry | None = None) -> None:
+        """banks: a memory bank for some of the scales "s1", "s2" and "s3"; state: what carries one through all."""
         super().__init__()
         width, both = config.context_width, 2 * config.M
         self.displaced_s2 = config.displaced_s2
+        self.state = state
 
         def adaptors(steps: int) -> nn.ModuleList:
-            return nn.ModuleList(conv1x1(3 * config.M, width) for _ in range(steps))
+            return nn.ModuleList(conv1x1(3 * config.M + config.state_width, width) for _ in range(steps))
 
         def attention(window: int) -> CrossAttentionCell | None:
             return CrossAttentionCell(both, window, config.heads) if config.heads else None
 
         self.adaptor_s1, self.adaptor_s2, self.adaptor_s3 = adaptors(1), adaptors(3), adaptors(6)
-        self.prior_s1_s2 = SpatialPrior(width, both, config.prior_s1_s2)
-        self.prior_s3 = SpatialPrior(width, both, config.prior_s3)
+        self.prior_s1_s2 = SpatialPrior(width, both + config.state_width, config.prior_s1_s2)
+        self.prior_s3 = SpatialPrior(width, both + config.state_width, config.prior_s3)
         self.quant_steps = nn.ModuleList(RateTable(torch.ones(config.anchors), width) for _ in range(10))
         self.attn_s1, self.attn_s2, self.attn_s3 = map(attention, config.windows)
         self.context_net = nn.ModuleList(conv1x1(both, both) for _ in range(2))
@@ -157,51 +181,47 @@ class ContextModel(nn.Module):
         hyper: (B, 2M, H, W), the scales and means that h_s predicts, H and W multiples of 4; quality: (B,). Returns
         y_hat (B, M, H, W).
         """
-        # Without gradients, y_hat and the context of each scale are planes that are overwritten, and hyper becomes one.
+        # Without gradients, y_hat, the context of each scale and the state are planes that are overwritten, and hyper
+        # becomes one.
         rows = [table(quality) for table in self.quant_steps]
 
         hyper_s2 = _halves(S2.down, hyper)
         context = _halves(S1.down, hyper_s2)
         y_hat = torch.zeros_like(context[:, : context.shape[1] // 2])
         y_hat = _code(STEPS_S1[0], context, y_hat, coder)
-        memory = self._memory("s1", quality, None)
-        context, y_hat, memory = self._scale(
-            STEPS_S1[1:], context, y_hat, coder, self.adaptor_s1, self.prior_s1_s2, rows[:1], self.attn_s1, memory
-        )
+        state = None if self.state is None else self.state.start(context)
+        known = Known(context, y_hat, state, self._memory("s1", quality, None))
+        known = self._scale(STEPS_S1[1:], known, coder, self.adaptor_s1, self.prior_s1_s2, rows[:1], self.attn_s1)
 
         if self.displaced_s2:
             hyper_s2 = _displaced(hyper)
-        context = _mixed(self.context_net[0], _put(S1, hyper_s2, context))
-        y_hat, memory = S1.up(y_hat), self._memory("s2", quality, memory)
-        context, y_hat, memory = self._scale(
-            STEPS_S2, context, y_hat, coder, self.adaptor_s2, self.prior_s1_s2, rows[1:4], self.attn_s2, memory
-        )
+        known = self._finer(known, "s2", quality, S1, hyper_s2, self.context_net[0])
+        known = self._scale(STEPS_S2, known, coder, self.adaptor_s2, self.prior_s1_s2, rows[1:4], self.attn_s2)
 
-        context = _mixed(self.context_net[1], _put(S2, hyper, context))
-        y_hat, memory = S2.up(y_hat), self._memory("s3", quality, memory)
-        _, y_hat, _ = self._scale(
-            STEPS_S3, context, y_hat, coder, self.adaptor_s3, self.prior_s3, rows[4:], self.attn_s3, memory
-        )
-        return y_hat
+        known = self._finer(known, "s3", quality, S2, hyper, self.context_net[1])
+        known = self._scale(STEPS_S3, known, coder, self.adaptor_s3, self.prior_s3, rows[4:], self.attn_s3)
+        return known.y_hat
 
     def _scale(
         self,
         steps: tuple[Step, ...],
-        context_next: Tensor,
-        y_hat: Tensor,
+        known: Known,
         coder: Coder,
         adaptors: nn.ModuleList,
         prior: SpatialPrior,
         quant_steps: list[Tensor],
         attention: CrossAttentionCell | None,
-        memory: tuple[Bank, Any] | None,
-    ) -> tuple[Tensor, Tensor, tuple[Bank, Any] | None]:
-        """The network steps of one scale; returns context_next, y_hat and the memory after them."""
+    ) -> Known:
+        """The network steps of one scale: what is known after them."""
+        context_next, y_hat, state, memory = known
         replaced = None
         for step, adaptor, quant_step in zip(steps, adaptors, quant_steps, strict=True):
             seen, memory = _remember(memory, replaced, context_next, before_prior=True)
             predict = partial(_predict, prior, adaptor, quant_step)
-            context = in_strips(predict, seen, y_hat, halo=prior.halo)
+            inputs = (seen, y_hat) if state is None else (seen, y_hat, state)
+            context = in_strips(predict, *inputs, halo=prior.halo)
+            if self.state is not None and state is not None:
+                context, state = self.state.write(state, context)
             y_hat = _code(step, context, y_hat, coder)
             if step is STEPS_S3[-1]:
                 break
@@ -215,7 +235,17 @@ class ContextModel(nn.Module):
                 context_next = attend(context, context_next, into=plane)
             del context
             context_next, memory = _remember(memory, replaced, context_next, before_prior=False)
-        return context_next, y_hat, memory
+        return Known(context_next, y_hat, state, memory)
+
+    def _finer(
+        self, known: Known, scale: str, quality: Tensor, lattice: Lattice, hyper: Tensor, mix: nn.Module
+    ) -> Known:
+        """What is known on the next lattice, `scale`: hyper (B, 2M, 2h, 2w) are its scales and means from h_s."""
+        context = _mixed(mix, _put(lattice, hyper, known.context_next))
+        state = known.state
+        if self.state is not None and state is not None:
+            state = self.state.finer(state)
+        return Known(context, lattice.up(known.y_hat), state, self._memory(scale, quality, known.memory))
 
     def _memory(self, scale: str, quality: Tensor, before: tuple[Bank, Any] | None) -> tuple[Bank, Any] | None:
         """The bank of a scale and its state at the start, if it has one."""
@@ -240,11 +270,9 @@ def _remember(
     return bank.read(state, context), (bank, state)
 
 
-def _predict(
-    prior: SpatialPrior, adaptor: nn.Module, quant_step: Tensor, context_next: Tensor, y_hat: Tensor
-) -> Tensor:
-    """The context of one step, (B, 2M, h, w), from what is known before it."""
-    return prior(adaptor(torch.cat((context_next, y_hat), dim=1)), quant_step)
+def _predict(prior: SpatialPrior, adaptor: nn.Module, quant_step: Tensor, *known: Tensor) -> Tensor:
+    """The context of one step (B, 2M, h, w), with what is added to the state, from the planes known before it."""
+    return prior(adaptor(torch.cat(known, dim=1)), quant_step)
 
 
 def _code(step: Step, context: Tensor, y_hat: Tensor, coder: Coder) -> Tensor:

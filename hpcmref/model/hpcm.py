@@ -11,7 +11,7 @@ from hpcmref.model.coders import Coder, Estimator
 from hpcmref.model.config import HPCMConfig
 from hpcmref.model.context import ContextModel
 from hpcmref.model.layers import RateTable
-from hpcmref.model.memory import banks
+from hpcmref.model.memory import banks, state
 from hpcmref.model.strips import POSITIONS, in_strips
 from hpcmref.model.transforms import g_a, g_s, h_a, h_s, halo, hyper_halo, start_as_dct
 
@@ -45,7 +45,7 @@ class EntropyPath(nn.Module):
         self.means_hyper = RateTable(torch.zeros(config.anchors), config.N)
         self.scales_hyper = RateTable(torch.ones(config.anchors), config.N)
         self.h_s = h_s(config)
-        self.context = ContextModel(config, banks(config))
+        self.context = ContextModel(config, banks(config), state(config))
 
     def forward(self, quality: Tensor, size: tuple[int, int], coder: Coder) -> Tensor:
         """Code one batch: quality (B,), size of z (h, w) -> y_hat (B, M, 4h, 4w)."""
@@ -86,7 +86,7 @@ class HPCM(nn.Module):
             for part in (self.entropy.h_s, context.prior_s1_s2, context.prior_s3):
                 *_, head = (module for module in part.modules() if isinstance(module, nn.Conv2d))
                 assert head.bias is not None
-                head.weight.mul_(0.1)
+                head.weight[: 2 * self.config.M].mul_(0.1)  # scales and means, and not what goes to a state
                 head.bias[: self.config.M].fill_(1)
         return self
 

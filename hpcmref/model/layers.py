@@ -31,8 +31,8 @@ class Pointwise(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, C', H, W)."""
-        if torch.is_grad_enabled():
-            return super().forward(x)
+        if torch.is_grad_enabled():  # as a product of matrices: convolutions are up to 3 times as slow on a CPU
+            return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
         return pointwise(x.to(self.weight.dtype), self.weight, self.bias)
 
 

@@ -14,6 +14,13 @@ full    the same, with values narrowed to fewer channels on a fixed grid, and wi
 linear  all references together are two sums over such grids; every position attends to them linearly
 global  the same, over whole planes and with softmax as feature map
 cross   a reference is the context, narrowed; every position attends to its window in the last max_refs
+
+The mode `state` is simpler, and takes the place of attention: a few channels at every position, to which each prior
+adds what the next steps should know, and which their adaptors read (`StateBank`).
+
+    prior --> scales, means --> code --> y_hat --+
+      |                                          v
+      +--> + state --------------------------> adaptor --> next prior          (each value repeated 2 x 2 to s2, to s3)
 """
 
 from __future__ import annotations
@@ -295,6 +302,32 @@ class MultiRefCrossAttentionCell(MemoryBank):
         return in_strips(attend, context, *references, halo=0, unit=self.cell.window)
 
 
+class StateBank(nn.Module):
+    """The mode `state`: the sum of what all priors wrote, on the lattice of the present scale."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def start(self, context: Tensor) -> Tensor:
+        """context: (B, 2M, h, w) -> zeros (B, width, h, w)."""
+        return torch.zeros_like(context[:, : self.width])
+
+    def write(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """out: (B, 2M + width, h, w), of a prior -> the context (B, 2M, h, w), a view of it, and the new state.
+
+        Without gradients it is `state` itself that is added to.
+        """
+        context, written = out.tensor_split((out.shape[1] - self.width,), dim=1)
+        return context, torch.add(state, written, out=None if torch.is_grad_enabled() else state)
+
+    def finer(self, state: Tensor) -> Tensor:
+        """(B, width, h, w) -> (B, width, 2h, 2w): every value 2 x 2 times."""
+        batch, width, height, columns = state.shape
+        rows = state.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+        return rows.reshape(batch, 2 * height, 2 * columns, width).permute(0, 3, 1, 2)
+
+
 MODES: dict[str, type[ReferenceBank | LinearBank | MultiRefCrossAttentionCell]] = {
     "light": ReferenceBank,
     "full": ReferenceBank,
@@ -305,8 +338,13 @@ MODES: dict[str, type[ReferenceBank | LinearBank | MultiRefCrossAttentionCell]] 
 
 
 def banks(config: HPCMConfig) -> nn.ModuleDict:
-    """The banks of a model by scale ("s1", "s2", "s3"); none where the configuration has no memory."""
+    """The banks of a model by scale ("s1", "s2", "s3"); none where the configuration has no memory, or a state."""
     memory = config.memory
-    if memory is None:
+    if memory is None or memory.mode == "state":
         return nn.ModuleDict()
     return nn.ModuleDict({f"s{scale}": MODES[memory.mode](config, memory, scale) for scale in memory.scales})
+
+
+def state(config: HPCMConfig) -> StateBank | None:
+    """What carries the state of a model of the mode `state`; None for all others."""
+    return StateBank(config.state_width) if config.state_width else None

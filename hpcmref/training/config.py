@@ -1,6 +1,8 @@
 """What does a run do? One frozen description, checked when it is made."""
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +15,20 @@ from hpcmref.model.config import MEMORIES, QUALITIES
 from hpcmref.similarity import MS_SSIM_LEAST_SIDE
 
 METRICS = ("mse", "ms-ssim")
+
+NO_MEMORY = "none"
+"""The name of no memory bank, where a preset has one."""
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "constant": lambda progress: 1.0,
+    "decay": lambda progress: 1 - math.sqrt(progress),
+}
+"""The learning rate, as a part of its peak, at each part of the budget.
+
+constant: for a run without a fixed end, whose weights are exported by a run of decay that begins with its state.
+decay: down from the peak at once, most of it early (arXiv 2405.18392).
+"""
 
 
 @dataclass(frozen=True)
@@ -39,10 +55,12 @@ def phases_of(text: str) -> tuple[Phase, ...]:
 class TrainingConfig:
     """Everything that decides what a run does. Lengths in steps unless the name says otherwise.
 
-    memory: a bank of MEMORIES. start: a model to begin with, by name or file (a bank that it has not is closed at
-    first); a state in `output` goes first. phases: the batch is that of one process. rescale: half of the crops are
-    made smaller, by a factor between this and 1. rate: train for this one lambda (of the MSE) instead of all. part_mb:
-    the largest file of the state, in 10^6 bytes.
+    memory: a bank of MEMORIES, or "none", instead of the preset's. start: a model to begin with, by name or file (a
+    bank that it has not is closed at first), or the folder of another run, whose weights, average and optimiser are
+    taken over; a state in `output` goes first. schedule: how the learning rate goes over the budget (SCHEDULES).
+    phases: the batch is that of one process. rescale: half of the crops are made smaller, by a factor between this and
+    1. rate: train for this one lambda (of the MSE) instead of all. part_mb: the largest file of the state, in 10^6
+    bytes.
     """
 
     data: tuple[Path, ...]
@@ -57,6 +75,7 @@ class TrainingConfig:
     rate: float | None = None
     rescale: float = 0.5
     learning_rate: float = 1e-3
+    schedule: str = "cosine"
     warm_up: int = 200
     clip: float = 1.0
     ema: float = 0.999
@@ -72,8 +91,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ConfigError(f"There is no preset {self.preset!r}; there are {', '.join(PRESETS)}.")
-        if self.memory is not None and self.memory not in MEMORIES:
-            raise ConfigError(f"There is no memory {self.memory!r}; there are {', '.join(MEMORIES)}.")
+        if self.memory is not None and self.memory not in (NO_MEMORY, *MEMORIES):
+            raise ConfigError(f"There is no memory {self.memory!r}; there are {NO_MEMORY}, {', '.join(MEMORIES)}.")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"There is no schedule {self.schedule!r}; there are {', '.join(SCHEDULES)}.")
         lambdas = self.model.lambdas
         if not lambdas:
             raise ConfigError(f"The preset {self.preset!r} has no rate anchors to train over.")
@@ -109,8 +130,9 @@ class TrainingConfig:
 
     @property
     def model(self) -> HPCMConfig:
-        """The networks: the preset with its memory bank."""
-        return replace(PRESETS[self.preset], memory=None if self.memory is None else MEMORIES[self.memory])
+        """The networks: the preset, with its memory bank or another."""
+        preset = PRESETS[self.preset]
+        return preset if self.memory is None else replace(preset, memory=MEMORIES.get(self.memory))
 
     @property
     def name(self) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from hpcmref.model import HPCM
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.layers import ResidualBlock
 from hpcmref.runtime.torch_names import lerp_all
-from hpcmref.training.config import TrainingConfig
+from hpcmref.training.config import SCHEDULES, TrainingConfig
 from hpcmref.training.data import Tiles
 from hpcmref.training.objective import Objective, bits_per_pixel, mean_squared_error, psnr
 from hpcmref.training.ranks import Ranks, joined
@@ -114,7 +113,9 @@ class Trainer:
     def update(self) -> Tensor | None:
         """Move weights and average along the gradients; their norm, or None if it is not finite and nothing moved."""
         config = self.config
-        rate = min(1.0, (self.step + 1) / config.warm_up) * 0.5 * (1 + math.cos(math.pi * self.progress))
+        rate = SCHEDULES[config.schedule](self.progress)
+        if config.schedule != "decay":  # which goes on where another run stands
+            rate *= min(1.0, (self.step + 1) / config.warm_up)
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate * rate
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -166,11 +167,23 @@ class Trainer:
         }
         write_state(self.config.output, state, f"{self.step:08d}", self.config.part_mb)
 
-    def load(self) -> None:
-        """Take over the state that `save` wrote. Raises CheckpointError if it is damaged or of another preset."""
-        state = read_state(self.config.output, self.device)
+    def branch_off(self, folder: Path) -> None:
+        """Take over weights, average and optimiser of another run; the clock is this run's own. Raises CheckpointError.
+
+        The random numbers of its steps are other ones only if the seed is.
+        """
+        self.load(folder)
+        self.step, self.skipped, self.seconds = 0, 0, 0.0
+
+    def load(self, folder: Path | None = None) -> None:
+        """Take over the state that `save` wrote to `output`, or to `folder`.
+
+        Raises CheckpointError if it is damaged or of another preset.
+        """
+        folder = folder or self.config.output
+        state = read_state(folder, self.device)
         if (preset := state.get("preset")) != self.config.name:
-            raise CheckpointError(f"{self.config.output} has a run of {preset!r}, not of {self.config.name!r}.")
+            raise CheckpointError(f"{folder} has a run of {preset!r}, not of {self.config.name!r}.")
         try:
             self.model.load_state_dict(state["model"])
             _assign(self.average, state["average"])
@@ -178,7 +191,7 @@ class Trainer:
             self.step, self.skipped, self.seconds = (state["clock"][name] for name in ("step", "skipped", "seconds"))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).split("\n")[0]
-            raise CheckpointError(f"{self.config.output} has a run of another {preset!r}: {reason}") from error
+            raise CheckpointError(f"{folder} has a run of another {preset!r}: {reason}") from error
 
 
 def train(config: TrainingConfig, report: Callable[[Report], None] = lambda _: None) -> Trainer:
@@ -193,6 +206,8 @@ def train(config: TrainingConfig, report: Callable[[Report], None] = lambda _: N
         config.output.mkdir(parents=True, exist_ok=True)
         if has_state(config.output):
             trainer.load()
+        elif config.start is not None and has_state(Path(config.start)):
+            trainer.branch_off(Path(config.start))
         elif config.start is not None:
             trainer.begin_with(checkpoints.load(checkpoints.find(config.start)).model)
         with contextlib.ExitStack() as stack:

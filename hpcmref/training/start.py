@@ -1,12 +1,15 @@
 """Where does a run begin that does not begin from nothing? From a trained model, which may be smaller."""
 
 import math
+import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from hpcmref.errors import ConfigError
 from hpcmref.model import HPCM
+from hpcmref.model.schedule import STEPS_S2, STEPS_S3
 
 GROUPS = 8
 """s3 codes the channels of y in so many groups, so a model grows inside each of them."""
@@ -17,35 +20,81 @@ def start_from(model: HPCM, trained: HPCM) -> None:
 
     `model` may have more latent channels (M): each of the 8 channel groups of y keeps its trained channels first, and
     new ones follow. What is trained does not see the new channels at first, except that g_s adds them to the picture.
-    Parts that only `model` has keep their start. Raises ConfigError when the two differ in anything else.
+    It may have a state that `trained` has not, which nothing reads at first. It may lack the attention of `trained`;
+    only then it begins as another function: that of `without_attention`. Parts that only `model` has keep their start.
+    Raises ConfigError when the two differ in anything else.
     """
     ours, theirs = model.config, trained.config
     before, after = theirs.M // GROUPS, ours.M // GROUPS
     if after < before:
         raise ConfigError(f"A model of M = {ours.M} cannot start from one of M = {theirs.M}.")
     for setting in ("transform", "ratio", "hyper_ratio", "N", "context_width", "heads", "windows", "displaced_s2"):
-        if getattr(ours, setting) != getattr(theirs, setting):
+        if getattr(ours, setting) != getattr(theirs, setting) and (setting != "heads" or ours.heads):
             raise ConfigError(f"The trained model and the preset {ours.preset!r} differ in {setting}.")
     if after > before and ours.heads and 2 * GROUPS % ours.heads:
         raise ConfigError(f"With {ours.heads} heads a model cannot grow: a head would see parts of channel groups.")
-    source = dict(trained.named_parameters())
+    if theirs.state_width not in (0, ours.state_width):
+        raise ConfigError(f"The trained model's state has {theirs.state_width} channels, and not {ours.state_width}.")
+    source: dict[str, Tensor] = dict(trained.named_parameters())
+    if theirs.heads and not ours.heads:
+        source = without_attention(source)
     targets = dict(model.named_parameters())
     if unknown := sorted(set(source) - set(targets)):
         raise ConfigError(f"The trained model has {unknown[0]}, which the preset {ours.preset!r} has not.")
-    places = {name: _places(name, targets[name], tensor, before, after) for name, tensor in source.items()}
     if after > before and ours.transform == "dct":
         _order_frequencies(model, theirs.M)
     convolutions = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     with torch.no_grad():
         for name, tensor in source.items():
-            target = targets[name]
-            query = ".conv_q." in name
-            if query and after > before:
-                target.zero_()  # the new channels of a head count for nothing at first
-            if name in convolutions and target.shape[1] != tensor.shape[1]:
-                target[places[name][0].flatten()] = 0  # a trained output sees no new input
-            # Attention divides by the square root of the channels of a head.
-            target[places[name]] = tensor.to(target) * (math.sqrt(after / before) if query else 1)
+            axis = _state_axis(name)
+            parts: list[tuple[Tensor, Tensor]] = [(targets[name], tensor)]
+            if axis is not None:
+                old, new = theirs.state_width, ours.state_width
+                parts = list(zip(_split(targets[name], axis, new), _split(tensor, axis, old), strict=True))
+            for target, part in parts:
+                if target.shape != part.shape and 0 in part.shape:
+                    if axis == 1:
+                        target.zero_()  # the state is not read at first; that it is written changes nothing
+                    continue
+                places = _places(name, target, part, before, after)
+                query = ".conv_q." in name
+                if query and after > before:
+                    target.zero_()  # the new channels of a head count for nothing at first
+                if name in convolutions and target.shape[1] != part.shape[1]:
+                    target[places[0].flatten()] = 0  # a trained output sees no new input
+                # Attention divides by the square root of the channels of a head.
+                target[places] = part.to(target) * (math.sqrt(after / before) if query else 1)
+
+
+@torch.no_grad()
+def without_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a model with attention for one without: each adaptor reads the context itself.
+
+    Attention gives attended + conv_out(context). conv_out is folded into the adaptors that read its result, all but the
+    first of s2 and of s3; what attended is lost, and so is conv_out where a context goes to the next scale.
+    """
+    folded = {name: tensor.detach().clone() for name, tensor in weights.items() if ".attn_s" not in name}
+    for scale, steps in ((2, len(STEPS_S2)), (3, len(STEPS_S3))):
+        conv_out = f"entropy.context.attn_s{scale}.conv_out"
+        weight, bias = weights[f"{conv_out}.weight"][:, :, 0, 0], weights[f"{conv_out}.bias"]
+        for step in range(1, steps):
+            adaptor = f"entropy.context.adaptor_s{scale}.{step}"
+            reads = folded[f"{adaptor}.weight"][:, : len(bias), 0, 0]
+            folded[f"{adaptor}.bias"] += reads @ bias
+            reads.copy_(reads @ weight)
+    return folded
+
+
+def _state_axis(name: str) -> int | None:
+    """Which axis of a parameter has the channels of a state at its end: inputs of adaptors, outputs of priors."""
+    if re.fullmatch(r"entropy\.context\.adaptor_s\d\.\d\.weight", name):
+        return 1
+    return 0 if re.fullmatch(r"entropy\.context\.prior_s\w+\.branch_2\.\d+\.(weight|bias)", name) else None
+
+
+def _split(tensor: Tensor, axis: int, state: int) -> tuple[Tensor, Tensor]:
+    """Views of all but the last `state` channels, and of those."""
+    return tensor.narrow(axis, 0, tensor.shape[axis] - state), tensor.narrow(axis, tensor.shape[axis] - state, state)
 
 
 def _places(name: str, target: Tensor, source: Tensor, before: int, after: int) -> tuple[Tensor, ...]:
