@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from containers import latent_checksum_of
 from models import STATE, TINY, TRAINABLE, latents_of, model_of
 from PIL import Image
 from test_exact import calibrated, there_and_back
@@ -20,7 +21,6 @@ from hpcmref import checkpoints, container
 from hpcmref.codec import Codec
 from hpcmref.errors import ConfigError
 from hpcmref.exact import attach
-from hpcmref.exact.selftest import decode, run
 from hpcmref.model import HPCM, PRESETS, HPCMConfig, context
 from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.config import MEMORIES, MemoryConfig
@@ -30,6 +30,7 @@ from hpcmref.model.schedule import S1, S2, STEPS_S1, STEPS_S2, STEPS_S3
 from hpcmref.model.strips import in_strips
 from hpcmref.training.loop import _blocks_in_bfloat16
 from hpcmref.training.start import start_from
+from research.exactness_matrix import decode, run
 
 WIDTH = STATE.state_width
 SIZE = (2, 3)
@@ -163,12 +164,12 @@ def test_what_was_encoded_is_decoded(codec: Codec) -> None:
     exact = attach(model.entropy, calibrated(model, SIZE)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     weights = {name: tensor.clone() for name, tensor in exact.state_dict().items()}
     y, z = latents_of(model, 2, SIZE)
-    payloads, written, read = there_and_back(exact, y, z, codec._thresholds)
+    payloads, written, read = there_and_back(exact, y, z)
     assert torch.equal(written.view(torch.int32), read.view(torch.int32))
     before = torch.get_num_threads()
     torch.set_num_threads(4 - before)
     try:
-        (payload,), alone, _ = there_and_back(exact, y[1:], z[1:], codec._thresholds)
+        (payload,), alone, _ = there_and_back(exact, y[1:], z[1:])
     finally:
         torch.set_num_threads(before)
     assert payload == payloads[1]
@@ -184,11 +185,11 @@ def test_strips_change_nothing(codec: Codec, monkeypatch: pytest.MonkeyPatch) ->
     model = model_of(STATE)
     exact = attach(model.entropy, calibrated(model, SIZE))
     y, z = latents_of(model, 1, (5, 2))
-    payloads, expected, _ = there_and_back(exact, y, z, codec._thresholds)
+    payloads, expected, _ = there_and_back(exact, y, z)
     monkeypatch.setattr(
         context, "in_strips", lambda run, *x, **options: in_strips(run, *x, **options | {"positions": x[0].shape[3]})
     )
-    found, strips, _ = there_and_back(exact, y, z, codec._thresholds)
+    found, strips, _ = there_and_back(exact, y, z)
     assert found == payloads
     assert torch.equal(strips, expected)
 
@@ -198,7 +199,7 @@ def test_a_state_beyond_all_ranges(codec: Codec) -> None:
     model = model_of(STATE)
     exact = attach(model.entropy, calibrated(model, SIZE))
     y, z = (1000 * part for part in latents_of(model, 1, SIZE))
-    _, written, read = there_and_back(exact, y, z, codec._thresholds)
+    _, written, read = there_and_back(exact, y, z)
     assert torch.equal(written.view(torch.int32), read.view(torch.int32))
 
 
@@ -210,8 +211,8 @@ def test_files_decode_in_another_process(sample: Image.Image, tmp_path: Path) ->
     data = codec.encode(sample.crop((0, 0, 180, 120)), 30)
     expected = decode(codec, [data])  # compares the symbols
     (tmp_path / "image.bin").write_bytes(data)
-    assert [expected[0][0]] == [container.parse(data).latent_checksum]
-    assert run(OTHERS[0], [tmp_path / "image.bin"], str(path)) == expected
+    assert [expected[0][0]] == [latent_checksum_of(container.parse(data))]
+    assert run(OTHERS[0], [tmp_path / "image.bin"], str(path)).latents == expected
 
 
 # --- the start of a run --------------------------------------------------------------------------------------------
