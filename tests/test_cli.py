@@ -35,7 +35,7 @@ class FakeCodec:
 
     name = "fake"
 
-    def encode(self, image: Image.Image, quality: int | None = None) -> bytes:
+    def encode(self, image: Image.Image, quality: int | None = None, **_: object) -> bytes:
         failure = FAILURES.get(image.convert("RGB").getpixel((0, 0)))
         if isinstance(failure, Warning):
             warnings.warn(failure, stacklevel=2)

@@ -88,7 +88,9 @@ class TestEncode:
         assert two.exit_code == 1
         assert sorted(contents("one")) == ["0.bin", "1.bin", "2.bin"]
         assert contents("one") == contents("two")
-        assert two.stderr == one.stderr == "hpcmref: in/bad.png is not an image of a kind that Pillow reads\n"
+        assert two.stderr == one.stderr
+        assert one.stderr.startswith("hpcmref: in/bad.png is not an image of a kind that is read: ")
+        assert one.stderr.count("\n") == 1
         assert sorted(two.stdout.splitlines()) == sorted(one.stdout.replace("one/", "two/").splitlines())
         Path("one/bad.bin").write_text("no file")
         one = call("decode", "one", "-o", "back")

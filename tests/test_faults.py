@@ -34,7 +34,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 class StandIn:
     """A codec for tests of what is around it: its files are headers."""
 
-    def encode(self, image: Image.Image, quality: int | None = None) -> bytes:
+    def encode(self, image: Image.Image, quality: int | None = None, **_: object) -> bytes:
         return write(containers.container(quality=quality or 0, width=image.width, height=image.height, grey=False))
 
 

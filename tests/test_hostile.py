@@ -77,7 +77,6 @@ CORPUS: dict[str, Forge] = {
         f, (Tag.ICC, BOMB), (Tag.EXIF, BOMB), (Tag.XMP, BOMB)
     ),
     "has an ICC profile that is not packed": lambda f: chunked(f, (Tag.ICC, b"\xff" * 500)),
-    "has a mode that does not exist": lambda f: chunked(f, (Tag.MODE, b"\x63")),
     "has the mode of a grey image, and colours": lambda f: chunked(f, (Tag.MODE, b"\1")),
     "has a mode of a megabyte": lambda f: chunked(f, (Tag.MODE, bytes(1 << 20))),
     "is of an arithmetic that does not exist": lambda f: changed(f, arithmetic=200),

@@ -17,10 +17,11 @@ from test_portability import OTHERS
 from test_start import Recorder
 from torch import Tensor, nn
 
-from hpcmref import checkpoints, container
+from hpcmref import checkpoints
 from hpcmref.codec import Codec
 from hpcmref.errors import ConfigError
 from hpcmref.exact import attach
+from hpcmref.format import container
 from hpcmref.model import HPCM, PRESETS, HPCMConfig, context
 from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.config import MEMORIES, MemoryConfig
