@@ -242,7 +242,7 @@ class TestMeasure:
     def test_no_image(self) -> None:
         measured, failures = measure.measure(measure.Task("a.png", b"nothing", [(codecs.PILLOW_CODECS["jpeg"], [50])]))
         assert measured == []
-        assert [(each.image, each.codec, each.quality) for each in failures] == [("a.png", None, None)]
+        assert [(each.image, each.codec, each.setting) for each in failures] == [("a.png", None, None)]
         assert "a.png is not an image of a kind that is read" in str(failures[0])
 
     @pytest.mark.parametrize("error", [CheckpointError("bad weights"), ConfigError("bad setting")])
