@@ -13,6 +13,7 @@ In every step each position of the step's lattice codes exactly one channel grou
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -62,9 +63,7 @@ class Step:
 
     def table(self, height: int, width: int, device: torch.device) -> Tensor:
         """The coded group of every position: (height, width) int64."""
-        tile = torch.tensor(self.tile, device=device)
-        side = len(self.tile)
-        return tile.repeat(-(-height // side), -(-width // side))[:height, :width]
+        return _table(self.tile, height, width, device)
 
     def select(self, x: Tensor) -> Tensor:
         """What this step codes of x (B, C, h, w): (B, C/G, h, w)."""
@@ -86,6 +85,15 @@ class Step:
     def _index(self, shape: torch.Size, device: torch.device) -> Tensor:
         batch, _, channels, height, width = shape
         return self.table(height, width, device).expand(batch, 1, channels, height, width)
+
+
+@lru_cache(maxsize=64)
+def _table(tile: tuple[tuple[int, ...], ...], height: int, width: int, device: torch.device) -> Tensor:
+    """See `Step.table`. Kept, so that a training step copies nothing from the host; nobody writes to it."""
+    with torch.inference_mode(False):  # training could not use an inference tensor
+        side = len(tile)
+        repeated = torch.tensor(tile, device=device).repeat(-(-height // side), -(-width // side))
+        return repeated[:height, :width]
 
 
 def _zeros(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
