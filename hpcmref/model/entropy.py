@@ -50,21 +50,21 @@ class _Likelihood(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, residual: Tensor, scales: Tensor) -> Tensor:
-        bounded = scales.clamp(min=SCALE_BOUND)
-        ends = torch.stack((residual + 0.5, residual - 0.5)).div_(bounded)
+        distance = residual.abs()
+        ends = torch.stack((distance + 0.5, distance - 0.5)).div_(scales.clamp(min=SCALE_BOUND))
         exponent = torch.full((), 1 / BETA, dtype=ends.dtype, device=ends.device)
-        upper, lower = torch.special.gammainc(exponent, ends.abs().pow_(BETA)).copysign_(ends)
-        probability = upper.sub_(lower).mul_(0.5)
-        ctx.save_for_backward(scales, ends, probability)
+        beyond = torch.special.gammaincc(exponent, ends.abs().pow_(BETA)).mul_(0.5)
+        probability = torch.where(ends[1] < 0, 1 - beyond[1], beyond[1]).sub_(beyond[0])
+        ctx.save_for_backward(residual, scales, ends, probability)
         return probability.clamp(min=LIKELIHOOD_BOUND)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        scales, ends, probability = ctx.saved_tensors  # type: ignore[attr-defined]
+        residual, scales, ends, probability = ctx.saved_tensors  # type: ignore[attr-defined]
         grad = _passed(grad, probability, LIKELIHOOD_BOUND) / scales.clamp(min=SCALE_BOUND)
         density = ends.abs().pow_(BETA).neg_().sub_(math.lgamma(1 / BETA)).exp_().mul_(BETA / 2)
-        of_residual = (density[0] - density[1]) * grad
+        of_residual = (density[0] - density[1]) * grad * residual.sign()
         upper, lower = density.mul_(ends)
         return of_residual, _passed((lower - upper) * grad, scales, SCALE_BOUND)
 
@@ -72,9 +72,9 @@ class _Likelihood(torch.autograd.Function):
 def likelihood(residual: Tensor, scales: Tensor) -> Tensor:
     """Probability of the unit interval around `residual` under the generalized Gaussian of `scales`.
 
-    Both of any one shape; the result has that shape and is at least LIKELIHOOD_BOUND. Same formula as the official
-    entropy_models.py (GGM.forward), which does not fold to one tail: use float64 where the bits themselves matter.
-    Both bounds have the gradient of `lower_bound`.
+    Both of any one shape; the result has that shape and is at least LIKELIHOOD_BOUND. It is what the official
+    entropy_models.py (GGM.forward) computes, but from the tail that the interval lies in, so that small probabilities
+    do not vanish in rounding. Both bounds have the gradient of `lower_bound`.
     """
     return _Likelihood.apply(residual, scales)
 
