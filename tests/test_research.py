@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hpcmref import checkpoints
-from research import exactness_cost, growth, memory_ablation, memory_probe
+from research import contention, exactness_cost, growth, memory_ablation, memory_probe
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,3 +85,12 @@ def test_memory_ablation_and_probe(
 
     memory_probe.main(output, images, model, quality=42)
     assert capsys.readouterr().out.count("magnitude") == 4  # two steps of two groups
+
+
+def test_contention(tmp_path: Path) -> None:
+    """All four kinds run, also beside a busy process; the ratios are of the right pairs."""
+    found = contention.measure("version", ["--version"], tmp_path, 1)
+    assert min(found.spin_alone, found.spin_beside, found.sleep_alone, found.sleep_beside) > 0
+    row = contention.Ratios("encode", 2.0, 16.0, 2.02, 4.04).row()
+    assert row.split() == ["encode", "2.00", "8.00", "1.010", "2.00", "yes"]
+    assert contention.Ratios("encode", 2.0, 16.0, 2.20, 4.04).row().endswith("no")

@@ -16,7 +16,7 @@ from hpcmref.cli.options import ForceOption
 if TYPE_CHECKING:
     from hpcmref.checkpoints import CheckpointInfo
 
-app = typer.Typer(no_args_is_help=True, help="List and convert models.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="List and convert models.")
 
 
 class OfficialPreset(str, Enum):
