@@ -6,6 +6,7 @@ Importing this module does not import torch: `available` and `name_of` read only
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def name_of(fingerprint: bytes) -> str | None:
     return next((each.name for each in available() if each.fingerprint == fingerprint), None)
 
 
-def find(model: str | Path | None) -> Path:
+def find(model: str | os.PathLike[str] | None) -> Path:
     """The file of a model: a registry name, a path, or None for the default. Raises CheckpointError."""
     names = {each.name: each.path for each in available()}
     if model is None:

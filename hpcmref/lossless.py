@@ -27,11 +27,13 @@ _OPTIONS: dict[Coding, dict[str, Any]] = {
 }
 
 
-def encode(image: Image.Image | np.ndarray) -> bytes:
+def encode(image: Image.Image | np.ndarray, verify: bool = False) -> bytes:
     """The file of an image whose colours, alpha and grey levels decode exactly, invisible colours included.
 
-    Raises ImageError for images that are not exactly 8 bits of grey or RGB (16 bits, CMYK, palettes excepted), and as
-    `picture_of` does.
+    verify: decode the colours and compare, before anything is returned.
+
+    Raises ImageError for images that are not exactly 8 bits of grey or RGB (16 bits, CMYK, palettes excepted),
+    DecodeError if what is verified differs, and as `picture_of` does.
     """
     _refuse_inexact(image)
     picture = images.picture_of(image, keep_invisible=True)
@@ -39,7 +41,10 @@ def encode(image: Image.Image | np.ndarray) -> bytes:
     height, width = picture.pixels.shape[:2]
     encoder = Encoder(*map(int, __version__.split(".")[:2]))
     chunks = picture.extras.chunks()
-    return container.write(Container(width, height, picture.grey, None, payload, coding, chunks, encoder))
+    file = Container(width, height, picture.grey, None, payload, coding, chunks, encoder)
+    if verify and not np.array_equal(unpack(file), picture.pixels):
+        raise DecodeError(f"the {coding.name} payload does not decode to the colours that were encoded")
+    return container.write(file)
 
 
 def pack(picture: Picture) -> tuple[Coding, bytes]:
