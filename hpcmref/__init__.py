@@ -47,13 +47,15 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("Codec", "load"):
-        from hpcmref import codec
+if not TYPE_CHECKING:  # or every name would exist for mypy
 
-        return getattr(codec, name)
-    if name in __all__:
-        from hpcmref import api
+    def __getattr__(name: str) -> Any:
+        if name in ("Codec", "load"):
+            from hpcmref import codec
 
-        return getattr(api, name)
-    raise AttributeError(f"module 'hpcmref' has no attribute {name!r}")
+            return getattr(codec, name)
+        if name in __all__:
+            from hpcmref import api
+
+            return getattr(api, name)
+        raise AttributeError(f"module 'hpcmref' has no attribute {name!r}")

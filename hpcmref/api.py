@@ -270,7 +270,8 @@ class _Encoder:
     verify: bool
 
     def __post_init__(self) -> None:
-        _check_place(self.model, self.device)
+        arguments.model(self.model)
+        arguments.device(self.device)
         for name in ("lossless", "keep_invisible", "verify"):
             arguments.flag(name, getattr(self, name))
         if self.quality is not None:
@@ -320,7 +321,8 @@ class _Decoder:
     damaged: bool
 
     def __post_init__(self) -> None:
-        _check_place(self.model, self.device)
+        arguments.model(self.model)
+        arguments.device(self.device)
         arguments.integer("max_pixels", self.max_pixels, 1)
         arguments.integer("upto", self.upto, 1, 3)
         for name in ("as_array", "partial", "damaged"):
@@ -339,12 +341,6 @@ class _Decoder:
 
             image = codec_for(file, self.device, self.model).decode(file, self.upto, max_pixels=self.max_pixels)
         return array_of(image) if self.as_array else image
-
-
-def _check_place(model: object, device: object) -> None:
-    arguments.model(model)
-    if not isinstance(device, str):
-        raise arguments.wrong_type("device", device, '"auto", "cpu" or "cuda"')
 
 
 def _parts(strip: object) -> tuple[str, ...] | bool:

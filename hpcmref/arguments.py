@@ -13,6 +13,9 @@ from typing import Any
 
 from hpcmref.errors import ArgumentTypeError, ConfigError, HpcmrefError
 
+DEVICES = ("auto", "cpu", "cuda")
+_DEVICES = "auto, cpu or cuda"
+
 
 def wrong_type(name: str, value: object, wanted: str) -> ArgumentTypeError:
     """The error about a value of a type that is not taken."""
@@ -56,6 +59,15 @@ def model(value: object) -> str | os.PathLike[str] | None:
     """A name of a model, a path, or None."""
     if value is not None and not isinstance(value, (str, os.PathLike)):
         raise wrong_type("model", value, "a name, the path of a .safetensors file, or None")
+    return value
+
+
+def device(value: object) -> str:
+    """One of DEVICES."""
+    if not isinstance(value, str):
+        raise wrong_type("device", value, _DEVICES)
+    if value not in DEVICES:
+        raise ConfigError(f"the device is {value!r}, and must be {_DEVICES}")
     return value
 
 

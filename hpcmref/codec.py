@@ -91,6 +91,7 @@ class Codec:
         ModelChangedError if the model in memory is not the one that was loaded or the second decoder disagrees.
         """
         quality = self._checked(quality)
+        arguments.flag("verify", verify)
         frame, x = self._framed(image, keep_invisible)
         with self._inference():
             x = self.model.features(x, _to_unit)
@@ -121,6 +122,7 @@ class Codec:
         for name, value in (("bpp", bpp), ("psnr", psnr)):
             if value is not None:
                 arguments.positive(name, value)
+        arguments.flag("verify", verify)
         frame, x = self._framed(image, keep_invisible)
         limit = size if bpp is None else bpp * frame.width * frame.height / 8
         low, high = 0, self.model.config.qualities - 1
@@ -147,7 +149,7 @@ class Codec:
 
     def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[_Frame, Tensor]:
         """The header fields of an image, and its pixels (1, 3, H', W') uint8, padded to multiples of 64."""
-        picture = images.picture_of(image, keep_invisible)
+        picture = images.picture_of(image, arguments.flag("keep_invisible", keep_invisible))
         height, width = picture.pixels.shape[:2]
         frame = _Frame(width, height, picture.grey, picture.extras.chunks())
         return frame, _padded(picture.pixels, self.device)
@@ -190,6 +192,8 @@ class Codec:
         """
         arguments.integer("upto", upto, 1, SCALES)
         arguments.integer("max_pixels", max_pixels, 1)
+        arguments.flag("partial", partial)
+        arguments.flag("damaged", damaged)
         file = data if isinstance(data, Container) else container.parse(data, partial, damaged)
         if (pixels := file.width * file.height) > max_pixels:
             raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
@@ -266,8 +270,6 @@ def load(model: str | os.PathLike[str] | None = None, device: str = "auto") -> C
     longer than encoding a small image. Raises CheckpointError, ConfigError.
     """
     arguments.model(model)
-    if not isinstance(device, str):
-        raise arguments.wrong_type("device", device, '"auto", "cpu" or "cuda"')
     with _loading:  # threads that ask for a codec at once get the same one
         return _kept(checkpoints.find(model), device_of(device).type)
 
@@ -309,10 +311,8 @@ def _mismatch(wanted: bytes, name: str, found: bytes) -> str:
 
 
 def device_of(name: str) -> torch.device:
-    if name == "auto":
+    if arguments.device(name) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"the device is {name!r}, and must be auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here")
     return torch.device(name)

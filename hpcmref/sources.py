@@ -61,8 +61,10 @@ def _array_of_tensor(tensor: torch.Tensor) -> np.ndarray:
     """(C, H, W) of any device -> (H, W, C)."""
     if tensor.ndim != 3 or not 1 <= tensor.shape[0] <= 4:
         raise ImageError(f"image is a tensor of shape {tuple(tensor.shape)}, and must be one of (1 to 4, H, W)")
-    if tensor.is_complex() or tensor.is_quantized or tensor.is_sparse:
+    if tensor.is_complex() or tensor.is_quantized:
         raise ImageError(f"image is a tensor of {tensor.dtype}, and must be one of uint8 or floats from 0 to 1")
+    if tensor.is_sparse or tensor.is_meta:
+        raise ImageError("image is a tensor without its values at hand (sparse, or on the device meta)")
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.is_floating_point() else tensor).permute(1, 2, 0).numpy()
 

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -296,3 +297,18 @@ class TestMany:
         assert list(files) == []
         assert len(taken) < 20
         assert multiprocessing.active_children() == []
+
+
+def test_the_examples_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of docs/python.md, in order, as one script."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("KMP_BLOCKTIME", "0")
+    (tmp_path / "photo.png").write_bytes(PHOTO.read_bytes())
+    text = (Path(__file__).parent.parent / "docs" / "python.md").read_text()
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["array"].shape == (48, 64)
+    assert names["found"].quality == 32
+    assert isinstance(names["data"], bytes)
