@@ -38,6 +38,7 @@ from hpcmref.model.hpcm import STRIDE
 from hpcmref.model.layers import in_bfloat16
 from hpcmref.picture import images
 from hpcmref.picture.metadata import extras_of
+from hpcmref.runtime.folders import models_folder
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ _loading = threading.Lock()
 
 
 def load(model: str | os.PathLike[str] | None = None, device: str = "auto") -> Codec:
-    """The codec of a model: a registry name, a .safetensors file, or None for the default that ships with hpcmref.
+    """The codec of a model: a name, a .safetensors file, or None for the default that ships with hpcmref.
 
     device: "cpu", "cuda", or "auto" for CUDA where there is one. The last two codecs are kept, since loading takes
     longer than encoding a small image. Raises CheckpointError, ConfigError.
@@ -284,7 +285,7 @@ _kept = lru_cache(maxsize=2)(fresh)
 
 
 def codec_for(file: Container, device: str = "auto", model: str | os.PathLike[str] | None = None) -> Codec:
-    """The codec whose model wrote a file: one of the shipped models, or `model`.
+    """The codec whose model wrote a file: one of the available models (`checkpoints.available`), or `model`.
 
     Raises ModelMismatchError if it is none of them, and UnsupportedError for a file without a learned payload.
     """
@@ -292,13 +293,13 @@ def codec_for(file: Container, device: str = "auto", model: str | os.PathLike[st
         raise UnsupportedError(f"the file is coded without loss ({file.coding.name}), and needs no model")
     fingerprint = file.learned.fingerprint
     if model is None:
-        if (name := checkpoints.name_of(fingerprint)) is None:
+        if (found := checkpoints.with_fingerprint(fingerprint)) is None:
             known = ", ".join(f"{each.name} ({each.fingerprint.hex()})" for each in checkpoints.available())
             raise ModelMismatchError(
-                f"the file was made with the model {fingerprint.hex()}, and only {known} ship with hpcmref: "
-                "name its file with -m"
+                f"the file was made with the model {fingerprint.hex()}, and only {known} are here: name its file with "
+                f"-m, or put it into {models_folder()} (hpcmref checkpoints add)"
             )
-        return load(name, device)
+        return load(found.path, device)
     codec = load(model, device)
     if codec.fingerprint != fingerprint:
         raise ModelMismatchError(_mismatch(fingerprint, codec.name, codec.fingerprint))
