@@ -23,6 +23,7 @@ COMMANDS = {
     "info": "Show what encoded files contain, without decoding them.",
     "bench": "Measure codecs side by side on your own images: size, quality, time, memory, BD-rate.",
     "train": "Train a model and export it: DIR/PRESET.safetensors, for use with -m.",
+    "thumbnail": "Write a small PNG of an encoded file, as file managers ask for it.",
     "checkpoints": "List, add, remove and convert models.",
 }
 """Name -> first line of its help. The module `hpcmref.cli.NAME` has a function NAME, or a Typer `app` of commands."""
