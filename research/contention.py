@@ -1,9 +1,9 @@
 """How much slower is hpcmref beside another busy process? `python -m research.contention IMAGE...` prints ratios.
 
 Every command runs alone and beside a process that computes without a pause, once with OpenMP's own way of waiting
-("spin") and once with that of the command line ("sleep", `hpcmref.runtime.waiting`). The four kinds alternate, so that
-a change of the machine's speed meets all alike; of each the median is taken. Seconds are of whole processes. The
-machine should have nothing else to do; on more cores than --cores, all processes are held to that many.
+("spin"), once with that of the command line ("sleep", `hpcmref.runtime.waiting`), and with those of --also. All kinds
+take turns, so that a change of the machine's speed meets all alike; of each the median is taken. Seconds are of whole
+processes. The machine should have nothing else to do; on more cores than --cores, all processes are held to that many.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -32,26 +32,20 @@ LIMIT_ALONE, LIMIT_BESIDE = 1.03, 2.2
 
 
 @dataclass(frozen=True)
-class Ratios:
-    """Median seconds of one command, by whether threads spin and whether another process is busy."""
+class Seconds:
+    """Medians of one command with one way of waiting: alone, and beside a busy process."""
 
-    name: str
-    spin_alone: float
-    spin_beside: float
-    sleep_alone: float
-    sleep_beside: float
+    alone: float
+    beside: float
 
-    def row(self) -> str:
-        """One line of the table."""
-        alone, beside = self.sleep_alone / self.spin_alone, self.sleep_beside / self.sleep_alone
-        within = alone <= LIMIT_ALONE and beside <= LIMIT_BESIDE
-        return (
-            f"{self.name:14} {self.spin_alone:9.2f} {self.spin_beside / self.spin_alone:12.2f} {alone:11.3f} "
-            f"{beside:13.2f}  {'yes' if within else 'no'}"
-        )
+    def row(self, command: str, way: str, spin: Seconds) -> str:
+        """One line of the table; spin: of the same command."""
+        against, slowdown = self.alone / spin.alone, self.beside / self.alone
+        within = "yes" if against <= LIMIT_ALONE and slowdown <= LIMIT_BESIDE else "no"
+        return f"{command:14} {way:22} {self.alone:8.2f} {against:16.3f} {slowdown:13.2f}  {within}"
 
 
-HEADING = f"{'command':14} {'spin, s':>9} {'beside/alone':>12} {'sleep/spin':>11} {'beside/alone':>13}  within limits"
+HEADING = f"{'command':14} {'threads':22} {'alone, s':>8} {'alone/spin alone':>16} {'beside/alone':>13}  within limits"
 
 
 def commands(images: Sequence[Path], folder: Path) -> dict[str, list[str]]:
@@ -93,17 +87,18 @@ def _busy(wanted: bool) -> Iterator[None]:
             process.kill()
 
 
-def measure(name: str, arguments: Sequence[str], folder: Path, repeat: int) -> Ratios:
-    """Run one command in all four kinds, `repeat` times by turns."""
-    seconds: dict[tuple[bool, bool], list[float]] = {
-        (spins, beside): [] for spins in (True, False) for beside in (False, True)
-    }
+def measure(
+    arguments: Sequence[str], ways: Mapping[str, dict[str, str]], folder: Path, repeat: int
+) -> dict[str, Seconds]:
+    """Run one command in each of `ways` (name -> environment), alone and beside a busy process, `repeat` times."""
+    seconds: dict[tuple[str, bool], list[float]] = {(way, beside): [] for way in ways for beside in (False, True)}
     for _ in range(repeat):
-        for (spins, beside), taken in seconds.items():
+        for (way, beside), taken in seconds.items():
             with _busy(beside):
-                taken.append(_seconds(arguments, SPIN if spins else SLEEP))
+                taken.append(_seconds(arguments, ways[way]))
             _remove(folder / "run")  # or training would go on with its state
-    return Ratios(name, *map(statistics.median, seconds.values()))
+    medians = {kind: statistics.median(taken) for kind, taken in seconds.items()}
+    return {way: Seconds(medians[way, False], medians[way, True]) for way in ways}
 
 
 def _remove(folder: Path) -> None:
@@ -116,11 +111,17 @@ def main(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Photographs; 768x512 is usual.")],
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 5,
     only: Annotated[str | None, typer.Option(help="Names of commands, with commas between.")] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE[,...]", help="Another way to wait, such as GOMP_SPINCOUNT=1000."),
+    ] = None,
     cores: Annotated[int, typer.Option(min=1, help="Cores that all processes share.")] = 2,
 ) -> None:
-    """Print a table: the ratios of one run of this script can be compared, its seconds only with each other."""
+    """Print a table. Its ratios can be compared with those of another run; its seconds only with each other."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    ways = {"spin": SPIN, "sleep": SLEEP}
+    ways |= {each: dict(pair.split("=", 1) for pair in each.split(",")) for each in also or []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         chosen = commands(images, folder)
@@ -130,7 +131,9 @@ def main(
         print(f"{cores} cores, {repeat} runs of each kind, medians")
         print(HEADING)
         for name, arguments in chosen.items():
-            print(measure(name, arguments, folder, repeat).row(), flush=True)
+            found = measure(arguments, ways, folder, repeat)
+            for way, seconds in found.items():
+                print(seconds.row(name, way, found["spin"]), flush=True)
 
 
 if __name__ == "__main__":

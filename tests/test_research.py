@@ -88,9 +88,12 @@ def test_memory_ablation_and_probe(
 
 
 def test_contention(tmp_path: Path) -> None:
-    """All four kinds run, also beside a busy process; the ratios are of the right pairs."""
-    found = contention.measure("version", ["--version"], tmp_path, 1)
-    assert min(found.spin_alone, found.spin_beside, found.sleep_alone, found.sleep_beside) > 0
-    row = contention.Ratios("encode", 2.0, 16.0, 2.02, 4.04).row()
-    assert row.split() == ["encode", "2.00", "8.00", "1.010", "2.00", "yes"]
-    assert contention.Ratios("encode", 2.0, 16.0, 2.20, 4.04).row().endswith("no")
+    """Every kind runs, also beside a busy process; the ratios are of the right pairs."""
+    found = contention.measure(["--version"], {"spin": contention.SPIN, "sleep": contention.SLEEP}, tmp_path, 1)
+    assert list(found) == ["spin", "sleep"]
+    assert min(each for seconds in found.values() for each in (seconds.alone, seconds.beside)) > 0
+    spin = contention.Seconds(2.0, 16.0)
+    row = contention.Seconds(2.02, 4.04).row("encode", "sleep", spin)
+    assert row.split() == ["encode", "sleep", "2.02", "1.010", "2.00", "yes"]
+    assert contention.Seconds(2.2, 4.04).row("encode", "sleep", spin).endswith("no")
+    assert spin.row("encode", "spin", spin).endswith("no")
