@@ -297,7 +297,10 @@ class _Encoder:
         if self.lossless:
             from hpcmref import lossless
 
-            return lossless.encode(image, verify=self.verify)
+            data = lossless.encode(image)
+            if self.verify:
+                lossless.verify(data, image)
+            return data
         from hpcmref.codec import load
 
         codec = load(self.model, self.device)

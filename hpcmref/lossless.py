@@ -27,13 +27,11 @@ _OPTIONS: dict[Coding, dict[str, Any]] = {
 }
 
 
-def encode(image: Image.Image | np.ndarray, verify: bool = False) -> bytes:
+def encode(image: Image.Image | np.ndarray) -> bytes:
     """The file of an image whose colours, alpha and grey levels decode exactly, invisible colours included.
 
-    verify: decode the colours and compare, before anything is returned.
-
-    Raises ImageError for images that are not exactly 8 bits of grey or RGB (16 bits, CMYK, palettes excepted),
-    DecodeError if what is verified differs, and as `picture_of` does.
+    Raises ImageError for images that are not exactly 8 bits of grey or RGB (16 bits, CMYK, palettes excepted), and as
+    `picture_of` does.
     """
     _refuse_inexact(image)
     picture = images.picture_of(image, keep_invisible=True)
@@ -41,10 +39,7 @@ def encode(image: Image.Image | np.ndarray, verify: bool = False) -> bytes:
     height, width = picture.pixels.shape[:2]
     encoder = Encoder(*map(int, __version__.split(".")[:2]))
     chunks = picture.extras.chunks()
-    file = Container(width, height, picture.grey, None, payload, coding, chunks, encoder)
-    if verify and not np.array_equal(unpack(file), picture.pixels):
-        raise DecodeError(f"the {coding.name} payload does not decode to the colours that were encoded")
-    return container.write(file)
+    return container.write(Container(width, height, picture.grey, None, payload, coding, chunks, encoder))
 
 
 def pack(picture: Picture) -> tuple[Coding, bytes]:
@@ -84,6 +79,16 @@ def decode(file: Container, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
     if (pixels := file.width * file.height) > max_pixels:
         raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
     return images.image_of(unpack(file), file.grey, extras_of(file))
+
+
+def verify(data: bytes, image: Image.Image | np.ndarray) -> None:
+    """Decode what `encode` returned for an image, and compare all pixels. Raises DecodeError if one differs."""
+    file = container.parse(data)
+    picture = images.picture_of(image, keep_invisible=True)
+    alpha, expected = extras_of(file).alpha, picture.extras.alpha
+    same_alpha = alpha is expected or (alpha is not None and expected is not None and np.array_equal(alpha, expected))
+    if not (same_alpha and np.array_equal(unpack(file), picture.pixels)):
+        raise DecodeError("the decoded picture is not the one that was encoded: nothing was returned")
 
 
 def _refuse_inexact(image: Image.Image | np.ndarray) -> None:
