@@ -139,6 +139,10 @@ def build_man() -> Any:
 
 
 def test_the_man_page_says_what_the_help_says() -> None:
+    from hpcmref.cli import load
+
+    if not load("info").params[0].help:
+        pytest.skip("this Typer and this click do not keep the help of arguments")
     tool = build_man()
     assert tool.TARGET.read_text() == tool.page(), "python tools/build_man.py writes it anew"
 

@@ -90,7 +90,7 @@ def test_models_are_listed_without_their_numbers(arguments: list[str]) -> None:
 
 def test_info_reads_headers_alone(encoded: str) -> None:
     modules = modules_of("info", encoded)
-    assert not modules & {"numpy", "torch", "safetensors", "rich", "hpcmref.picture.images"}
+    assert not modules & {"numpy", "torch", "safetensors", "hpcmref.picture.images"}
 
 
 @pytest.mark.parametrize("words", ["hpcmref enc", "hpcmref encode --qu", "hpcmref checkpoints l"])
