@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hpcmref.exact.convert import Grids
     from hpcmref.model import HPCM
 
-DEFAULT_MODEL = "nano"
+DEFAULT_MODEL = "nano-1"
 """The name of the model that is used when none is asked for."""
 
 _WEIGHTS = Path(__file__).parent / "weights"
@@ -82,13 +82,17 @@ def name_of(fingerprint: bytes) -> str | None:
 def find(model: str | os.PathLike[str] | None) -> Path:
     """The file of a model: a name, a path, or None for the default. Raises CheckpointError.
 
-    A name of a model that ships never stands for another file.
+    A name without its version, as nano, stands for the newest version that there is. A name of a model that ships never
+    stands for another file.
     """
     names = {each.name: each.path for each in reversed(available())}
     if model is None:
         model = DEFAULT_MODEL
     if str(model) in names:
         return names[str(model)]
+    versions = [name for name in names if re.fullmatch(re.escape(str(model)) + r"-\d+", name)]
+    if versions:
+        return names[max(versions, key=lambda name: int(name.rpartition("-")[2]))]
     if Path(model).is_file():
         return Path(model)
     raise CheckpointError(f"There is no model {str(model)!r}: neither a file nor one of {', '.join(reversed(names))}.")
