@@ -36,7 +36,8 @@ def encode(
     strip: bool | Collection[str] = False,
     verify: bool = False,
 ) -> bytes:
-    """The file of one image.
+    """The file of one image: what the model makes of it, or a lossless stream where that is better, as it is for text,
+    drawings and screenshots (`hpcmref.choice`).
 
     image: an image of Pillow; an array (H, W) or (H, W, 1 to 4) of bool, uint8, uint16 or floats from 0 to 1; a tensor
         (1 to 4, H, W) of uint8 or floats from 0 to 1; a path; the bytes of an image file; or a file opened in binary
@@ -46,7 +47,7 @@ def encode(
     lossless: instead of a quality, keep every pixel bit for bit; takes no model.
     model: a name or a path, see `load`. device: "cpu", "cuda" or "auto".
     keep_invisible: keep the colours of pixels whose alpha is 0.
-    strip: leave out all metadata, or some of "location", "exif", "xmp" and "icc".
+    strip: leave out all metadata, or some of "location", "exif", "xmp", "icc", "iptc" and "text".
     verify: decode the file before it is returned, and compare.
 
     Raises an HpcmrefError: ConfigError for a wrong argument (ArgumentTypeError, also a TypeError, for a wrong type),
@@ -304,7 +305,7 @@ class _Encoder:
         from hpcmref.codec import load
 
         codec = load(self.model, self.device)
-        options: Any = {"verify": self.verify, "keep_invisible": self.keep_invisible}
+        options: Any = {"verify": self.verify, "keep_invisible": self.keep_invisible, "choose": True}
         target = {name: value for name in _TARGETS if (value := getattr(self, name)) is not None}
         if target:
             return codec.encode_to(image, **target, **options)

@@ -6,21 +6,21 @@ decode:  container -> LatentCodec.decompress -> y_hat -> g_s -> pixels -> image
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, __version__, arguments, checkpoints
+from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, __version__, arguments, checkpoints, lossless
 from hpcmref.checkpoints import Checkpoint
+from hpcmref.choice import Choice, Trial, is_flat, min_size, psnr_of, visible, visible_pixels
 from hpcmref.errors import (
     ConfigError,
     DecodeError,
@@ -31,12 +31,12 @@ from hpcmref.errors import (
 )
 from hpcmref.exact import attach
 from hpcmref.format import container
-from hpcmref.format.container import Container, Encoder, Learned
+from hpcmref.format.container import METADATA, Container, Encoder, Learned, Tag
 from hpcmref.latents import ARITHMETIC, SCALES, LatentCodec
-from hpcmref.lossless import decode as decode_lossless
 from hpcmref.model.hpcm import STRIDE
 from hpcmref.model.layers import in_bfloat16
 from hpcmref.picture import images
+from hpcmref.picture.images import Picture
 from hpcmref.picture.metadata import extras_of
 from hpcmref.runtime.folders import models_folder
 
@@ -80,6 +80,7 @@ class Codec:
         *,
         verify: bool = False,
         keep_invisible: bool = False,
+        choose: bool = False,
     ) -> bytes:
         """The file of an image.
 
@@ -87,18 +88,26 @@ class Codec:
         verify: decode the latents with a second decoder and compare, before anything is returned.
         keep_invisible: code the colours of pixels whose alpha is 0, which are otherwise replaced by a smooth
             continuation of the visible ones.
+        choose: take a lossless stream instead where it is better (`hpcmref.choice`), as `hpcmref.encode` does.
 
         Raises ConfigError for another quality, ImageError for an image that the format cannot hold, and
         ModelChangedError if the model in memory is not the one that was loaded or the second decoder disagrees.
         """
         quality = self._checked(quality)
         arguments.flag("verify", verify)
-        frame, x = self._framed(image, keep_invisible)
+        picture, frame = self._framed(image, keep_invisible)
+        if arguments.flag("choose", choose) and is_flat(picture):
+            return _without_loss(picture, verify)
         with self._inference():
-            x = self.model.features(x, _to_unit)
+            x = self.model.features(_padded(picture.pixels, self.device), _to_unit)
             y, z = self.model.latents(x, self._rate(quality))
             del x  # large images need the room
-            return self._encoded(frame, y, z, quality, verify)[0]
+            data, y_hat = self._encoded(frame, y, z, quality, verify)
+            if choose:
+                made = self._choice(picture, frame, {quality: (data, y_hat)})
+                if made.is_lossless(quality, _stream_size(data)):
+                    return _without_loss(picture, verify, made)
+        return data
 
     def encode_to(
         self,
@@ -109,12 +118,15 @@ class Codec:
         psnr: float | None = None,
         verify: bool = False,
         keep_invisible: bool = False,
+        choose: bool = False,
     ) -> bytes:
         """The file of an image at the quality that comes closest to one target, in at most seven trials.
 
-        size: bytes, or bpp: bits per pixel, that the file does not exceed; psnr: dB of RGB that the picture has at
-        least. Rate and PSNR rise with quality, so the trials halve the range of qualities; g_a runs once. Raises
-        ConfigError unless there is exactly one target, HpcmrefError if no quality reaches it, and as `encode` does.
+        size: bytes, or bpp: bits per pixel, that the file does not exceed, metadata included; psnr: dB of RGB that the
+        picture has at least, over all pixels whose alpha is above 0. Rate and PSNR rise with quality, so the trials
+        halve the range of qualities; g_a runs once. choose: take a lossless stream where it reaches the target, and is
+        no larger than the learned one if the target is a PSNR. Raises ConfigError unless there is exactly one target,
+        HpcmrefError if no quality reaches it, and as `encode` does.
         """
         if sum(target is not None for target in (size, bpp, psnr)) != 1:
             raise ConfigError("exactly one of size, bits per pixel and PSNR can be the target")
@@ -124,12 +136,16 @@ class Codec:
             if value is not None:
                 arguments.positive(name, value)
         arguments.flag("verify", verify)
-        frame, x = self._framed(image, keep_invisible)
+        picture, frame = self._framed(image, keep_invisible)
         limit = size if bpp is None else bpp * frame.width * frame.height / 8
+        if arguments.flag("choose", choose) and (is_flat(picture) or (limit and min_size(picture) <= limit)):
+            data = _without_loss(picture, verify)
+            if limit is None or len(data) <= limit:
+                return data
         low, high = 0, self.model.config.qualities - 1
         best: bytes | None = None
         with self._inference():
-            features = self.model.features(x, _to_unit)
+            features = self.model.features(_padded(picture.pixels, self.device), _to_unit)
             while low <= high:
                 quality = (low + high) // 2
                 y, z = self.model.latents(features, self._rate(quality))
@@ -139,21 +155,47 @@ class Codec:
                     low, high = (quality + 1, high) if reached else (low, quality - 1)
                 else:  # the smallest file that is good enough
                     assert psnr is not None
-                    shown = self._pixels(y_hat, quality, frame)
-                    reached = _psnr(shown, _cropped(x, frame)) >= psnr
+                    reached = psnr_of(self._error(y_hat, quality, picture), 3 * visible_pixels(picture)) >= psnr
                     low, high = (low, quality - 1) if reached else (quality + 1, high)
                 best = data if reached else best
+        if choose and limit is None and (best is None or min_size(picture) <= len(best)):
+            data = _without_loss(picture, verify)
+            best = data if best is None or len(data) <= len(best) else best
         if best is None:
-            wanted = f"{psnr} dB" if psnr is not None else f"{limit:.0f} bytes"
-            raise HpcmrefError(f"no quality of the model {self.name} reaches {wanted} with this image")
+            raise HpcmrefError(_unreached(self.name, frame, psnr, limit))
         return best
 
-    def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[_Frame, Tensor]:
-        """The header fields of an image, and its pixels (1, 3, H', W') uint8, padded to multiples of 64."""
+    def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[Picture, _Frame]:
+        """The pixels of an image, and the header fields."""
         picture = images.picture_of(image, arguments.flag("keep_invisible", keep_invisible))
         height, width = picture.pixels.shape[:2]
-        frame = _Frame(width, height, picture.grey, picture.extras.chunks())
-        return frame, _padded(picture.pixels, self.device)
+        return picture, _Frame(width, height, picture.grey, picture.extras.chunks())
+
+    def _choice(self, picture: Picture, frame: _Frame, made: dict[int, tuple[bytes, Tensor]]) -> Choice:
+        """The streams of a picture. made: files and y_hat by quality, as far as there are any."""
+
+        @cache
+        def features() -> Tensor:
+            return self.model.features(_padded(picture.pixels, self.device), _to_unit)
+
+        @cache
+        def trial(quality: int) -> Trial:
+            if quality not in made:
+                y, z = self.model.latents(features(), self._rate(quality))
+                made[quality] = self._encoded(frame, y, z, quality, False)
+            data, y_hat = made[quality]
+            return Trial(_stream_size(data), self._error(y_hat, quality, picture))
+
+        return Choice(picture, self.model.config.lambdas, self.model.config.qualities, trial)
+
+    def _error(self, y_hat: Tensor, quality: int, picture: Picture) -> float:
+        """The squared error of all visible samples, 0..255, of a picture that is decoded from y_hat."""
+        height, width = picture.pixels.shape[:2]
+        shown = self._pixels(y_hat, quality, _Frame(width, height, picture.grey, ()))
+        reference = torch.from_numpy(picture.pixels).to(self.device)
+        alpha = picture.extras.alpha
+        seen = None if alpha is None or not alpha.any() else torch.from_numpy(alpha > 0).to(self.device)
+        return _squared_error(shown, reference, seen)
 
     def _encoded(self, frame: _Frame, y: Tensor, z: Tensor, quality: int, verify: bool) -> tuple[bytes, Tensor]:
         """The file of y (1, M, h, w) and z, and the y_hat that it decodes to."""
@@ -199,7 +241,7 @@ class Codec:
         if (pixels := file.width * file.height) > max_pixels:
             raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
         if file.learned is None:
-            return decode_lossless(file, max_pixels)
+            return lossless.decode(file, max_pixels)
         learned = self._learned(file)
         with self._inference():
             shown = self._pixels(self._y_hat(file, learned, upto), learned.quality, file)
@@ -347,8 +389,35 @@ def _cropped(x: Tensor, frame: _Frame | Container) -> Tensor:
     return x[0, :, : frame.height, : frame.width].permute(1, 2, 0)
 
 
-def _psnr(shown: Tensor, reference: Tensor) -> float:
-    """dB, of (H, W, 3) uint8; infinite for equal ones."""
-    rows = zip(shown.split(64), reference.split(64), strict=True)
-    error = sum(int((x.int() - y.int()).square_().sum()) for x, y in rows)
-    return 10 * math.log10(255**2 * shown.numel() / error) if error else math.inf
+def _squared_error(shown: Tensor, reference: Tensor, seen: Tensor | None) -> float:
+    """Of (H, W, 3) uint8; seen: (H, W) bool, which pixels count, or all."""
+    error = 0
+    for top in range(0, len(shown), 64):  # in parts, for the memory
+        rows = slice(top, top + 64)
+        squares = (shown[rows].int() - reference[rows].int()).square_()
+        error += int((squares if seen is None else squares[seen[rows]]).sum())
+    return float(error)
+
+
+def _stream_size(data: bytes) -> int:
+    """Bytes of the payload of a file, and of the header fields that a lossless one does not have."""
+    return len(container.parse(data).payload) + container.LEARNED_BYTES
+
+
+def _without_loss(picture: Picture, verify: bool, made: Choice | None = None) -> bytes:
+    """The file with a lossless stream. Raises DecodeError if it is to be verified and differs."""
+    coding, payload = lossless.pack(visible(picture)) if made is None else made.stream
+    data = lossless.file_of(picture, coding, payload)
+    if verify:
+        lossless.compare(data, visible(picture))
+    return data
+
+
+def _unreached(name: str, frame: _Frame, psnr: float | None, limit: float | None) -> str:
+    """The sentence about a target that no quality reaches."""
+    wanted = f"{psnr} dB" if limit is None else f"{limit:.0f} bytes"
+    sizes = {Tag(tag).name: len(content) for tag, content in frame.chunks if tag in METADATA}
+    if limit is not None and sum(sizes.values()) > limit:
+        items = " and ".join(f"{name} data of {size} bytes" for name, size in sizes.items())
+        return f"the image cannot have {wanted}: its metadata alone is larger ({items}); leave it out with --strip"
+    return f"no quality of the model {name} reaches {wanted} with this image"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FORMAT = "HPCM"
 
 _MAGIC = b"\x89HPC"
-_METADATA = ("icc_profile", "exif", "xmp")
+_METADATA = ("icc_profile", "exif", "xmp", "dpi", "comment")
 _TARGETS = ("size", "bpp", "psnr")
 
 
@@ -108,7 +108,7 @@ def _save_all(image: Image.Image, file: IO[bytes], filename: str | bytes) -> Non
 
 def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     """Options: quality (0 to 63), a target (size, bpp, psnr) or lossless; keep_invisible; model, device; icc_profile,
-    exif and xmp.
+    exif, xmp, dpi and comment.
 
     Metadata that is not given comes from the image; None leaves it out.
     """
@@ -123,6 +123,9 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
         for name in _METADATA:
             value = options.get(name, image.info.get(name))
             image.info[name] = value.tobytes() if isinstance(value, Image.Exif) else value
+        overruled = {"comment": "text", "dpi": "jfif_unit"}
+        for name in overruled.keys() & options.keys():
+            image.info.pop(overruled[name], None)
     if options.get("lossless"):
         from hpcmref.lossless import encode
 
@@ -133,6 +136,6 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     keep = bool(options.get("keep_invisible"))
     codec = load(options.get("model"), options.get("device", "auto"))
     if targets := {name: options[name] for name in _TARGETS if options.get(name) is not None}:
-        file.write(codec.encode_to(image, **targets, keep_invisible=keep))
+        file.write(codec.encode_to(image, **targets, keep_invisible=keep, choose=True))
     else:
-        file.write(codec.encode(image, options.get("quality"), keep_invisible=keep))
+        file.write(codec.encode(image, options.get("quality"), keep_invisible=keep, choose=True))

@@ -293,7 +293,7 @@ class TestCodecsOf:
             ("jpeg:", "'' are not options"),
             ("jpeg:optimize=1+optimize=0", "optimize is there twice"),
             ("jpeg:subsampling=4:1:1", "it must be one of 4:4:4, 4:2:2, 4:2:0"),
-            ("hpcmref:speed=1", "hpcmref has no options; choose models with --models"),
+            ("hpcmref:speed=1", "hpcmref has only the option choose=1; choose models with --models"),
         ],
     )
     def test_options_are_checked(self, text: str, message: str) -> None:

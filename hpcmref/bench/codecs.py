@@ -130,6 +130,7 @@ class PillowCodec:
         raise ConfigError(f"{self.label} {key}={text}: it must be one of {', '.join(choices)}")
 
 
+_CHOOSE = ("choose=0", "choose=1")
 _SWITCH = range(2)
 """Off and on, which Pillow's plugins want as a bool."""
 
@@ -169,20 +170,24 @@ class HpcmrefCodec:
     """Our own codec. `models` is one model, or one-rate models from the lowest rate to the highest.
 
     label: what the curve is called. device: "cpu" or "cuda". With several models, quality k is the k-th model.
+    choose: measure what `hpcmref encode` writes, which is a lossless stream where that is better, and not the learned
+    stream alone.
     """
 
     label: str
     models: tuple[str, ...]
     device: str
+    choose: bool = False
     rising = True
 
     @property
     def name(self) -> str:
-        return self.label
+        return f"{self.label} choose=1" if self.choose else self.label
 
     @property
     def identity(self) -> str:
-        return f"hpcmref {__version__} {' '.join(_digest(model) for model in self.models)}"
+        models = " ".join(_digest(model) for model in self.models)
+        return f"hpcmref {__version__} {models}{' choose=1' * self.choose}"
 
     @property
     def qualities(self) -> range:
@@ -197,7 +202,7 @@ class HpcmrefCodec:
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
         network = _network(self.models[quality if len(self.models) > 1 else 0], self.device)
-        return network.encode(image, None if network.model.config.qualities == 1 else quality)
+        return network.encode(image, None if network.model.config.qualities == 1 else quality, choose=self.choose)
 
     def decode(self, data: bytes) -> Image.Image:
         from hpcmref.format.container import parse
@@ -264,10 +269,10 @@ def codecs_of(names: Sequence[str], models: Sequence[str], device: str) -> list[
     for text in names:
         name, colon, options = text.strip().partition(":")
         if name.lower() == "hpcmref":
-            if colon:
-                raise ConfigError(f"{text.strip()}: hpcmref has no options; choose models with --models")
+            if colon and options.strip() not in _CHOOSE:
+                raise ConfigError(f"{text.strip()}: hpcmref has only the option choose=1; choose models with --models")
             where = _resolved(device)
-            chosen += [_hpcmref(model, where) for model in models]
+            chosen += [replace(_hpcmref(model, where), choose=options.strip() == _CHOOSE[1]) for model in models]
         elif (codec := PILLOW_CODECS.get(name.lower())) is None:
             raise ConfigError(f"there is no codec {name!r}; the codecs here are {', '.join(available())}")
         elif not _is_here(name.lower()):

@@ -63,10 +63,12 @@ def encode(
     keep_invisible: Annotated[
         bool, typer.Option("--keep-invisible", help="Keep the colours under transparent pixels instead of smooth ones.")
     ] = False,
-    strip: Annotated[bool, typer.Option("--strip", help="Leave out the ICC profile, EXIF and XMP data.")] = False,
+    strip: Annotated[
+        bool, typer.Option("--strip", help="Leave out all metadata: ICC profile, EXIF, text and others.")
+    ] = False,
     strip_only: Annotated[
         str | None,
-        typer.Option("--strip-only", metavar="PARTS", help="Leave out some of: location,exif,xmp,icc."),
+        typer.Option("--strip-only", metavar="PARTS", help="Leave out some of: location,exif,xmp,icc,iptc,text."),
     ] = None,
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
@@ -139,8 +141,8 @@ class _Encoder:
 
             return Made(encode(image))
         if self.target:
-            return Made(self._codec.encode_to(image, **self.target, keep_invisible=self.keep_invisible))
-        return Made(self._codec.encode(image, self.quality, keep_invisible=self.keep_invisible))
+            return Made(self._codec.encode_to(image, **self.target, keep_invisible=self.keep_invisible, choose=True))
+        return Made(self._codec.encode(image, self.quality, keep_invisible=self.keep_invisible, choose=True))
 
     @functools.cached_property
     def _codec(self) -> Codec:

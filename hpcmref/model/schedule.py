@@ -56,7 +56,6 @@ class Lattice:
         batch, channels, height, width = values.shape
         return self.put(_zeros(values, batch, channels, 2 * height, 2 * width), values)
 
-
     def _taken(self, cells: Tensor) -> Tensor:
         """Which values of cells (..., C) are the lattice's: (2, 1, 2, C) bool."""
         return _phase_mask(self.phases, cells.shape[-1], cells.device)

@@ -35,7 +35,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from hpcmref.arguments import wrong_type
 from hpcmref.errors import ImageError
 from hpcmref.format.container import MAX_PIXELS, MAX_SIDE
-from hpcmref.picture import exif
+from hpcmref.picture import exif, texts
 from hpcmref.picture.invisible import filled
 from hpcmref.picture.metadata import MAX_METADATA, Extras, info_of
 from hpcmref.picture.privacy import without
@@ -90,6 +90,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_SIDEWAYS = (5, 6, 7, 8)
+"""Orientations whose turns exchange width and height."""
+
 _pillow_limit = threading.Lock()
 
 
@@ -122,11 +125,13 @@ class Picture:
 
     pixels: (H, W, 3) uint8; the three channels are equal if `grey`.
     extras: everything else that is kept of it.
+    is_filled: colours under alpha 0 were replaced.
     """
 
     pixels: np.ndarray
     grey: bool
     extras: Extras
+    is_filled: bool = False
 
 
 def picture_of(image: Image.Image | np.ndarray, keep_invisible: bool = False) -> Picture:
@@ -149,14 +154,15 @@ def picture_of(image: Image.Image | np.ndarray, keep_invisible: bool = False) ->
     if colours.mode != image.mode and image.mode in ("LAB", "YCbCr", "HSV") and metadata.icc is not None:
         metadata = replace(metadata, icc=None)  # it describes colours that are no more
     pixels = np.array(colours)
-    if alpha is not None and not keep_invisible:
+    is_filled = alpha is not None and not keep_invisible
+    if alpha is not None and is_filled:
         pixels = filled(pixels.reshape(*alpha.shape, -1), alpha).reshape(pixels.shape)
     grey = pixels.ndim == 2
     if grey:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
     elif mode is None and _is_grey(pixels):
         grey, mode = True, "RGB"
-    return Picture(pixels, grey, replace(metadata, alpha=alpha, mode=mode))
+    return Picture(pixels, grey, replace(metadata, alpha=alpha, mode=mode), is_filled)
 
 
 def pixels_of(image: Image.Image) -> tuple[np.ndarray, bool]:
@@ -170,7 +176,7 @@ def pixels_of(image: Image.Image) -> tuple[np.ndarray, bool]:
 def image_of(pixels: np.ndarray, grey: bool, extras: Extras | None = None) -> Image.Image:
     """The image of pixels (H, W, 3) uint8, which for a grey one are averaged, in the mode that `extras` asks for.
 
-    Its `info` has the metadata under Pillow's names: icc_profile, exif and xmp.
+    Its `info` has the metadata, under Pillow's names where it has some (see `metadata.info_of`).
     """
     extras = extras or Extras()
     if grey:
@@ -207,7 +213,7 @@ def strip_only(image: Image.Image, parts: Collection[str]) -> Image.Image:
 
 
 def strip(image: Image.Image) -> Image.Image:
-    """The image, upright, without ICC profile, EXIF and XMP data."""
+    """The image, upright, without any metadata."""
     _load(image)
     bare = _upright(image).copy()
     bare.info = {name: value for name, value in bare.info.items() if name == "transparency"}
@@ -385,8 +391,12 @@ def _exif(image: Image.Image) -> Image.Exif:
         return Image.Exif()
 
 
+def _orientation(image: Image.Image) -> Any:
+    return _exif(image).get(ExifTags.Base.Orientation, 1)
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(_exif(image).get(ExifTags.Base.Orientation, 1))
+    turn = _TURNS.get(_orientation(image))
     image = normalised(image)
     return image if turn is None else image.transpose(turn)
 
@@ -427,13 +437,24 @@ def _cmyk(pixels: np.ndarray) -> Image.Image:
 
 
 def _metadata(image: Image.Image) -> Extras:
-    """ICC, EXIF and XMP data of an image, as they are when it is upright."""
+    """The metadata of an image, as it is when the image is upright."""
     icc, xmp = (_bounded(image.info.get(name), name) for name in ("icc_profile", "xmp"))
     if xmp is not None:
         xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
     cicp = image.info.get("cicp")
     cicp = cicp if isinstance(cicp, bytes) and len(cicp) == 4 else None
-    return Extras(icc=icc, exif=_bounded(_upright_exif(image), "exif"), xmp=xmp, cicp=cicp)
+    tags = _bounded(_upright_exif(image), "exif")
+    text = texts.text_of(image)
+    if not texts.is_bounded(text):
+        _warn(f"its text is not kept: it has more than {texts.MAX_ITEMS} items or {texts.MAX_TEXT} bytes")
+        text = ()
+    resolution = texts.resolution_of(image)
+    if resolution is not None and resolution == texts.resolution_of_exif(tags):
+        resolution = None
+    if resolution is not None and resolution[0] != resolution[1] and _orientation(image) in _SIDEWAYS:
+        resolution = resolution[::-1]
+    iptc = _bounded(texts.iptc_of(image), "iptc")
+    return Extras(icc=icc, exif=tags, xmp=xmp, cicp=cicp, iptc=iptc, text=text, resolution=resolution)
 
 
 def _bounded(content: Any, name: str) -> bytes | None:
