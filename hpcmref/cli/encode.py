@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hpcmref.cli.batch import ENCODED_SUFFIX, Job, Made, plan, run_spread
+from hpcmref.cli.frames import each_frame, frame_of
 from hpcmref.cli.options import Device, DeviceOption, ForceOption, JobsOption, ModelOption, QuietOption, RayOption
 from hpcmref.errors import ImageError
 
@@ -57,6 +58,9 @@ def encode(
     frame: Annotated[
         int | None, typer.Option("--frame", metavar="N", min=1, help="Encode this frame or page, counted from 1.")
     ] = None,
+    all_frames: Annotated[
+        bool, typer.Option("--all-frames", help="Encode every frame or page to a file of its own: name-0001.bin.")
+    ] = False,
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Instead of -q: keep every pixel exactly, invisible ones too.")
     ] = False,
@@ -87,6 +91,9 @@ def encode(
     if len(target) + (quality is not None) + lossless > 1:
         raise typer.BadParameter("only one of -q, --bpp, --size, --psnr and --lossless can decide the quality.")
 
+    if all_frames and frame is not None:
+        raise typer.BadParameter("--all-frames has every frame, and --frame one.")
+
     def prepare(job: Job) -> bytes:
         job.make_room(force)
         try:
@@ -99,6 +106,8 @@ def encode(
         return _summary(job, made.data)
 
     planned = plan(images, output, IMAGE_SUFFIXES, ENCODED_SUFFIX)
+    if all_frames:
+        planned = each_frame(planned)
     if resume:  # what is there is whole, because files appear complete or not at all
         planned = [job for job in planned if job.target is None or not job.target.is_file()]
     run_spread(
@@ -131,7 +140,7 @@ class _Encoder:
 
         file = io.BytesIO(content)
         file.name = job.name
-        image = images.open_image(file, self.frame or 1)
+        image = images.open_image(file, frame_of(job, self.frame))
         if self.strip:
             image = images.strip(image)
         elif self.strip_only:

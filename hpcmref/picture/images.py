@@ -36,6 +36,7 @@ from hpcmref.arguments import wrong_type
 from hpcmref.errors import ImageError
 from hpcmref.format.container import MAX_PIXELS, MAX_SIDE
 from hpcmref.picture import exif, texts
+from hpcmref.picture.frames import frames_of
 from hpcmref.picture.invisible import filled
 from hpcmref.picture.metadata import MAX_METADATA, Extras, info_of
 from hpcmref.picture.privacy import without
@@ -96,20 +97,39 @@ _SIDEWAYS = (5, 6, 7, 8)
 _pillow_limit = threading.Lock()
 
 
-def open_image(source: Path | BinaryIO, frame: int = 1) -> Image.Image:
+def open_image(source: Path | BinaryIO, frame: int | None = None) -> Image.Image:
     """One frame or page of an image file, with its pixels decoded and the file closed.
 
-    frame: its number, from 1. Warns of the frames that are left out.
+    frame: its number, from 1. None is the first, with a warning that says how many others are left out.
 
     Raises ImageError if the file cannot be read, is no image, is damaged, or has more
     than MAX_PIXELS pixels or a side above MAX_SIDE; the latter before any pixel is decoded.
     """
-    name = str(source) if isinstance(source, Path) else getattr(source, "name", "the image")
+    name = _name_of(source)
+    with _reading(source, name) as file:
+        return _frame(file, name, frame)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """The image of a file, its header read and nothing else. Raises ImageError as `open_image`."""
+    with _reading(path, str(path)) as file:
+        yield _opened(file, str(path))[1]
+
+
+def _name_of(source: Path | BinaryIO) -> str:
+    return str(source) if isinstance(source, Path) else getattr(source, "name", "the image")
+
+
+@contextlib.contextmanager
+def _reading(source: Path | BinaryIO, name: str) -> Iterator[BinaryIO]:
+    """The open file of a source; whatever goes wrong while it is read is an ImageError."""
     try:
         if isinstance(source, Path):
             with source.open("rb") as file:
-                return _frame(file, name, frame)
-        return _frame(source, name, frame)
+                yield file
+        else:
+            yield source
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -246,18 +266,17 @@ def save_image(image: Image.Image, path: Path) -> None:
     atomic_write(path, rendered(image, path))
 
 
-def _frame(file: BinaryIO, name: str, frame: int) -> Image.Image:
+def _frame(file: BinaryIO, name: str, frame: int | None) -> Image.Image:
     file, image = _opened(file, name)
     _check_size(image, name)
-    # The later images of an MPO are thumbnails and gain maps that cameras append to a JPEG, not frames.
-    frames = getattr(image, "n_frames", 1)
-    if not 1 <= frame <= frames:
+    if frame is None:
+        if others := len(frames_of(image)) - 1:
+            _warn(f"only the first frame of {name} is used; {others} more are left out")
+    elif frame not in range(1, (frames := getattr(image, "n_frames", 1)) + 1):
         raise ImageError(f"{name} has {frames} frame{'s' * (frames > 1)}, and no frame {frame}")
-    if frame > 1:
+    else:
         image.seek(frame - 1)
         _check_size(image, name)
-    elif frames > 1 and image.format != "MPO":
-        _warn(f"only the first frame of {name} is used; {frames - 1} more are left out")
     # Pillow has no mode for colours of 16 bits and drops the lower 8 while it reads them.
     if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not is_wide(image):
         _warn(f"{name} has 16 bits a channel, and 8 are kept")
