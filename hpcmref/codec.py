@@ -10,8 +10,8 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -35,9 +35,11 @@ from hpcmref.format.container import METADATA, Container, Encoder, Learned, Tag
 from hpcmref.latents import ARITHMETIC, SCALES, LatentCodec
 from hpcmref.model.hpcm import STRIDE
 from hpcmref.model.layers import in_bfloat16
+from hpcmref.model.transforms import BLOCK
 from hpcmref.picture import images
 from hpcmref.picture.images import Picture
 from hpcmref.picture.metadata import extras_of
+from hpcmref.preview import FEW_STEPS, LinearSynthesis
 from hpcmref.runtime.folders import models_folder
 
 
@@ -246,6 +248,54 @@ class Codec:
         with self._inference():
             shown = self._pixels(self._y_hat(file, learned, upto), learned.quality, file)
         return images.image_of(shown.cpu().numpy(), file.grey, extras_of(file))
+
+    def thumbnail(
+        self,
+        data: bytes | Container,
+        side: int,
+        partial: bool = False,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        damaged: bool = False,
+    ) -> Image.Image:
+        """The image of a file, made to fit a square of `side` pixels and never larger than it is.
+
+        From 12 pixels of the picture for one of the thumbnail on it takes less than half the time of `decode` and is an
+        approximation (`hpcmref.preview`). The other arguments are those of `decode`, and so are the errors.
+        """
+        arguments.integer("side", side, 1)
+        file = data if isinstance(data, Container) else container.parse(data, partial, damaged)
+        factor = max(file.width, file.height) / side
+        if file.learned is None or factor < BLOCK or self.model.config.transform != "dct":
+            return images.fitted(self.decode(file, max_pixels=max_pixels), side)
+        if (pixels := file.width * file.height) > max_pixels:
+            raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
+        return self._preview(
+            file, self._learned(file), images.fitting(file.width, file.height, side), factor >= FEW_STEPS
+        )
+
+    def _preview(self, file: Container, learned: Learned, size: tuple[int, int], few_steps: bool) -> Image.Image:
+        """A picture of `size` (width, height), at most an eighth of the whole, from the linear part of g_s."""
+        with self._inference():
+            if few_steps and not (file.truncated or file.damaged):
+                grid = (-(-file.height // STRIDE), -(-file.width // STRIDE))
+                y_hat = self.latents.preview(file.payload, learned.checksums, grid, learned.quality)
+            else:
+                y_hat = self._y_hat(file, learned, SCALES)
+            gain = self.model.log_inverse_gain
+            small = self._linear(y_hat if gain is None else y_hat * gain(self._rate(learned.quality)).exp())
+            small = _to_bytes(small)
+        shown = Image.fromarray(small[0].permute(1, 2, 0).contiguous().cpu().numpy())
+        area = (0.0, 0.0, file.width / BLOCK, file.height / BLOCK)
+        pixels = np.asarray(shown.resize(size, Image.Resampling.LANCZOS, area))
+        extras = extras_of(file)
+        if extras.alpha is not None:
+            alpha = Image.fromarray(extras.alpha).resize(size, Image.Resampling.BOX, reducing_gap=2)
+            extras = replace(extras, alpha=np.asarray(alpha))
+        return images.image_of(pixels, file.grey, replace(extras, mode=None) if extras.mode == "1" else extras)
+
+    @cached_property
+    def _linear(self) -> LinearSynthesis:
+        return LinearSynthesis(self.model)
 
     def verify(self, data: bytes | Container) -> None:
         """Decode all latents and metadata of a file and compare its checksums; the picture itself is not made.

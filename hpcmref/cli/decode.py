@@ -38,6 +38,15 @@ def decode(
             "--upto", metavar="1|2|3", min=1, max=3, help="A preview: read scales 1 to N alone, and predict the rest."
         ),
     ] = 3,
+    thumbnail: Annotated[
+        int | None,
+        typer.Option(
+            "--thumbnail",
+            metavar="N",
+            min=1,
+            help="A small picture, N pixels on its longer side; faster, and not exact.",
+        ),
+    ] = None,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Decode a truncated file as far as it goes.")
     ] = False,
@@ -64,7 +73,9 @@ def decode(
         job.write(made.data)
         return f"{job.name} -> {job.target_name}: {made.about}"
 
-    work = _Decoder(model, device.value, upto, allow_partial, max_pixels)
+    if thumbnail is not None and upto != 3:
+        raise typer.BadParameter("--thumbnail reads what it needs, and --upto what you say.")
+    work = _Decoder(model, device.value, upto, allow_partial, max_pixels, thumbnail)
     run_spread(plan(files, output, ENCODED_SUFFIXES, ".png"), prepare, work, finish, quiet, jobs)
 
 
@@ -77,16 +88,20 @@ class _Decoder:
     upto: int
     allow_partial: bool
     max_pixels: int
+    thumbnail: int | None = None
 
     def __call__(self, job: Job, content: bytes) -> Made:
         from hpcmref.format.container import parse
         from hpcmref.lossless import decode as decode_lossless
-        from hpcmref.picture.images import rendered
+        from hpcmref.picture.images import fitted, rendered
         from hpcmref.picture.render import render
 
         file = parse(content, self.allow_partial)
         if file.learned is None:
             image = decode_lossless(file, self.max_pixels)
+            image = fitted(image, self.thumbnail) if self.thumbnail else image
+        elif self.thumbnail:
+            image = self._codec(file).thumbnail(file, self.thumbnail, max_pixels=self.max_pixels)
         else:
             image = self._codec(file).decode(file, self.upto, max_pixels=self.max_pixels)
         target = None if job.is_stream else job.target

@@ -217,6 +217,24 @@ def image_of(pixels: np.ndarray, grey: bool, extras: Extras | None = None) -> Im
     return image
 
 
+def fitting(width: int, height: int, side: int) -> tuple[int, int]:
+    """Width and height of the picture that fits a square of `side` pixels, never larger than it is."""
+    factor = max(1.0, max(width, height) / side)
+    return max(1, round(width / factor)), max(1, round(height / factor))
+
+
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """The image made to fit a square, with its info; of mode L instead of 1 if it is made smaller."""
+    size = fitting(image.width, image.height, side)
+    if size == image.size:
+        return image
+    image = image.convert("L") if image.mode == "1" else image
+    gap = None if image.mode == "I;16" else 3.0  # Pillow cannot reduce it
+    small = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=gap)
+    small.info = image.info
+    return small
+
+
 def without_exif(image: Image.Image) -> Image.Image:
     """The image, upright, without EXIF data in any form that Pillow knows; its info is a new dictionary."""
     turned = _upright(image)
