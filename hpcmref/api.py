@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+    from hpcmref.format.container import Container
+
 _TARGETS = ("size", "bpp", "psnr")
 
 
@@ -138,12 +140,16 @@ class FileInfo:
     """What a file says about itself; nothing of it is decoded.
 
     width, height: pixels. grey, alpha: the image has one channel of colour, and transparency.
-    metadata: which of "icc", "exif", "xmp" and "cicp" it has.
+    metadata: which of "icc", "exif", "xmp", "cicp", "iptc", "text" and "resolution" it has.
     version: of the format. coding: "learned", "webp" or "png" (the last two are without loss).
     encoder: version of the hpcmref that wrote it, or None if unknown. effort: 0 to 9.
     model: the name of its model if that is here; fingerprint: of the model, 8 hexadecimal digits; quality: 0 to 63;
         arithmetic: which exact arithmetic, see FORMAT.md. All four are None in a file without loss.
     size: bytes of the file; parts: bytes of its header, chunks, payload and crc.
+    metadata_sizes: bytes of the file that each item of `metadata` takes.
+    about: what the metadata says in words, as far as it says it: "camera", "date", "software", "location" ("yes"),
+        "resolution", and texts.
+    exif: names and values of all EXIF tags.
     """
 
     width: int
@@ -161,6 +167,9 @@ class FileInfo:
     arithmetic: int | None
     size: int
     parts: dict[str, int]
+    metadata_sizes: dict[str, int]
+    about: dict[str, str]
+    exif: tuple[tuple[str, str], ...]
 
     @property
     def bits_per_pixel(self) -> float:
@@ -176,13 +185,15 @@ def info(data: FileSource) -> FileInfo:
     content = content_of(data)
     file = parse(content)
     learned, encoder = file.learned, file.encoder
-    names = {Tag.ICC: "icc", Tag.EXIF: "exif", Tag.XMP: "xmp", Tag.CICP: "cicp"}
+    sizes = {tag.name.lower(): len(chunk) for tag in Tag if (chunk := file.chunk(tag)) is not None}
+    sizes = {name: size for name, size in sizes.items() if name not in ("alpha", "mode")}
+    about, tags = _described(file)
     return FileInfo(
         width=file.width,
         height=file.height,
         grey=file.grey,
         alpha=file.chunk(Tag.ALPHA) is not None,
-        metadata=tuple(name for tag, name in names.items() if file.chunk(tag) is not None),
+        metadata=tuple(sizes),
         version=file.version,
         coding=file.coding.name.lower(),
         encoder=None if encoder == Encoder() else f"{encoder.major}.{encoder.minor}",
@@ -193,7 +204,27 @@ def info(data: FileSource) -> FileInfo:
         arithmetic=None if learned is None else learned.arithmetic,
         size=len(content),
         parts=part_sizes(content),
+        metadata_sizes=sizes,
+        about=about,
+        exif=tags,
     )
+
+
+def _described(file: Container) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
+    """What the metadata says in words, and the tags of EXIF."""
+    from hpcmref.errors import FormatError
+    from hpcmref.format.container import METADATA, Tag
+
+    if not any(tag in {*METADATA, Tag.RESOLUTION} for tag, _ in file.chunks):
+        return {}, ()
+    from hpcmref.picture.describe import described, exif_lines
+    from hpcmref.picture.metadata import metadata_of
+
+    try:
+        extras = metadata_of(file)
+    except FormatError as error:
+        return {"metadata": str(error)}, ()
+    return described(extras), tuple(exif_lines(extras.exif))
 
 
 def encode_many(
