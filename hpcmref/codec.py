@@ -164,7 +164,8 @@ class Codec:
             data = _without_loss(picture, verify)
             best = data if best is None or len(data) <= len(best) else best
         if best is None:
-            raise HpcmrefError(_unreached(self.name, frame, psnr, limit))
+            wanted = f"{psnr} dB" if psnr is not None else f"{size} bytes" if bpp is None else f"{bpp} bits per pixel"
+            raise HpcmrefError(_unreached(self.name, frame, wanted, limit))
         return best
 
     def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[Picture, _Frame]:
@@ -463,11 +464,13 @@ def _without_loss(picture: Picture, verify: bool, made: Choice | None = None) ->
     return data
 
 
-def _unreached(name: str, frame: _Frame, psnr: float | None, limit: float | None) -> str:
-    """The sentence about a target that no quality reaches."""
-    wanted = f"{psnr} dB" if limit is None else f"{limit:.0f} bytes"
-    sizes = {Tag(tag).name: len(content) for tag, content in frame.chunks if tag in METADATA}
+def _unreached(name: str, frame: _Frame, wanted: str, limit: float | None) -> str:
+    """The sentence about a target that no quality reaches; limit: bytes, if it is one."""
+    sizes = {Tag(tag).name: len(content) for tag, content in frame.chunks if tag in {*METADATA, Tag.ALPHA}}
+    alpha = sizes.pop("ALPHA", 0)
     if limit is not None and sum(sizes.values()) > limit:
         items = " and ".join(f"{name} data of {size} bytes" for name, size in sizes.items())
         return f"the image cannot have {wanted}: its metadata alone is larger ({items}); leave it out with --strip"
+    if limit is not None and alpha > limit:
+        return f"the image cannot have {wanted}: its transparency alone takes {alpha} bytes"
     return f"no quality of the model {name} reaches {wanted} with this image"

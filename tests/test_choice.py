@@ -132,6 +132,42 @@ def test_a_target_that_metadata_alone_is_larger_than(codec: Codec, sample: Image
     assert len(codec.encode_to(image, size=4000, choose=True)) <= 4000
 
 
+def of_every_kind(sample: Image.Image) -> dict[str, Image.Image]:
+    small = sample.crop((150, 60, 214, 124))
+    masked, heavy = small.copy(), small.copy()
+    masked.putalpha(Image.radial_gradient("L").resize(masked.size))
+    heavy.info["icc_profile"] = np.random.default_rng(0).bytes(2000)
+    return {
+        "one pixel": sample.crop((0, 0, 1, 1)),
+        "tiny": sample.crop((50, 60, 53, 62)),
+        "flat": Image.new("L", (64, 64), 9),
+        "transparent": masked,
+        "invisible": Image.new("RGBA", (20, 20)),
+        "metadata": heavy,
+    }
+
+
+@pytest.mark.parametrize("kind", ["one pixel", "tiny", "flat", "transparent", "invisible", "metadata"])
+def test_sizes_count_everything_in_the_file(codec: Codec, sample: Image.Image, kind: str) -> None:
+    """The best file within the limit; one byte less than the smallest is refused."""
+    image = of_every_kind(sample)[kind]
+    smallest = min(len(codec.encode(image, 0, choose=True)), len(codec.encode(image, 0)))
+    for size in (smallest, smallest + 40, smallest + 400):
+        data = codec.encode_to(image, size=size, choose=True)
+        assert len(data) <= size
+        learned = parse(data).learned
+        if learned is not None and learned.quality < 63:
+            assert len(codec.encode(image, learned.quality + 1)) > size
+    for limit in ({"size": smallest - 1}, {"bpp": 8 * (smallest - 1) / (image.width * image.height)}):
+        with pytest.raises(HpcmrefError, match=r"no quality|alone"):
+            codec.encode_to(image, **limit, choose=True)  # type: ignore[arg-type]
+    for wanted in (30, 45):
+        shown = np.asarray(codec.decode(codec.encode_to(image, psnr=wanted, choose=True)).convert("RGBA"), float)
+        expected = np.asarray(image.convert("RGBA"), float)
+        seen = expected[..., 3] > 0
+        assert not seen.any() or np.square(shown[seen] - expected[seen])[:, :3].mean() <= 255**2 / 10 ** (wanted / 10)
+
+
 def test_psnr_is_of_what_is_visible(codec: Codec, sample: Image.Image) -> None:
     pixels = np.array(sample.crop((150, 60, 278, 156)).convert("RGBA"))
     pixels[:, 64:] = np.random.default_rng(0).integers(0, 256, pixels[:, 64:].shape)
