@@ -126,7 +126,7 @@ def _made(form: str, mode: str, grey: bool, alpha: str, metadata: str, output: s
     back, refused = MODES[mode]
     if form == "GIF" and mode == "L":
         back = "RGB" if _opened_mode(file) == "P" else "L"
-    if form == "WEBP":  # which drops alpha where all is opaque
+    if form in ("WEBP", "AVIF"):  # which drop alpha where all is opaque
         back = _opened_mode(file)
     name = " ".join(filter(None, (form, mode, "equal channels" if grey else "", alpha, metadata)))
     return Case(name, file.getvalue(), expected, back, not refused, kept, output)
