@@ -1,8 +1,8 @@
 """Small image files of every kind, each with what must come back: mode x depth x alpha x metadata x format.
 
-    python tests/corpus.py
+    python tests/corpus.py [WORD]
 
-runs all of them through the Python interface, the Pillow plugin and pipes of the command line, and prints what differs.
+runs all of them (those with WORD in their names) through the Python interface, the Pillow plugin and pipes of the command line, and prints what differs.
 `tests/test_corpus.py` runs a sample. With ImageMagick (`convert`) its files join, and its decoder says what they are.
 """
 
@@ -229,7 +229,10 @@ def _options(form: str, image: Image.Image, kept: tuple[str, ...]) -> dict[str, 
 
 
 def _of_imagemagick() -> Iterator[Case]:
-    """Files of ImageMagick, with depths and layouts that Pillow does not write; it also says what their pixels are."""
+    """Files of ImageMagick, with depths and layouts that Pillow does not write; it also says what their pixels are.
+
+    None in TGA, since version 6 writes rows from the top and says that they are from the bottom.
+    """
     if (convert := shutil.which("convert")) is None:
         return
     source = io.BytesIO()
@@ -238,7 +241,6 @@ def _of_imagemagick() -> Iterator[Case]:
         "png": (["-depth", "16"], ["-colorspace", "Gray", "-depth", "2"], ["-interlace", "PNG"], ["-depth", "8"]),
         "tiff": (["-compress", "Zip"], ["-interlace", "plane"], ["-depth", "16"], ["-compress", "None"]),
         "bmp": (["-depth", "8"],),
-        "tga": (["-compress", "RLE"],),
         "webp": (["-define", "webp:lossless=true"],),
     }
     for suffix, many in layouts.items():
@@ -365,10 +367,12 @@ def _shown(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGBA"))
 
 
-def main() -> int:
-    """Run everything; the exit code is 1 if anything differs."""
+def main(word: str = "") -> int:
+    """Run the files with a word in their names; the exit code is 1 if anything differs."""
     count = failed = 0
     for case in cases():
+        if word not in case.name:
+            continue
         count += 1
         for way in WAYS:
             for problem in problems(case, way):
@@ -379,4 +383,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))
