@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcmref.errors import CheckpointError, ConfigError
 from hpcmref.format import tensorfile
+from hpcmref.format.container import MAX_QUALITY
 from hpcmref.format.tensorfile import TensorFile
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ _TILES = Path(__file__).parent / "exact" / "tiles"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What the header of a checkpoint says of it. size is in bytes; parameters counts numbers."""
+    """What the header of a checkpoint says of it. size is in bytes; parameters counts numbers; qualities is 1 for a
+    model of one rate."""
 
     name: str
     preset: str
@@ -50,6 +52,7 @@ class CheckpointInfo:
     size: int
     default: bool
     description: str
+    qualities: int
 
 
 def available() -> list[CheckpointInfo]:
@@ -89,6 +92,7 @@ def info(path: Path) -> CheckpointInfo:
             size=path.stat().st_size,
             default=path.resolve().parent == _WEIGHTS.resolve() and path.stem == DEFAULT_MODEL,
             description=str(metadata["description"]),
+            qualities=MAX_QUALITY + 1 if metadata["config"].get("lambdas") else 1,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} lacks what an hpcmref checkpoint must say of itself ({error}).") from error

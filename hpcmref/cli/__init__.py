@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hpcmref._version import __version__
-from hpcmref.cli import bench, checkpoints, decode, encode, info, train
+from hpcmref.cli import bench, checkpoints, compare, decode, encode, info, train, verify
 from hpcmref.cli.failures import GuardedGroup
 from hpcmref.runtime.heap import keep_memory
 
@@ -23,7 +23,9 @@ app = typer.Typer(
 )
 app.command()(encode.encode)
 app.command()(decode.decode)
+app.command()(verify.verify)
 app.command()(info.info)
+app.command()(compare.compare)
 app.command()(bench.bench)
 app.command()(train.train)
 app.add_typer(checkpoints.app, name="checkpoints")

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpcmref.cli.batch import expand
+from hpcmref.cli.batch import inputs
 from hpcmref.cli.encode import IMAGE_SUFFIXES
-from hpcmref.cli.options import Device, DeviceOption, QuietOption, RayOption
+from hpcmref.cli.options import Device, DeviceOption, QuietOption, RayOption, ThreadsOption, parse_jobs, use_threads
 from hpcmref.errors import ConfigError, HpcmrefError
 
 if TYPE_CHECKING:
@@ -145,8 +145,14 @@ def bench(
     ] = 1,
     jobs: Annotated[
         int,
-        typer.Option("--jobs", min=1, metavar="N", help="Processes at work; with more than one, seconds are longer."),
+        typer.Option(
+            "--jobs",
+            parser=parse_jobs,
+            metavar="N|auto",
+            help="Processes at work; with more than one, seconds are longer.",
+        ),
     ] = 1,
+    threads: ThreadsOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="The first N images only.")] = None,
     resume: Annotated[
         Path | None,
@@ -190,6 +196,7 @@ def bench(
 ) -> None:
     """Measure codecs side by side on your own images: size, quality, time, memory, BD-rate."""
     _check_outputs(json_file, csv_file, report, generations)
+    use_threads(threads)
     if profile:
         for model in models.split(",") if models else [_default()]:
             _profile(model, _images(folders or [])[:1], device.value, repeat)
@@ -303,10 +310,14 @@ def _default() -> str:
 
 
 def _images(folders: Sequence[str]) -> list[Path]:
-    images = [path for path in expand(folders, IMAGE_SUFFIXES) if path is not None]
     if "-" in folders:
         raise typer.BadParameter("standard input is not a folder of images.")
-    return list(dict.fromkeys(images))
+    planned = inputs(folders, IMAGE_SUFFIXES)
+    if planned.problems:
+        raise planned.problems[0]
+    if planned.skipped:
+        print(f"hpcmref: {planned.skipped}", file=sys.stderr)
+    return [job.source for job in planned.jobs if job.source is not None]
 
 
 def _range(text: str) -> tuple[float, float]:

@@ -1,6 +1,5 @@
-"""How does an error become one line on stderr and an exit code?
+"""How does an error become one line on stderr and an exit code? `exit_code` is the table; docs/exit-codes.md shows it.
 
-0: done. 1: could not do it, and stderr has one line a failure. 2: wrong usage, shown by Typer. 130: interrupted.
 A traceback is printed only if the environment variable HPCMREF_DEBUG is set.
 """
 
@@ -10,16 +9,31 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 from typing import Any
 
 from typer.core import TyperGroup
 
-from hpcmref.errors import HpcmrefError
+from hpcmref.errors import ConfigError, HpcmrefError
+from hpcmref.runtime.signals import Stopped, stoppable
 
 OUT_OF_MEMORY = "not enough memory; try a smaller image"
 OUT_OF_GPU_MEMORY = "not enough memory on the GPU; try --device cpu"
+
+
+def exit_code(error: BaseException | None) -> int:
+    """What a run ends with: 0 done, 1 failed, 2 wrong usage, 128 + the number of the signal that stopped it.
+
+    error: what left the command; a run in which some files failed leaves typer.Exit(1), wrong options ClickException
+    of Typer, which has the code 2.
+    """
+    if error is None:
+        return 0
+    if isinstance(error, Stopped):
+        return error.exit_code
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def describe(error: BaseException) -> str:
@@ -59,17 +73,29 @@ class GuardedGroup(TyperGroup):
         if sys.stderr is None:  # closed: print would write to stdout instead
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         try:
-            try:
-                return super().main(*args, **kwargs)
-            finally:
-                if sys.stdout is not None:
-                    sys.stdout.flush()  # here, because at interpreter exit a failure could only be "ignored"
+            with stoppable():
+                try:
+                    return super().main(*args, **kwargs)
+                finally:
+                    if sys.stdout is not None:
+                        sys.stdout.flush()  # here, because at interpreter exit a failure could only be "ignored"
+        except Stopped as stopped:
+            print(f"hpcmref: {stopped}", file=sys.stderr)
+            _drop_stdout()
+            sys.exit(exit_code(stopped))
         except Exception as error:
             # Typer answers EPIPE with a silent exit 1, so that `| head` is no error; the flush above does the same.
             if not (isinstance(error, OSError) and error.errno == errno.EPIPE):
                 report(error)
             _drop_stdout()
-            sys.exit(1)
+            sys.exit(exit_code(error))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; a KeyboardInterrupt, which Typer would answer without a word, becomes Stopped."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Stopped(signal.SIGINT) from None
 
 
 def _drop_stdout() -> None:

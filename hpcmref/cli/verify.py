@@ -1,0 +1,98 @@
+"""Are encoded files whole, and do they decode to what was encoded? Nothing is written."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hpcmref.cli.batch import ENCODED_SUFFIXES, Done, Job, Made, Outcome, Style, inputs, run_spread
+from hpcmref.cli.options import (
+    Device,
+    DeviceOption,
+    JobsOption,
+    JsonOption,
+    ModelOption,
+    QuietOption,
+    RecursiveOption,
+    ThreadsOption,
+    VerboseOption,
+    use_threads,
+)
+
+if TYPE_CHECKING:
+    from hpcmref.codec import Codec
+    from hpcmref.format.container import Container
+
+
+def verify(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE", help="Encoded files, folders of .hpcm and .bin files, or - for standard input."),
+    ],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Compare the checksums of the files only, and decode nothing.")
+    ] = False,
+    model: ModelOption = None,
+    device: DeviceOption = Device.auto,
+    recursive: RecursiveOption = True,
+    jobs: JobsOption = 1,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Check encoded files: decode them, compare all checksums, name the bad ones, and write nothing."""
+
+    def finish(job: Job, outcome: Outcome) -> Done:
+        return Done(f"{job.name}: {'intact' if quick else 'decodes'}", {**outcome.made.facts, "size": outcome.size})
+
+    use_threads(threads)
+    planned = inputs(files, ENCODED_SUFFIXES, recursive)
+    run_spread(
+        planned, Job.read, _Verifier(model, device.value, quick), finish, Style(quiet, as_json, verbose), jobs,
+        threads=threads,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Verifier:
+    """What is done to every file; it can be sent to another process."""
+
+    model: str | None
+    device: str
+    quick: bool
+
+    def __call__(self, job: Job, content: bytes) -> Made:
+        from hpcmref.format.container import parse
+
+        started = time.perf_counter()
+        file = parse(content)
+        parsed = time.perf_counter()
+        if not self.quick:
+            self._decode(file)
+        stages = {"compare the checksum": parsed - started, "decode": time.perf_counter() - parsed}
+        return Made(b"", {"width": file.width, "height": file.height, "decoded": not self.quick}, stages)
+
+    def _decode(self, file: Container) -> None:
+        if file.learned is None:
+            from hpcmref import lossless
+            from hpcmref.format.container import MAX_PIXELS
+
+            lossless.decode(file, MAX_PIXELS)
+        else:
+            self._codec(file.learned.fingerprint, file).verify(file)
+
+    def _codec(self, fingerprint: bytes, file: Container) -> Codec:
+        from hpcmref.codec import codec_for
+
+        if fingerprint not in self._codecs:
+            self._codecs[fingerprint] = codec_for(file, self.device, self.model)
+        return self._codecs[fingerprint]
+
+    @functools.cached_property
+    def _codecs(self) -> dict[bytes, Codec]:
+        return {}
