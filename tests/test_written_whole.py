@@ -10,9 +10,14 @@ import threading
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from containers import changed, learned_of
+from PIL import Image, features
+from typer.testing import CliRunner, Result
 
+from hpcmref import DEFAULT_QUALITY
+from hpcmref.cli import app
 from hpcmref.errors import HpcmrefError
+from hpcmref.format.container import MAGIC, parse, write
 from hpcmref.runtime.files import atomic_write, descriptor_of, is_special
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions, links and pipes of POSIX")
@@ -167,3 +172,124 @@ def test_a_pipe_gets_everything(folder: Path) -> None:
     reader.join(20)
     assert found == [bytes(300_000)]
     assert stat.S_ISFIFO(os.stat("pipe").st_mode)
+
+
+# --- from the command line ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "hpcmref encode a.png -o /dev/stdout --quiet > out",
+        "hpcmref encode a.png -o /dev/fd/3 3> out",
+        "hpcmref encode a.png -o >(cat > out) && wait && sleep 0.5",
+        "mkfifo pipe; cat pipe > out & hpcmref encode a.png -o pipe && wait && test -p pipe",
+        "hpcmref encode - -o - < a.png > out",
+    ],
+)
+def test_outputs_that_are_no_files(folder: Path, line: str) -> None:
+    result = shell(line)
+    assert result.returncode == 0, result.stderr
+    assert parse(Path("out").read_bytes()).width == 24
+
+
+def test_an_output_that_is_appended_to(folder: Path) -> None:
+    Path("out").write_bytes(b"before")
+    assert shell("hpcmref encode a.png -o /dev/stdout --quiet >> out").returncode == 0
+    data = Path("out").read_bytes()
+    assert data.startswith(b"before" + MAGIC)
+    assert parse(data[6:]).width == 24
+
+
+def test_an_open_file_that_is_not_open(folder: Path) -> None:
+    result = shell("hpcmref encode a.png -o /dev/fd/77")
+    assert (result.returncode, result.stderr) == (
+        1, b"hpcmref: a.png: cannot write /dev/fd/77: Bad file descriptor\n"
+    )  # fmt: skip
+
+
+class TestResume:
+    """With --lossless, which needs no model and leaves the rest to be tested."""
+
+    @staticmethod
+    def encode(*options: str) -> Result:
+        return CliRunner().invoke(app, ["encode", "a.png", "-o", "a.hpcm", "--resume", *options])
+
+    @pytest.mark.parametrize("damage", ["empty", "cut in the magic", "cut", "flipped"])
+    def test_what_is_not_whole_is_made_again(self, folder: Path, damage: str) -> None:
+        assert self.encode("--lossless").exit_code == 0
+        whole = Path("a.hpcm").read_bytes()
+        length = {"empty": 0, "cut in the magic": 2, "cut": len(whole) - 5, "flipped": len(whole)}[damage]
+        data = bytearray(whole[:length])
+        if damage == "flipped":
+            data[20] ^= 1
+        Path("a.hpcm").write_bytes(data)
+        assert self.encode("--lossless").exit_code == 0
+        assert Path("a.hpcm").read_bytes() == whole
+
+    def test_what_is_whole_is_kept(self, folder: Path) -> None:
+        assert self.encode("--lossless").exit_code == 0
+        before = Path("a.hpcm").stat().st_mtime_ns
+        result = self.encode("--lossless")
+        assert (result.exit_code, result.output) == (0, "")
+        assert Path("a.hpcm").stat().st_mtime_ns == before
+
+    def test_another_quality_is_made_anew(self, folder: Path) -> None:
+        def quality() -> int:
+            return learned_of(parse(Path("a.hpcm").read_bytes())).quality
+
+        assert self.encode("-q", "5").exit_code == 0
+        assert self.encode("-q", "5").output == ""
+        assert self.encode().exit_code == 0
+        assert quality() == DEFAULT_QUALITY
+        size = Path("a.hpcm").stat().st_size
+        assert self.encode("--size", str(size)).output == ""
+        assert self.encode("--size", str(size - 1)).exit_code == 0
+        assert quality() < DEFAULT_QUALITY
+        assert self.encode("--lossless").exit_code == 0
+        assert parse(Path("a.hpcm").read_bytes()).learned is None
+
+    def test_another_model_is_made_anew(self, folder: Path) -> None:
+        assert self.encode().exit_code == 0
+        file = parse(Path("a.hpcm").read_bytes())
+        Path("a.hpcm").write_bytes(write(changed(file, fingerprint=b"else")))
+        assert self.encode().exit_code == 0
+        assert parse(Path("a.hpcm").read_bytes()) == file
+
+    def test_a_foreign_file_is_never_replaced(self, folder: Path) -> None:
+        Path("a.hpcm").write_bytes(b"precious")
+        result = self.encode("--lossless")
+        assert result.exit_code == 1
+        assert result.stderr == ("hpcmref: a.png: a.hpcm exists already and is no hpcmref file (--force replaces it)\n")
+        assert Path("a.hpcm").read_bytes() == b"precious"
+
+    @pytest.mark.parametrize("form", ["png", "jpg", "webp", "tif", "bmp", "ppm", "avif", "npy"])
+    def test_decode(self, folder: Path, form: str) -> None:
+        def decode() -> Result:
+            return CliRunner().invoke(app, ["decode", "a.hpcm", "-o", name, "--resume"])
+
+        name = f"b.{form}"
+        if form == "avif" and not features.check("avif"):
+            pytest.skip("this Pillow has no AVIF")
+
+        assert self.encode("--lossless").exit_code == 0
+        assert decode().exit_code == 0
+        whole = Path(name).read_bytes()
+        assert decode().output == ""
+        for data in (b"", whole[:4], whole[:-20]):
+            Path(name).write_bytes(data)
+            assert decode().exit_code == 0
+            assert Path(name).read_bytes() == whole
+        Image.new("L", (3, 3)).save(name) if form != "npy" else Path(name).write_bytes(b"")
+        assert decode().exit_code == 0
+        assert Path(name).read_bytes() == whole
+        Path(name).write_bytes(b"precious")
+        assert decode().exit_code == 1
+        assert Path(name).read_bytes() == b"precious"
+
+
+def test_preserve_keeps_the_time_there_and_back(folder: Path) -> None:
+    os.utime("a.png", ns=(10**18, 10**18 + 12345))
+    for arguments in (["encode", "a.png", "-o", "a.hpcm", "--lossless"], ["decode", "a.hpcm", "-o", "b.png"]):
+        assert CliRunner().invoke(app, [*arguments, "--preserve"]).exit_code == 0
+        assert Path(arguments[3]).stat().st_mtime_ns == 10**18 + 12345

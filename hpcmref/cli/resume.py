@@ -66,6 +66,8 @@ def is_decoded(path: Path, form: str, source: Path | None) -> bool:
     data = path.read_bytes()
     if data and not _begins_as(data, form):
         raise HpcmrefError(f"{path} exists already and is no {form} file (--force replaces it)")
+    if not _is_complete(data, form):
+        return False
     try:
         size = _shape_of_npy(data) if form == "NPY" else open_image(_named(data, path)).size
     except ImageError:
@@ -96,6 +98,17 @@ _BEGINNINGS = {
 
 def _begins_as(data: bytes, form: str) -> bool:
     return any(data[: len(magic)] == magic[: len(data)] for magic in _BEGINNINGS[form])
+
+
+def _is_complete(data: bytes, form: str) -> bool:
+    """Whether the end of the file is there, which Pillow does not ask if it has all pixels."""
+    if form == "PNG":
+        return data.endswith(b"IEND\xaeB`\x82")
+    if form == "JPEG":
+        return data.endswith(b"\xff\xd9")
+    if form == "WEBP":
+        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    return bool(data)
 
 
 def _shape_of_npy(data: bytes) -> tuple[int, int]:
