@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcmref.errors import CheckpointError, ConfigError
+from hpcmref.errors import CheckpointError, ConfigError, near
 from hpcmref.format import tensorfile
 from hpcmref.format.container import MAX_QUALITY
 from hpcmref.format.tensorfile import TensorFile
@@ -75,7 +75,10 @@ def find(model: str | Path | None) -> Path:
         return names[str(model)]
     if Path(model).is_file():
         return Path(model)
-    raise CheckpointError(f"There is no model {str(model)!r}: neither a file nor one of {', '.join(names) or 'none'}.")
+    hint = near(str(model), names)
+    raise CheckpointError(
+        f"There is no model {str(model)!r}: neither a file nor one of {', '.join(names) or 'none'}{hint}."
+    )
 
 
 def info(path: Path) -> CheckpointInfo:

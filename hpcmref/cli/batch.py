@@ -56,6 +56,14 @@ class Job:
         """The output is standard output, a pipe or a device: nothing that exists is lost by writing to it."""
         return self.target is None or is_special(self.target)
 
+    @property
+    def target_exists(self) -> bool:
+        """The output is there, and is a file or folder. Raises HpcmrefError for a name that there cannot be."""
+        if self.target is None or self.is_stream:
+            return False
+        with _writing(self.target):
+            return self.target.exists()
+
     def read(self) -> bytes:
         """All bytes of the input."""
         if self.source is not None:
@@ -88,7 +96,7 @@ class Job:
             return
         if self.is_stream:
             return
-        if self.target.exists() and not force:
+        if not force and self.target_exists:
             raise HpcmrefError(f"{self.target} exists already (--force replaces it)")
 
     def make_room(self, force: bool) -> None:
@@ -99,7 +107,17 @@ class Job:
     def make_folder(self) -> None:
         """Make the folder of the output."""
         if self.target is not None and not self.is_stream:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
+            with _writing(self.target):
+                self.target.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Say of what goes wrong that it is about an output."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise HpcmrefError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @dataclass(frozen=True)
@@ -116,7 +134,7 @@ class Outputs:
 
     def are_wanted(self, job: Job) -> bool:
         """Whether there is anything to do for a job. Raises HpcmrefError if it cannot be done. Nothing is written."""
-        if self.is_there is None or job.target is None or job.is_stream or not job.target.exists():
+        if self.is_there is None or not job.target_exists:
             job.check_room(self.force)
             return True
         return not self.is_there(job)
@@ -361,11 +379,10 @@ def dry_run(planned: Plan, outputs: Outputs, style: Style) -> None:
     for job in planned.jobs:
         try:
             wanted = outputs.are_wanted(job)
+            action = "keep" if not wanted else "replace" if job.target_exists else "write"
         except HpcmrefError as error:
             failures.append((error, job))
             continue
-        replaced = job.target is not None and not job.is_stream and job.target.exists()
-        action = "keep" if not wanted else "replace" if replaced else "write"
         if style.json:
             print(json.dumps({"file": job.name, "output": job.target_name, "action": action}))
         else:
@@ -408,7 +425,7 @@ class _Printer:
 
     def say(self, line: str) -> None:
         if not self.style.quiet and not self.style.json:
-            print(line, file=sys.stderr if self.to_stdout else sys.stdout)
+            print(line, file=sys.stderr if self.to_stdout else sys.stdout, flush=True)
 
     def warnings(self, job: Job, texts: Sequence[str]) -> None:
         if not self.style.quiet:

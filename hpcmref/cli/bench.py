@@ -198,7 +198,7 @@ def bench(
     _check_outputs(json_file, csv_file, report, generations)
     use_threads(threads)
     if profile:
-        for model in models.split(",") if models else [_default()]:
+        for model in models.split(",") if models is not None else [_default()]:
             _profile(model, _images(folders or [])[:1], device.value, repeat)
         return
     _need_extra()
@@ -217,7 +217,7 @@ def bench(
     sources = dict.fromkeys([*(DATASETS[dataset][1] for dataset in asked), *(results or [])])
     fixed = {source: curves.read(source) for source in sources}
     images = _images(folders)[:limit]
-    between = _range(limits) if limits else None
+    between = _range(limits) if limits is not None else None
     chosen = _codecs(codecs, models, encoder or [], qualities or [], time_limit, device.value)
     settings = _settings(qualities or [], target, chosen)
     optional = quality.chosen(metrics)
@@ -265,6 +265,9 @@ def _check_outputs(json_file: Path | None, csv_file: Path | None, report: Path |
         raise typer.BadParameter("a report is a folder; it cannot go to standard output.", param_hint="--report")
     if str(json_file) == str(csv_file) == "-":
         raise typer.BadParameter("only one of --json and --csv can go to standard output.", param_hint="--csv")
+    for name, file in (("--json", json_file), ("--csv", csv_file)):
+        if file is not None and str(file) != "-" and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise typer.BadParameter(f"{file} is a folder, or in a folder that is not there.", param_hint=name)
     if report is not None and generations is not None:
         raise typer.BadParameter("--generations has no page; use --json or --csv.", param_hint="--report")
 
@@ -275,8 +278,8 @@ def _codecs(
     from hpcmref.bench import codecs
     from hpcmref.bench.external import externals
 
-    asked = names.split(",") if names else codecs.available()
-    ours = codecs.codecs_of(asked, models.split(",") if models else [_default()], device)
+    asked = names.split(",") if names is not None else codecs.available()
+    ours = codecs.codecs_of(asked, models.split(",") if models is not None else [_default()], device)
     return codecs.distinct([*ours, *externals(encoders, qualities, limit)])
 
 

@@ -110,7 +110,7 @@ def decode(
     if force and resume:
         raise typer.BadParameter("--force replaces what --resume keeps.")
     from hpcmref.picture.images import FORMATS, format_of
-    from hpcmref.picture.render import check_quality
+    from hpcmref.picture.render import check_writable
 
     asked = None if form is None else parse_format(form)
     colour = None if background is None else parse_colour(background)
@@ -133,7 +133,9 @@ def decode(
         return
 
     def prepare(job: Job) -> bytes | None:
-        check_quality(format_for(job), output_quality)  # refuses what cannot be written now, and not after the decoding
+        check_writable(
+            format_for(job), output_quality
+        )  # refuses what cannot be written now, and not after the decoding
         return outputs.prepare(job)
 
     def finish(job: Job, outcome: Outcome) -> Done:

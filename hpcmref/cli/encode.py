@@ -33,7 +33,7 @@ from hpcmref.cli.options import (
     use_threads,
 )
 from hpcmref.cli.resume import Wanted
-from hpcmref.errors import ImageError
+from hpcmref.errors import ImageError, near
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -256,7 +256,10 @@ def parse_parts(text: str) -> tuple[str, ...]:
 
     parts = tuple(part.strip() for part in text.split(","))
     if wrong := sorted(set(parts) - set(PARTS)):
-        raise typer.BadParameter(f"it takes {', '.join(PARTS)}, not {', '.join(wrong)}.", param_hint="--strip-only")
+        hint = near(wrong[0], PARTS)
+        raise typer.BadParameter(
+            f"it takes {', '.join(PARTS)}, not {', '.join(map(repr, wrong))}{hint}.", param_hint="--strip-only"
+        )
     return parts
 
 

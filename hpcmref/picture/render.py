@@ -53,14 +53,12 @@ def render(
     Warns of metadata that the format has no room for. Raises ImageError if it cannot hold the image, and ConfigError
     for a quality that it does not have.
     """
-    check_quality(form, quality)
+    check_writable(form, quality)
     options = dict(_OPTIONS.get(form, {}))
     if quality is not None:
         options["quality"] = quality
         if "lossless" in options:
             options["lossless"] = False
-    if not plugins.register(form):
-        raise ImageError(plugins.missing(form))
     image = _fitting(image, form, background)
     items = _items(image, form)
     if form == "NPY":
@@ -84,8 +82,10 @@ def render(
     return data
 
 
-def check_quality(form: str, quality: int | None) -> None:
-    """Raise ConfigError if a format has no quality, or for one that is not 1 to 100."""
+def check_writable(form: str, quality: int | None) -> None:
+    """Raise ImageError if a format cannot be written here, ConfigError if it has no quality or not this one."""
+    if not plugins.register(form):
+        raise ImageError(plugins.missing(form))
     if quality is None:
         return
     if form not in WITH_QUALITY:
