@@ -85,5 +85,5 @@ class TestRay:
     def test_no_cluster(self, folder: Path) -> None:
         pytest.importorskip("ray")
         result = call("bench", "in", "--codecs", "jpeg", "--ray", "nonsense://there")
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert "no Ray cluster at nonsense://there" in result.stderr

@@ -188,8 +188,8 @@ def test_an_interrupt_in_a_batch(folder: Path, sample: Image.Image) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
-    assert b"Traceback" not in errors
     written = list(Path("out").iterdir())
+    assert errors.decode() in [f"hpcmref: interrupted after {len(written) - n} of 60 files\n" for n in (0, 1)]
     assert 2 <= len(written) < 60
     assert {path.suffix for path in written} == {".hpcm"}
     assert {parse(path.read_bytes()).width for path in written} == {sample.width}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hpcmref import lossless
 from hpcmref.errors import ConfigError, HpcmrefError
 from hpcmref.runtime import cores
 from hpcmref.runtime.executor import execute
@@ -255,3 +257,16 @@ def test_a_fork_of_a_process_that_has_used_a_codec_works(tmp_path: Path) -> None
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == str([((300, 200), 2)] * 4)
+
+
+def test_the_example_of_the_document(tmp_path: Path) -> None:
+    """docs/processes.md says how to use several processes; its code runs as it stands there."""
+    document = (Path(__file__).parent.parent / "docs" / "processes.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    (tmp_path / "example.py").write_text(code)
+    for name in ("a.hpcm", "b.hpcm"):
+        (tmp_path / name).write_bytes(lossless.encode(Image.new("RGB", (9, 7), "teal")))
+    result = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, env=ENVIRONMENT, timeout=120, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")

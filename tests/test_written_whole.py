@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -206,6 +207,34 @@ def test_an_open_file_that_is_not_open(folder: Path) -> None:
     assert (result.returncode, result.stderr) == (
         1, b"hpcmref: a.png: cannot write /dev/fd/77: Bad file descriptor\n"
     )  # fmt: skip
+
+
+SLOW = """
+import os, sys, time
+from hpcmref.cli import app
+
+def slow(descriptor):
+    print("ready", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+os.fsync = slow
+app(["encode", "a.png", "-o", "b.hpcm", "--lossless", "--quiet"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_in_the_middle_of_a_write_leaves_nothing(folder: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW], stderr=subprocess.PIPE, env=ENVIRONMENT, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert process.stderr.readline() == "ready\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert said == f"hpcmref: {'interrupted' if number == signal.SIGINT else f'stopped by {number.name}'}\n"
+    assert [path.name for path in Path().iterdir()] == ["a.png"]
 
 
 class TestResume:

@@ -18,6 +18,7 @@ from hpcmref.cli.batch import inputs
 from hpcmref.cli.encode import IMAGE_SUFFIXES
 from hpcmref.cli.options import Device, DeviceOption, QuietOption, RayOption, ThreadsOption, parse_jobs, use_threads
 from hpcmref.errors import ConfigError, HpcmrefError
+from hpcmref.runtime.signals import Stopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -199,7 +200,7 @@ def bench(
     use_threads(threads)
     if profile:
         for model in models.split(",") if models is not None else [_default()]:
-            _profile(model, _images(folders or [])[:1], device.value, repeat)
+            _profile(model, _images(folders or [], quiet)[:1], device.value, repeat)
         return
     _need_extra()
     from hpcmref.bench import curves, output
@@ -216,7 +217,7 @@ def bench(
         raise typer.BadParameter("name a folder of images.")
     sources = dict.fromkeys([*(DATASETS[dataset][1] for dataset in asked), *(results or [])])
     fixed = {source: curves.read(source) for source in sources}
-    images = _images(folders)[:limit]
+    images = _images(folders, quiet)[:limit]
     between = _range(limits) if limits is not None else None
     chosen = _codecs(codecs, models, encoder or [], qualities or [], time_limit, device.value)
     settings = _settings(qualities or [], target, chosen)
@@ -225,7 +226,7 @@ def bench(
     facts = output.settings(chosen, optional, repeat, jobs, ray)
     tables = None if quiet else console_for(stderr="-" in map(str, (json_file, csv_file)))
     if generations is not None:
-        losses = _generations(images, chosen, settings, generations, optional, jobs, ray, title, tables)
+        losses = _generations(images, chosen, settings, generations, optional, jobs, ray, threads, title, tables)
         _write(_as_text(lossy.as_json(losses, title, facts)), json_file)
         _write(lossy.as_csv(losses, _separator(csv_file)), csv_file)
         raise typer.Exit(1 if losses.failures else 0)
@@ -233,7 +234,7 @@ def bench(
     name = _find(anchor, [*(codec.name for codec in chosen), *(curve.name for curve in others)])
 
     with _progress(len(images), quiet) as listener:
-        outcome = run(images, chosen, settings, repeat, jobs, ray, resume, listener, optional)
+        outcome = run(images, chosen, settings, repeat, jobs, ray, resume, listener, optional, threads)
     measured, averaged = curves.averages(outcome.measurements)
     every = [*measured, *others]
     reference = next((curve for curve in every if curve.name == name), None)
@@ -312,13 +313,13 @@ def _default() -> str:
     return DEFAULT_MODEL
 
 
-def _images(folders: Sequence[str]) -> list[Path]:
+def _images(folders: Sequence[str], quiet: bool) -> list[Path]:
     if "-" in folders:
         raise typer.BadParameter("standard input is not a folder of images.")
     planned = inputs(folders, IMAGE_SUFFIXES)
     if planned.problems:
         raise planned.problems[0]
-    if planned.skipped:
+    if planned.skipped and not quiet:
         print(f"hpcmref: {planned.skipped}", file=sys.stderr)
     return [job.source for job in planned.jobs if job.source is not None]
 
@@ -372,18 +373,31 @@ def _find(anchor: str | None, names: Sequence[str]) -> str:
 def _progress(total: int, quiet: bool) -> Iterator[Listener]:
     """Yields what to call for every image; failures are lines on stderr, and on a terminal a bar has the averages."""
 
-    def complain(failed: Sequence[Failure]) -> None:
+    images: set[str] = set()
+
+    def note(measured: Sequence[Measurement], failed: Sequence[Failure]) -> None:
+        images.update(each.image for each in measured)
+        images.update(each.image for each in failed)
         for each in failed:
             print(f"hpcmref: {each}", file=sys.stderr)
 
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
-        yield lambda measured, failed: complain(failed)
-        return
+    try:
+        if quiet or sys.stderr is None or not sys.stderr.isatty():
+            yield note
+        else:
+            with _bar(total, images, note) as update:
+                yield update
+    except Stopped as stopped:
+        raise Stopped(stopped.number, f"after {len(images)} of {total} images") from None
+
+
+@contextlib.contextmanager
+def _bar(total: int, images: Collection[str], note: Listener) -> Iterator[Listener]:
+    """Yields what to call for every image: it calls `note`, and updates a bar with the averages."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     sums: dict[str, list[float]] = {}  # codec -> count, bpp, dB
-    images: set[str] = set()
     columns = (
         BarColumn(20),
         MofNCompleteColumn(),
@@ -394,13 +408,11 @@ def _progress(total: int, quiet: bool) -> Iterator[Listener]:
         task = progress.add_task("", total=total)
 
         def update(measured: Sequence[Measurement], failed: Sequence[Failure]) -> None:
-            complain(failed)
+            note(measured, failed)
             for each in measured:
                 line = sums.setdefault(each.codec, [0, 0, 0])
                 for index, value in enumerate((1, each.bpp, each.psnr)):
                     line[index] += value
-            images.update(each.image for each in measured)
-            images.update(each.image for each in failed)
             text = "  ".join(f"{codec} {bpp / n:.2f} bpp {psnr / n:.1f} dB" for codec, (n, bpp, psnr) in sums.items())
             progress.update(task, completed=len(images), description=text)
 
@@ -415,6 +427,7 @@ def _generations(
     optional: frozenset[str],
     jobs: int,
     ray: str | None,
+    threads: int | None,
     title: str,
     tables: Console | None,
 ) -> Losses:
@@ -423,7 +436,15 @@ def _generations(
 
     with _progress(len(images), tables is None) as listener:
         losses = lossy.run(
-            images, chosen, settings, generations, optional, jobs, ray, lambda image, failed: listener([], failed)
+            images,
+            chosen,
+            settings,
+            generations,
+            optional,
+            jobs,
+            ray,
+            lambda image, failed: listener([], failed),
+            threads,
         )
     if tables is not None:
         print_generations(losses, title, tables)

@@ -92,6 +92,6 @@ VerboseOption = Annotated[
     bool, typer.Option("-v", "--verbose", help="Show how long each stage takes, on standard error.")
 ]
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object for each file, on a line, instead of text.")
+    bool, typer.Option("--json", help="Print one JSON object for each file on standard output, instead of text.")
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be written where, and write nothing.")]

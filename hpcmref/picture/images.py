@@ -355,8 +355,7 @@ def _unknown_format(source: Path | BinaryIO) -> str | None:
 def _formats() -> list[str]:
     """Pillow's names of the formats that are read and that this Pillow knows."""
     Image.init()
-    plugins.register_all()
-    return [name for name in ALLOWED if name in Image.OPEN]
+    return [name for name in ALLOWED if plugins.register(name) and name in Image.OPEN]
 
 
 def _refuse_other_formats(image: Image.Image) -> None:

@@ -24,12 +24,6 @@ def register(form: str) -> bool:
     return True
 
 
-def register_all() -> None:
-    """Make all formats known whose plugins are installed."""
-    for form in _PLUGINS:
-        register(form)
-
-
 def missing(form: str) -> str:
     """What to do about a format whose plugin is not installed, as a sentence."""
     return f"{_PLUGINS[form][1]} needs a plugin that is not here: pip install 'hpcmref[formats]'"

@@ -50,18 +50,18 @@ def _in_processes(
 ) -> Iterator[tuple[T, R | Exception]]:
     again: list[T] = []
     with contextlib.closing(Workers(work, jobs, threads)) as workers:
-        queue = iter(items)
-        for item in queue:
+        for item in items:
             workers.give(item)
             while workers.are_busy:
                 yield from _collect(workers, again)
         while workers.at_work:
             yield from _collect(workers, again)
-        lost: list[T] = []
-        for item in again:  # each alone, because the usual reason is a want of memory
-            workers.give(item)
-            yield from _collect(workers, lost)
-    for item in lost if again else ():
+    lost: list[T] = []
+    with contextlib.closing(Workers(work, 1, threads)) as alone:  # because the usual reason is a want of memory
+        for item in again:
+            alone.give(item)
+            yield from _collect(alone, lost)
+    for item in lost:
         yield item, HpcmrefError("a worker process died twice, perhaps for want of memory; try fewer --jobs")
 
 
