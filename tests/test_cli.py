@@ -488,13 +488,34 @@ def test_encoding_imports_nothing_that_is_slow(folder: Path) -> None:
     assert not imported & slow
 
 
-def test_nobody_reads_stdout(folder: Path) -> None:
-    for arguments in (["--help"], ["checkpoints", "list"]):
-        reader, writer = os.pipe()
-        os.close(reader)
-        result = shell(*arguments, stdout=writer)
+def unread(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Run with a standard output that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return shell(*arguments, stdout=writer)
+    finally:
         os.close(writer)
-        assert result.stderr == b""
+
+
+def test_text_that_nobody_reads_is_no_error(folder: Path) -> None:
+    picture("in/a.png"), picture("in/b.png")
+    for arguments in (["--help"], ["checkpoints", "list"]):  # Rich ends the process with 1, in silence
+        assert unread(*arguments).stderr == b""
+    for arguments in (
+        ["encode", "in", "-o", "out", "--lossless"],
+        ["info", "out"],
+        ["verify", "--quick", "out", "--json"],
+    ):
+        result = unread(*arguments)
+        assert (result.returncode, result.stderr) == (0, b""), arguments
+    assert files() == ["in/a.png", "in/b.png", "out/a.hpcm", "out/b.hpcm"]
+
+
+def test_data_that_nobody_reads_is_an_error(folder: Path) -> None:
+    result = unread("encode", picture("a.png"), "-o", "-", "--lossless")
+    assert result.returncode == 1
+    assert result.stderr == b"hpcmref: a.png: standard output was closed before everything was written\n"
 
 
 def test_data_never_goes_to_a_terminal(folder: Path) -> None:

@@ -158,6 +158,9 @@ class TestWhatEncodeSays:
         assert (good["width"], good["height"], good["quality"]) == (40, 30, None)
         assert bad["file"] == "bad.png"
         assert "is not an image" in bad["error"]
+        exact = json.loads(call("encode", "a.png", "-o", "e.hpcm", "--lossless", "--measure", "--json").stdout)
+        assert exact["psnr"] is None  # infinite, for which JSON has no number
+        assert "PSNR infinite" in call("encode", "a.png", "-o", "f.hpcm", "--lossless", "--measure").stdout
         decoded = json.loads(call("decode", "a.hpcm", "-o", "x.png", "--json").stdout)
         assert (decoded["output"], decoded["width"], decoded["mode"]) == ("x.png", 40, "RGB")
 
@@ -189,6 +192,11 @@ class TestCompare:
         facts = json.loads(call("compare", "a.png", "a.hpcm", "--json").stdout)
         assert facts["equal"]
         assert facts["psnr"] is None
+
+    def test_standard_input(self, folder: Path) -> None:
+        data = Path("a.hpcm").read_bytes()
+        assert json.loads(call("compare", "a.png", "-", "--json", stdin=data).stdout)["equal"]
+        assert call("compare", "-", "-", stdin=data).exit_code == 2
 
     def test_different_sizes(self, folder: Path) -> None:
         Image.new("RGB", (41, 30)).save("c.png")

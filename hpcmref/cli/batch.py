@@ -21,7 +21,7 @@ from typing import Any
 
 import typer
 
-from hpcmref.cli.failures import describe, report
+from hpcmref.cli.failures import describe, report, tell
 from hpcmref.cli.folders import STREAM, find, name_outputs
 from hpcmref.errors import CheckpointError, ConfigError, HpcmrefError
 from hpcmref.runtime.files import descriptor_of, is_special
@@ -78,8 +78,11 @@ class Job:
         preserve: with the time of modification of the input.
         """
         if self.target is None:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+            try:
+                sys.stdout.buffer.write(data)
+                sys.stdout.buffer.flush()
+            except BrokenPipeError:  # of text it would be no error, but here data is lost
+                raise HpcmrefError("standard output was closed before everything was written") from None
         else:
             from hpcmref.runtime.files import atomic_write
 
@@ -350,7 +353,7 @@ def run_spread(
                             raise result
                         printer.warnings(job, result.warnings)
                         done = finish(job, result)
-                    except (CheckpointError, ConfigError, BrokenPipeError):
+                    except (CheckpointError, ConfigError):
                         raise
                     except Exception as error:
                         printer.failure(error, job)
@@ -365,7 +368,7 @@ def run_spread(
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
         raise Stopped(number, f"after {count.finished} of {count.files} files" if count.files > 1 else "") from None
     if planned.skipped and not style.quiet:
-        print(f"hpcmref: {planned.skipped}", file=sys.stderr)
+        tell(f"hpcmref: {planned.skipped}", sys.stderr)
     if totals and count.files > 1:
         printer.say(str(count))
     if count.failed:
@@ -384,14 +387,14 @@ def dry_run(planned: Plan, outputs: Outputs, style: Style) -> None:
             failures.append((error, job))
             continue
         if style.json:
-            print(json.dumps({"file": job.name, "output": job.target_name, "action": action}))
+            tell(json.dumps({"file": job.name, "output": job.target_name, "action": action}), sys.stdout)
         else:
             note = {"write": "", "keep": " (kept)", "replace": " (replaced)"}[action]
             printer.say(f"{job.name} -> {job.target_name}{note}")
     for failure, failed in failures:
         printer.failure(failure, failed)
     if planned.skipped and not style.quiet:
-        print(f"hpcmref: {planned.skipped}", file=sys.stderr)
+        tell(f"hpcmref: {planned.skipped}", sys.stderr)
     if failures:
         raise typer.Exit(1)
 
@@ -416,26 +419,26 @@ class _Printer:
     def done(self, job: Job, done: Done, outcome: Outcome) -> None:
         if self.style.verbose:
             stages = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in outcome.made.stages.items())
-            print(f"hpcmref: {job.name}: {stages}", file=sys.stderr)
+            tell(f"hpcmref: {job.name}: {stages}", sys.stderr)
         if self.style.json:
             facts = {"file": job.name, **done.facts, "warnings": outcome.warnings}
-            print(json.dumps(facts), flush=True)
+            tell(json.dumps(facts), sys.stdout)
         elif done.line:
             self.say(done.line)
 
     def say(self, line: str) -> None:
         if not self.style.quiet and not self.style.json:
-            print(line, file=sys.stderr if self.to_stdout else sys.stdout, flush=True)
+            tell(line, sys.stderr if self.to_stdout else sys.stdout)
 
     def warnings(self, job: Job, texts: Sequence[str]) -> None:
         if not self.style.quiet:
             for text in texts:
-                print(f"hpcmref: {job.name}: {' '.join(text.split())}", file=sys.stderr)
+                tell(f"hpcmref: {job.name}: {' '.join(text.split())}", sys.stderr)
 
     def failure(self, error: Exception, job: Job | None) -> None:
         report(error, None if job is None else job.name)
         if self.style.json:
-            print(json.dumps({"file": None if job is None else job.name, "error": describe(error)}), flush=True)
+            tell(json.dumps({"file": None if job is None else job.name, "error": describe(error)}), sys.stdout)
 
 
 @contextlib.contextmanager

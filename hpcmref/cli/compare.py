@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hpcmref.cli.batch import Job
+from hpcmref.cli.folders import STREAM
 from hpcmref.cli.options import ThreadsOption, use_threads
 from hpcmref.errors import ImageError
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    first: Annotated[str, typer.Argument(metavar="A", help="The original: an image, or an encoded file.")],
+    first: Annotated[str, typer.Argument(metavar="A", help="The original: an image, an encoded file, or -.")],
     second: Annotated[str, typer.Argument(metavar="B", help="What is compared with it.")],
     metrics: Annotated[
         str | None,
@@ -31,6 +34,8 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Compare two images of one size: PSNR, MS-SSIM and, where it is installed, SSIMULACRA2."""
+    if first == second == STREAM:
+        raise typer.BadParameter("only one of them can come from standard input.")
     use_threads(threads)
     from hpcmref.bench import metrics as quality
 
@@ -59,7 +64,7 @@ def _picture(name: str) -> Picture:
 
     from hpcmref.picture.images import open_image, picture_of
 
-    image = open_image(Path(name))
+    image = open_image(Path(name) if name != STREAM else io.BytesIO(Job(None, None).read()))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -288,7 +288,7 @@ def _facts(job: Job, outcome: Outcome) -> dict[str, Any]:
         "bits_per_pixel": 8 * len(data) / pixels,
         "quality": None if container.learned is None else container.learned.quality,
         "seconds": sum(seconds for name, seconds in outcome.made.stages.items() if name.startswith("encode")),
-        **outcome.made.facts,
+        **{name: value if math.isfinite(value) else None for name, value in outcome.made.facts.items()},
     }
 
 
@@ -306,7 +306,7 @@ def _summary(job: Job, outcome: Outcome, facts: dict[str, Any], alone: bool) -> 
     if job.source is not None:
         line += f", {outcome.size / size:.1f}:1 to the input file"
     if "psnr" in facts:
-        line += f", PSNR {facts['psnr']:.2f} dB"
+        line += f", PSNR {facts['psnr']:.2f} dB" if facts["psnr"] is not None else ", PSNR infinite"
     if "ssimulacra2" in facts:
         line += f", SSIMULACRA2 {facts['ssimulacra2']:.1f}"
     if alone:

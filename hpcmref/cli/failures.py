@@ -5,14 +5,13 @@ A traceback is printed only if the environment variable HPCMREF_DEBUG is set.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import re
 import signal
 import sys
 import traceback
-from typing import Any
+from typing import Any, TextIO
 
 from typer.core import TyperGroup
 
@@ -59,7 +58,18 @@ def report(error: BaseException, subject: str | None = None) -> None:
     sentence = describe(error)
     if subject and not re.search(rf"(?<![\w./-]){re.escape(subject)}(?!\w)", sentence):
         sentence = f"{subject}: {sentence}"
-    print(f"hpcmref: {sentence}", file=sys.stderr)
+    tell(f"hpcmref: {sentence}", sys.stderr)
+
+
+def tell(line: str, stream: TextIO | None) -> None:
+    """Print a line at once. If nobody reads the stream any more, this and all that follows is dropped: text that nobody
+    wants is no error."""
+    if stream is None:
+        return
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        _silence(stream)
 
 
 class GuardedGroup(TyperGroup):
@@ -77,32 +87,45 @@ class GuardedGroup(TyperGroup):
                 try:
                     return super().main(*args, **kwargs)
                 finally:
-                    if sys.stdout is not None:
-                        sys.stdout.flush()  # here, because at interpreter exit a failure could only be "ignored"
+                    _flush()  # here, because at interpreter exit a failure could only be "ignored"
         except Stopped as stopped:
-            print(f"hpcmref: {stopped}", file=sys.stderr)
+            tell(f"hpcmref: {stopped}", sys.stderr)
             _drop_stdout()
             sys.exit(exit_code(stopped))
         except Exception as error:
-            # Typer answers EPIPE with a silent exit 1, so that `| head` is no error; the flush above does the same.
-            if not (isinstance(error, OSError) and error.errno == errno.EPIPE):
-                report(error)
+            report(error)
             _drop_stdout()
             sys.exit(exit_code(error))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; a KeyboardInterrupt, which Typer would answer without a word, becomes Stopped."""
+        """Run a command. What Typer would answer in its own way is answered here: a KeyboardInterrupt becomes Stopped,
+        and text that nobody reads is no error."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Stopped(signal.SIGINT) from None
+        except BrokenPipeError:
+            _flush()
+
+
+def _flush() -> None:
+    """Write out what is left of the text on stdout, unless nobody reads it."""
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _silence(sys.stdout)
 
 
 def _drop_stdout() -> None:
     """Point stdout at nothing if it cannot be written to, or the interpreter would complain while it shuts down."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except AttributeError:  # there is no stdout
-        pass
+        _silence(sys.stdout)
+
+
+def _silence(stream: TextIO) -> None:
+    """Point a stream at nothing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
