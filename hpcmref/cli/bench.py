@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpcmref.cli.batch import inputs
 from hpcmref.cli.encode import IMAGE_SUFFIXES
+from hpcmref.cli.jobs import inputs
 from hpcmref.cli.options import Device, DeviceOption, QuietOption, RayOption, ThreadsOption, parse_jobs, use_threads
 from hpcmref.errors import ConfigError, HpcmrefError
 from hpcmref.runtime.signals import Stopped

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpcmref.cli.batch import Job, run
+from hpcmref.cli.batch import run
+from hpcmref.cli.jobs import Job
 from hpcmref.cli.options import ForceOption
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpcmref.cli.batch import Job
 from hpcmref.cli.folders import STREAM
+from hpcmref.cli.jobs import Job
 from hpcmref.cli.options import ThreadsOption, use_threads
 from hpcmref.errors import ImageError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 import warnings
 from dataclasses import dataclass
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hpcmref import DEFAULT_MAX_PIXELS
-from hpcmref.cli.batch import ENCODED_SUFFIXES, Done, Job, Made, Outcome, Outputs, Style, dry_run, plan, run_spread
+from hpcmref.cli.batch import Done, Made, Outcome, Style, dry_run, run_spread
+from hpcmref.cli.codecs import Codecs
+from hpcmref.cli.jobs import ENCODED_SUFFIXES, Job, Outputs, plan
 from hpcmref.cli.options import (
     Device,
     DeviceOption,
@@ -146,7 +147,7 @@ def decode(
 
     use_threads(threads)
     decoder = _Decoder(
-        model, device.value, upto, allow_partial, allow_damaged, max_pixels, asked, output_quality, colour
+        Codecs(model, device.value), upto, allow_partial, allow_damaged, max_pixels, asked, output_quality, colour
     )
     run_spread(planned, prepare, decoder, finish, style, jobs, ray, threads)
 
@@ -155,8 +156,7 @@ def decode(
 class _Decoder:
     """What is done to every file; it can be sent to another process."""
 
-    model: str | None
-    device: str
+    codecs: Codecs
     upto: int
     allow_partial: bool
     allow_damaged: bool
@@ -172,7 +172,7 @@ class _Decoder:
         if file.damaged:
             warnings.warn("the file is damaged, and shown as far as its checksums verify", stacklevel=2)
         started = time.perf_counter()
-        codec = None if file.learned is None else self._codec(file)
+        codec = self.codecs.of(file)
         loaded = time.perf_counter()
         image = self._decoded(file, codec)
         decoded = time.perf_counter()
@@ -199,19 +199,6 @@ class _Decoder:
         if job.target is None or job.is_stream:
             return render(image, self.form or "PNG", self.quality, self.background)
         return rendered(image, job.target, self.form, self.quality, self.background)
-
-    def _codec(self, file: Container) -> Codec:
-        from hpcmref.codec import codec_for  # torch takes a second: not for a file that turns out to be damaged
-
-        assert file.learned is not None
-        fingerprint = file.learned.fingerprint
-        if fingerprint not in self._codecs:
-            self._codecs[fingerprint] = codec_for(file, self.device, self.model)
-        return self._codecs[fingerprint]
-
-    @functools.cached_property
-    def _codecs(self) -> dict[bytes, Codec]:
-        return {}
 
 
 def parse_format(text: str) -> str:

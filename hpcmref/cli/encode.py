@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpcmref.cli.batch import ENCODED_SUFFIX, Done, Job, Made, Outcome, Outputs, Style, dry_run, plan, run_spread
+from hpcmref.cli.batch import Done, Made, Outcome, Style, dry_run, run_spread
+from hpcmref.cli.jobs import ENCODED_SUFFIX, Job, Outputs, plan
 from hpcmref.cli.options import (
     Device,
     DeviceOption,

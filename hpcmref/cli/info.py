@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hpcmref.cli.batch import ENCODED_SUFFIXES, Done, Job, Made, inputs, run_spread
+from hpcmref.cli.batch import Done, Made, run_spread
+from hpcmref.cli.jobs import ENCODED_SUFFIXES, Job, inputs
 from hpcmref.cli.options import RecursiveOption
 
 ARITHMETIC = {1: "exact integers"}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpcmref.cli.batch import ENCODED_SUFFIXES, Done, Job, Made, Outcome, Style, inputs, run_spread
+from hpcmref.cli.batch import Done, Made, Outcome, Style, run_spread
+from hpcmref.cli.codecs import Codecs
+from hpcmref.cli.jobs import ENCODED_SUFFIXES, Job, inputs
 from hpcmref.cli.options import (
     Device,
     DeviceOption,
@@ -24,7 +25,6 @@ from hpcmref.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from hpcmref.codec import Codec
     from hpcmref.format.container import Container
 
 
@@ -53,7 +53,7 @@ def verify(
     use_threads(threads)
     planned = inputs(files, ENCODED_SUFFIXES, recursive)
     run_spread(
-        planned, Job.read, _Verifier(model, device.value, quick), finish, Style(quiet, as_json, verbose), jobs,
+        planned, Job.read, _Verifier(Codecs(model, device.value), quick), finish, Style(quiet, as_json, verbose), jobs,
         threads=threads,
     )  # fmt: skip
 
@@ -62,8 +62,7 @@ def verify(
 class _Verifier:
     """What is done to every file; it can be sent to another process."""
 
-    model: str | None
-    device: str
+    codecs: Codecs
     quick: bool
 
     def __call__(self, job: Job, content: bytes) -> Made:
@@ -78,21 +77,10 @@ class _Verifier:
         return Made(b"", {"width": file.width, "height": file.height, "decoded": not self.quick}, stages)
 
     def _decode(self, file: Container) -> None:
-        if file.learned is None:
-            from hpcmref import lossless
-            from hpcmref.format.container import MAX_PIXELS
+        if (codec := self.codecs.of(file)) is not None:
+            codec.verify(file)
+            return
+        from hpcmref import lossless
+        from hpcmref.format.container import MAX_PIXELS
 
-            lossless.decode(file, MAX_PIXELS)
-        else:
-            self._codec(file.learned.fingerprint, file).verify(file)
-
-    def _codec(self, fingerprint: bytes, file: Container) -> Codec:
-        from hpcmref.codec import codec_for
-
-        if fingerprint not in self._codecs:
-            self._codecs[fingerprint] = codec_for(file, self.device, self.model)
-        return self._codecs[fingerprint]
-
-    @functools.cached_property
-    def _codecs(self) -> dict[bytes, Codec]:
-        return {}
+        lossless.decode(file, MAX_PIXELS)
