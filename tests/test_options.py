@@ -51,7 +51,7 @@ WRONG: list[list[str]] = [
     *([*BENCH, "--repeat", value] for value in ("0", "x")),
     *([*BENCH, "--jobs", value] for value in ("0", "x")),
     *([*BENCH, "--limit", value] for value in ("0", "-1")),
-    *([*BENCH, "--time-limit", value] for value in ("0", "nan", "-1")),
+    *([*BENCH, "--time-limit", value] for value in ("0", "nan", "inf", "-1")),
     *([*BENCH, "--generations", value] for value in ("0", "x")),
     *([*BENCH, "--json", value] for value in (".", "missing/x.json")),
     *([*BENCH, "--csv", value] for value in (".", "missing/x.csv")),

@@ -197,6 +197,8 @@ def bench(
 ) -> None:
     """Measure codecs side by side on your own images: size, quality, time, memory, BD-rate."""
     _check_outputs(json_file, csv_file, report, generations)
+    if not 0 < time_limit <= 1e6:
+        raise typer.BadParameter("it must be a number of seconds, at most a million.", param_hint="--time-limit")
     use_threads(threads)
     if profile:
         for model in models.split(",") if models is not None else [_default()]:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from typer.core import TyperGroup
 
-from hpcmref.errors import ConfigError, HpcmrefError
+from hpcmref.errors import ConfigError, HpcmrefError, near
 from hpcmref.runtime.signals import Stopped, stoppable
 
 OUT_OF_MEMORY = "not enough memory; try a smaller image"
@@ -96,6 +96,16 @@ class GuardedGroup(TyperGroup):
             report(error)
             _drop_stdout()
             sys.exit(exit_code(error))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As click's; for an unknown command a near name is suggested, which not every version of Typer does."""
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:  # a UsageError, of click or of the click in Typer
+            message = getattr(error, "message", None)
+            if isinstance(message, str) and "did you mean" not in message.lower():
+                error.message = message.rstrip(".") + near(args[0], self.list_commands(ctx)) + "."  # type: ignore[attr-defined]
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command. What Typer would answer in its own way is answered here: a KeyboardInterrupt becomes Stopped,
