@@ -222,6 +222,25 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, sample: Image.Image, name
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".hpcm"}
 
 
+@linux
+def test_the_interrupt_key_while_workers_start_is_one_line(tmp_path: Path, sample: Image.Image) -> None:
+    """A terminal sends it to all processes of the group, those that are importing modules too."""
+    (tmp_path / "in").mkdir()
+    for number in range(20):
+        sample.save(tmp_path / f"in/{number}.png")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpcmref", "encode", "in", "-o", "out", "--jobs", "2"],
+        cwd=tmp_path, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(children(process.pid)) < 3 and time.monotonic() < deadline:  # two workers and multiprocessing's tracker
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (130, "hpcmref: interrupted after 0 of 20 files\n")
+
+
 # --- after a fork ---------------------------------------------------------------------------------------------------
 
 

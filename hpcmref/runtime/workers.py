@@ -112,13 +112,31 @@ class Workers(Generic[T, R]):
         lasts = threading.current_thread() is threading.main_thread()
         arguments = (theirs, os.getpid() if lasts else None, self._threads)
         process = context.Process(target=_serve, args=arguments, daemon=True)
-        process.start()
+        with _interrupts_blocked():
+            process.start()
         theirs.close()
         worker = _Worker(process, ours)
         self._workers.append(worker)
         with contextlib.suppress(OSError):
             ours.send(self._work)
         return worker
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Have a process that is started meanwhile never see the interrupt key, which is its parent's business; here, an
+    interrupt waits."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # which changes the mask when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(workers: list[_Worker]) -> None:
@@ -142,7 +160,7 @@ def _end(workers: list[_Worker]) -> None:
 def _serve(pipe: Connection, parent: int | None, threads: int) -> None:
     """Work on what comes through the pipe until it ends."""
     _end_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interrupt key is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
     keep_memory()
     compute_with(threads)
     with contextlib.suppress(EOFError, OSError):
