@@ -241,6 +241,40 @@ def test_the_interrupt_key_while_workers_start_is_one_line(tmp_path: Path, sampl
     assert (process.returncode, said) == (130, "hpcmref: interrupted after 0 of 20 files\n")
 
 
+@linux
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_workers_tidy_up_what_the_bench_has_begun(tmp_path: Path, sample: Image.Image, name: str) -> None:
+    """Programs that a worker has started, and temporary folders, go with it; even if the parent is killed."""
+    pytest.importorskip("bjontegaard")
+    (tmp_path / "tmp").mkdir()
+    for number in range(3):
+        sample.save(tmp_path / f"{number}.png")
+    slow = tmp_path / "slow.sh"
+    slow.write_text("#!/bin/sh\nsleep 60\n")
+    slow.chmod(0o755)
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "hpcmref", "bench", ".", "--codecs", "jpeg", "--metrics", "psnr", "--jobs", "2"),
+            *("--encoder", f"slow={slow} {{in}} {{out}} {{q}}|cp {{out}} {{png}}", "--qualities", "slow=1,2"),
+        ],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**ENVIRONMENT, "TMPDIR": str(tmp_path / "tmp")},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "tmp").glob("hpcmref-*/between"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    started = children(process.pid)
+    process.send_signal(getattr(signal, name))
+    process.wait(20)
+    deadline = time.monotonic() + 2
+    while (alive(started) or list((tmp_path / "tmp").glob("hpcmref-*"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert alive(started) == set()
+    assert not list((tmp_path / "tmp").glob("hpcmref-*"))
+
+
 # --- after a fork ---------------------------------------------------------------------------------------------------
 
 

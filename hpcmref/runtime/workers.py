@@ -163,10 +163,14 @@ def _serve(pipe: Connection, parent: int | None, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
     keep_memory()
     compute_with(threads)
-    with contextlib.suppress(EOFError, OSError):
+    try:
         work = pipe.recv()
         while True:
             pipe.send_bytes(_done(work, pipe.recv()))
+    except (EOFError, OSError):
+        pass
+    except SystemExit:
+        os._exit(1)  # what was begun is tidied up by now; to take the interpreter and torch apart can take seconds
 
 
 def _done(work: Callable[[Any], Any], item: Any) -> bytes:
@@ -182,15 +186,10 @@ def _done(work: Callable[[Any], Any], item: Any) -> bytes:
 
 
 def _end_with(parent: int | None) -> None:
-    """End this process when its parent ends; parent: its id, if the kernel shall see to that too."""
+    """End this process when its parent ends; parent: its id, if the kernel shall see to that too.
 
-    def leave(*_: object) -> None:
-        raise SystemExit  # what has been begun is tidied up: temporary folders, other programs
-
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, leave)
+    SIGTERM ends it at once, whatever it is at; work that has to tidy up says so (`signals.tidying`).
+    """
     if sys.platform == "linux" and parent is not None:
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
