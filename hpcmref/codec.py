@@ -29,7 +29,7 @@ from hpcmref.errors import (
     ModelMismatchError,
     UnsupportedError,
 )
-from hpcmref.exact import attach
+from hpcmref.exact import attach, repeatably
 from hpcmref.format import container
 from hpcmref.format.container import Container, Encoder, Learned
 from hpcmref.latents import ARITHMETIC, SCALES, LatentCodec
@@ -234,7 +234,7 @@ class Codec:
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """Networks run without gradients and in the precision of their weights, whatever the caller has set."""
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), repeatably(self.device):
             yield
 
     def _checked(self, quality: int | None) -> int:
@@ -248,7 +248,7 @@ class Codec:
         return quality
 
     def _rate(self, quality: int) -> Tensor:
-        return torch.tensor([float(quality)], device=self.device)
+        return torch.full((1,), float(quality), device=self.device)  # not copied from the host: a GPU would wait
 
 
 _ENCODER = Encoder(*map(int, __version__.split(".")[:2]))
@@ -264,16 +264,19 @@ def load(model: str | Path | None = None, device: str = "auto") -> Codec:
     longer than encoding a small image. Raises CheckpointError, ConfigError.
     """
     with _loading:  # threads that ask for a codec at once get the same one
-        return _kept(checkpoints.find(model), device_of(device).type)
+        return _kept(checkpoints.find(model), device_of(device))
 
 
 def fresh(model: str | Path | None = None, device: str = "auto") -> Codec:
     """As `load`, but a codec of the caller's own, which is not kept."""
-    path = checkpoints.find(model)
-    return Codec(checkpoints.load(path), path.stem, device_of(device))
+    return _made(checkpoints.find(model), device_of(device))
 
 
-_kept = lru_cache(maxsize=2)(fresh)
+def _made(path: Path, device: torch.device) -> Codec:
+    return Codec(checkpoints.load(path), path.stem, device)
+
+
+_kept = lru_cache(maxsize=2)(_made)
 
 
 def codec_for(file: Container, device: str = "auto", model: str | Path | None = None) -> Codec:
@@ -334,13 +337,17 @@ def _mismatch(wanted: bytes, name: str, found: bytes) -> str:
 
 
 def device_of(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
+    """The device of "auto", "cpu" or "cuda"; of several GPUs the present one, by its number. Raises ConfigError.
+
+    With the number a codec stays on its GPU when the caller makes another one the present one.
+    """
+    if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"the device is {name!r}, and must be auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device here")
-    return torch.device(name)
+    if name == "cpu" or not torch.cuda.is_available():
+        if name == "cuda":
+            raise ConfigError("there is no CUDA device here")
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _has_bfloat16(device: torch.device) -> bool:

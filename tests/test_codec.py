@@ -21,7 +21,7 @@ from torch import Tensor
 
 import hpcmref
 from hpcmref import checkpoints
-from hpcmref.codec import Codec, codec_for, load
+from hpcmref.codec import Codec, codec_for, device_of, load
 from hpcmref.errors import (
     CheckpointError,
     ConfigError,
@@ -214,6 +214,14 @@ def test_the_caller_s_settings_are_left_alone(codec: Codec, small: Image.Image) 
 def test_a_quality_out_of_range(codec: Codec, small: Image.Image, quality: int) -> None:
     with pytest.raises(ConfigError, match=f"{quality}.*0 to 63"):
         codec.encode(small, quality)
+
+
+def test_of_several_gpus_a_codec_stays_on_the_one_of_its_making(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a number, tensors would follow the present GPU, and the model would not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert device_of("auto") == device_of("cuda") == torch.device("cuda", 1)
+    assert device_of("cpu") == torch.device("cpu")
 
 
 def test_an_unknown_device() -> None:

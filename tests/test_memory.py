@@ -27,6 +27,7 @@ from hpcmref.errors import ConfigError
 from hpcmref.exact import attach
 from hpcmref.exact.memory import ExactGridMean, ExactLinearAttend, ExactPool, ExactRecall, ExactSigmoid, _root
 from hpcmref.format import container
+from hpcmref.latents import thresholds
 from hpcmref.model import HPCM, PRESETS, HPCMConfig, context, memory
 from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.config import MEMORIES, MemoryConfig
@@ -189,6 +190,20 @@ def test_nothing_leaves_the_device_inside_a_pass(name: str) -> None:
     with torch.no_grad(), Operations() as recorded:
         model(x, quality)
     assert "aten::avg_pool2d" in recorded.names
+    assert not recorded.names & SYNCHRONISING
+
+
+@pytest.mark.parametrize("name", [*BANKS, None])
+def test_nothing_leaves_the_device_while_encoding(name: str | None) -> None:
+    """The same of exact arithmetic: the host hears of the symbols after the last step."""
+    model = model_of() if name is None else opened(name)
+    exact = attach(model.entropy, calibrated(model, SIZE))
+    y, z = latents_of(model, 1, SIZE)
+    there_and_back(exact, y, z)  # what is checked once a process
+    writer = SymbolWriter(y, z, thresholds(), [])
+    with torch.inference_mode(), Operations() as recorded:
+        exact(torch.full((1,), 20.0), SIZE, writer)
+    assert {"aten::bucketize", "aten::round_"} <= recorded.names
     assert not recorded.names & SYNCHRONISING
 
 

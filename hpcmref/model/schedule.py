@@ -13,6 +13,7 @@ In every step each position of the step's lattice codes exactly one channel grou
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -61,9 +62,15 @@ class Step:
     tile: tuple[tuple[int, ...], ...]
 
     def table(self, height: int, width: int, device: torch.device) -> Tensor:
-        """The coded group of every position: (height, width) int64."""
-        tile = torch.tensor(self.tile, device=device)
+        """The coded group of every position: (height, width) int64.
+
+        Groups are below 8, so the up to 16 of a tile fit into one number, 3 bits each. A kernel takes a number along;
+        a tensor made of a list would be copied to a GPU, which waits until the GPU has caught up.
+        """
         side = len(self.tile)
+        packed = sum(group << 3 * place for place, group in enumerate(chain.from_iterable(self.tile)))
+        places = torch.arange(side * side, device=device)
+        tile = (torch.full_like(places, packed) >> 3 * places).bitwise_and_(7).view(side, side)
         return tile.repeat(-(-height // side), -(-width // side))[:height, :width]
 
     def select(self, x: Tensor) -> Tensor:
