@@ -65,7 +65,7 @@ class Codec:
         self.model = checkpoint.model.eval()
         self.model.entropy = attach(self.model.entropy, checkpoint.grids)
         self.model.to(device)
-        if _has_bfloat16(device):
+        if has_bfloat16(device):
             for network in (self.model.g_a, self.model.h_a, self.model.g_s):
                 in_bfloat16(network)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -191,9 +191,9 @@ class Codec:
             raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
         if file.learned is None:
             return decode_lossless(file, max_pixels)
-        learned = self._learned(file)
+        y_hat = self.y_hat(file, upto)
         with self._inference():
-            shown = self._pixels(self._y_hat(file, learned, upto), learned.quality, file)
+            shown = self._pixels(y_hat, self._learned(file).quality, file)
         return images.image_of(shown.cpu().numpy(), file.grey, extras_of(file))
 
     def verify(self, data: bytes | Container) -> None:
@@ -202,10 +202,19 @@ class Codec:
         Raises as `decode` does.
         """
         file = data if isinstance(data, Container) else container.parse(data)
-        learned = self._learned(file)
-        with self._inference():
-            self._y_hat(file, learned, SCALES)
+        self.y_hat(file)
         extras_of(file)
+
+    def y_hat(self, file: Container, upto: int = SCALES) -> Tensor:
+        """The latents (1, M, h, w) float32 up to a scale: `upto`, or of a damaged file the last intact one.
+
+        The same bits on every machine, but for the sign of zeros. Raises as `decode` does.
+        """
+        learned = self._learned(file)
+        size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
+        if file.truncated or file.damaged:
+            return self.latents.decompress_intact(file.payload, learned.checksums, size, learned.quality, upto)[0]
+        return self.latents.decompress([file.payload], [learned.checksums], size, learned.quality, upto)
 
     def _learned(self, file: Container) -> Learned:
         """The header of a file's learned payload, if this codec can decode it; raises as `decode` does."""
@@ -219,13 +228,6 @@ class Codec:
         if learned.quality >= self.model.config.qualities:
             raise DecodeError(f"the file has quality {learned.quality}, which the model {self.name} does not")
         return learned
-
-    def _y_hat(self, file: Container, learned: Learned, upto: int) -> Tensor:
-        """y_hat (1, M, h, w) up to a scale: `upto`, or in a truncated or damaged file the last that is intact."""
-        size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
-        if file.truncated or file.damaged:
-            return self.latents.decompress_intact(file.payload, learned.checksums, size, learned.quality, upto)[0]
-        return self.latents.decompress([file.payload], [learned.checksums], size, learned.quality, upto)
 
     def _pixels(self, y_hat: Tensor, quality: int, frame: _Frame | Container) -> Tensor:
         """What is seen of y_hat: (H, W, 3) uint8."""
@@ -350,8 +352,8 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _has_bfloat16(device: torch.device) -> bool:
-    """The processor has instructions for bfloat16, without which it would be slower than float32."""
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the processor has instructions for bfloat16, without which it would be slower than float32."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so they may go
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 

@@ -139,8 +139,8 @@ def random_layer(kind: str) -> tuple[Convolution, Tensor, Tensor]:
 def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Words are multiplied in units for bytes, and where there are none in float32."""
     if request.param == "float32":
-        monkeypatch.setattr(words, "_is_fast", lambda device: False)
-    elif not words._is_fast("cpu"):
+        monkeypatch.setattr(words, "has_units", lambda device: False)
+    elif not words.has_units("cpu"):
         pytest.skip("there are no units for bytes here")
 
 
@@ -274,7 +274,7 @@ def test_units_that_saturate_are_not_used(monkeypatch: pytest.MonkeyPatch) -> No
     assert not words._multiplies_bytes.__wrapped__()
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not words._is_fast("cpu")
+    assert not words.has_units("cpu")
 
 
 @EVERY_LAYER

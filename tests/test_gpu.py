@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from hpcmref import checkpoints
+from hpcmref import checkpoints, selftest
 from hpcmref.cli import app
 from hpcmref.codec import Codec, load
 from hpcmref.errors import UnsupportedError
@@ -84,6 +84,14 @@ def test_what_computes_here() -> None:
         f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, range coder {implementation()}"
     )
     guard.check.__wrapped__(DEVICE)
+
+
+def test_the_selftest_passes() -> None:
+    """`hpcmref selftest --device cuda`: every file of the conformance set, and what the GPU writes, on the CPU too."""
+    report = selftest.run(DEVICE)
+    say(f"selftest: {report.decoded} decoded, {report.coded} coded again, pixels within {report.worst} levels")
+    say(f"kernels: {report.kernels}")
+    assert report.passed, report.failures
 
 
 # --- shipped models ------------------------------------------------------------------------------------------------

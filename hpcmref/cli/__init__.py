@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hpcmref._version import __version__
-from hpcmref.cli import bench, checkpoints, decode, encode, info, train
+from hpcmref.cli import bench, checkpoints, decode, encode, info, selftest, train
 from hpcmref.cli.failures import GuardedGroup
 from hpcmref.runtime.heap import keep_memory
 
@@ -26,6 +26,7 @@ app.command()(decode.decode)
 app.command()(info.info)
 app.command()(bench.bench)
 app.command()(train.train)
+app.command()(selftest.selftest)
 app.add_typer(checkpoints.app, name="checkpoints")
 
 

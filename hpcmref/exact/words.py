@@ -46,7 +46,7 @@ def product(x: Tensor, weight: Tensor, limit: int, narrow: bool = False) -> Tens
 
     narrow: all of them, with the bias that follows, are below 2^24. Only then may they come as float32, else as int32.
     """
-    fast = _is_fast(x.device.type)
+    fast = has_units(x.device.type)
     if narrow and not fast:
         return _in_float32(x, weight)
     multiply = int_mm if fast else _in_float32
@@ -61,8 +61,8 @@ def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
     return pointwise(rows, weight.T.float()[:, :, None, None], None)[0, :, 0].T
 
 
-def _is_fast(device: str) -> bool:
-    """Bytes are multiplied in units of their own, and exactly."""
+def has_units(device: str) -> bool:
+    """Whether this device multiplies bytes in units of their own, and exactly; device: "cpu" or "cuda"."""
     return device == "cpu" and bool(torch.backends.mkldnn.enabled) and _multiplies_bytes()
 
 
