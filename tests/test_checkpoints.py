@@ -187,7 +187,10 @@ def test_a_hostile_header_is_refused(tmp_path: Path, header: bytes) -> None:
     "settings",
     [{"M": 10**9}, {"N": 2**40}, {"stages": [[48, 10**6]]}, {"hyper_blocks": 10**6}, {"M": 32.0}, {"N": True},
      {"prior_s3": [1, 10**6]}, {"heads": -1}, {"windows": [4, 8, 10**6]}, {"lambdas": [0.0, 1.0]}, {"ratio": 10**6},
-     {"preset": "x" * 1000}, {"lambdas": list(range(1, 1000))}],
+     {"preset": "x" * 1000}, {"lambdas": list(range(1, 1000))}, {"memory": {"mode": "cross", "max_refs": [10**9] * 3}},
+     {"memory": {"mode": "full", "value_resolution": 10**6}}, {"memory": [["mode", "light"]]}, {"memory": "light"},
+     {"memory": {"mode": "light", "scales": 3}}, {"windows": [32, 32, 32], "heads": 64}, {"lambdas": [10**400, 1]},
+     {"displaced_s2": "no"}, {"transform": ["dct"]}],
 )  # fmt: skip
 def test_a_configuration_over_the_limits_costs_nothing(
     saved: CheckpointInfo, tmp_path: Path, settings: dict[str, Any]

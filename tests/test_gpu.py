@@ -299,6 +299,8 @@ KINDS: dict[str, HPCMConfig] = {
 }
 SIZE = (3, 2)
 """Of z, so that windows reach over the edge of the planes."""
+SIZES = [SIZE, (1, 1)]
+"""The second is that of pictures up to 64 x 64, where s1 is one position."""
 
 
 def _exact(config: HPCMConfig) -> tuple[HPCM, EntropyPath]:
@@ -321,12 +323,13 @@ def _bits(y_hat: Tensor) -> Tensor:
     return (y_hat.cpu() + 0.0).contiguous().view(torch.int32)
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_network_codes_the_same(kind: str) -> None:
+def test_every_kind_of_network_codes_the_same(kind: str, size: tuple[int, int]) -> None:
     """Payloads and y_hat of a batch are equal, whichever side wrote them."""
     model, exact = _exact(KINDS[kind])
     quality = min(20, model.config.qualities - 1)
-    y, z = latents_of(model, 2, SIZE)
+    y, z = latents_of(model, 2, size)
     sides = {name: LatentCodec(copy.deepcopy(exact).to(name), torch.device(name)) for name in ("cpu", DEVICE)}
     written: dict[str, Compressed] = {
         name: side.compress(y.to(name), z.to(name), quality) for name, side in sides.items()
@@ -336,7 +339,7 @@ def test_every_kind_of_network_codes_the_same(kind: str) -> None:
     assert one.checksums == other.checksums
     assert torch.equal(_bits(one.y_hat), _bits(other.y_hat))
     for side in sides.values():
-        read = side.decompress(one.payloads, one.checksums, SIZE, quality)
+        read = side.decompress(one.payloads, one.checksums, size, quality)
         assert torch.equal(_bits(read), _bits(one.y_hat))
         side.unchanged.check_all()
 
