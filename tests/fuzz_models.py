@@ -17,9 +17,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -90,23 +91,19 @@ def packed(header: Any, data: bytes) -> bytes:
 
 def seeds(folder: Path) -> list[bytes]:
     """Small models: with attention, with a state, and with memory banks."""
-    configurations = [TINY, STATE]
-    memories = ("light", "linear", "cross")
+    small = {"M": 16, "N": 8, "context_width": 16, "stages": ((16, 1),), "synthesis": ((16, 1),)}
+    configurations = [replace(TINY, **small), replace(STATE, **small)]
+    for name in ("light", "linear", "cross"):
+        memory = replace(MEMORIES[name], num_heads=4, value_resolution=3)
+        configurations.append(replace(TINY, **small, memory=memory))
     made = []
-    for number, config in enumerate((*configurations, *(TINY for _ in memories))):
-        changes = {} if number < 2 else {"memory": _small(memories[number - 2])}
-        path = folder / f"seed-{number}.safetensors"
-        checkpoints.save(
-            model_of(config, M=16, N=8, context_width=16, heads=0 if number == 1 else 4, **changes), path, "", {}
-        )
-        made.append(path.read_bytes())
+    tile = Image.radial_gradient("L").convert("RGB").resize((64, 64))
+    with patch("hpcmref.checkpoints.tiles", return_value=[tile]):
+        for number, config in enumerate(configurations):
+            path = folder / f"seed-{number}.safetensors"
+            checkpoints.save(model_of(config), path, "", {})
+            made.append(path.read_bytes())
     return made
-
-
-def _small(name: str) -> Any:
-    from dataclasses import replace
-
-    return replace(MEMORIES[name], num_heads=4, value_resolution=3)
 
 
 def model_in(data: bytes, folder: Path) -> Model:
