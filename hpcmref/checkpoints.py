@@ -209,7 +209,7 @@ def calibrated(model: HPCM) -> Grids:
     def run() -> None:
         for image in images:
             for quality in sorted({part * (model.config.qualities - 1) // 3 for part in range(4)}):
-                model(image, torch.tensor([float(quality)]))
+                model(image, torch.tensor([float(quality)], dtype=torch.float32, device="cpu"))
 
     return calibrate(model.entropy, run)
 

@@ -250,7 +250,8 @@ class Codec:
         return quality
 
     def _rate(self, quality: int) -> Tensor:
-        return torch.full((1,), float(quality), device=self.device)  # not copied from the host: a GPU would wait
+        # Filled and not copied from the host, which would have to wait for a GPU.
+        return torch.full((1,), float(quality), dtype=torch.float32, device=self.device)
 
 
 _ENCODER = Encoder(*map(int, __version__.split(".")[:2]))

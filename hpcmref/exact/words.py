@@ -75,7 +75,7 @@ def _multiplies_bytes() -> bool:
     for rows, inputs, outputs in ((1, 64, 40), (77, 200, 129), (256, 1920, 64)):
         x, w = (random.choice([-128, -127, 127, 3], size) for size in ((rows, inputs), (inputs, outputs)))
         x[0], w[:, 0] = 127, 127  # sums that saturate 16 bits
-        found = int_mm(torch.tensor(x, dtype=torch.int8), torch.tensor(w, dtype=torch.int8))
+        found = int_mm(*(torch.from_numpy(each.astype(np.int8)) for each in (x, w)))
         if not np.array_equal(found.numpy(), x @ w):
             return False
     return True
