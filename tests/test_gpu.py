@@ -41,7 +41,7 @@ from hpcmref.model.hpcm import EntropyPath
 from research.exactness_matrix import Configuration, decode, run, small_pictures
 
 DEVICE = "cuda"
-QUALITIES = (0, 31, 63)
+QUALITIES = (0, 63)
 LEVELS = 3
 """How far pixels may differ: a GPU computes the transforms in TF32, a CPU in float32 or bfloat16."""
 
@@ -83,7 +83,8 @@ def test_what_computes_here() -> None:
         f"{properties.name}, capability {properties.major}.{properties.minor}, torch {torch.__version__}, "
         f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, range coder {implementation()}"
     )
-    guard.check.__wrapped__(DEVICE)
+    with exactly(torch.device(DEVICE)):
+        guard.check.__wrapped__(DEVICE)
 
 
 def test_the_selftest_passes() -> None:
@@ -109,7 +110,7 @@ def test_from_the_cpu_to_the_gpu_and_back(name: str, pictures: list[Image.Image]
     expected = decode(cpu, files)
     assert decode(other, files) == expected
     assert decode(other, files, "batch") == expected
-    assert decode(other, files[::-1])[::-1] == expected
+    assert decode(other, there[::-1])[::-1] == expected[len(here) :]
     other.latents.unchanged.check_all()
     worst, share = 0, 0.0
     for data in files[::2]:
@@ -197,7 +198,7 @@ def test_what_the_caller_has_set_changes_no_latent(
 ) -> None:
     undo = SETTINGS[name]()
     try:
-        files = [gpu.encode(picture, 44) for picture in pictures]
+        files = [gpu.encode(picture, 44) for picture in pictures[::2]]
         found = decode(gpu, files)
         with torch.autocast(DEVICE, torch.bfloat16):
             assert decode(gpu, files) == found
@@ -293,7 +294,10 @@ KINDS: dict[str, HPCMConfig] = {
     "base": dataclasses.replace(PRESETS["base"], **SMALL, heads=4),
     "phi": dataclasses.replace(PRESETS["phi"], **SMALL),
     "state": STATE,
-    **{f"memory {name}": dataclasses.replace(TINY, memory=bank) for name, bank in BANKS.items() if name != "state"},
+    **{
+        f"memory {name}": dataclasses.replace(TINY, memory=BANKS[name])
+        for name in ("light", "linear", "global", "cross")
+    },
     "memory per position": dataclasses.replace(TINY, memory=dataclasses.replace(BANKS["full"], per_position=True)),
     "memory linear relu": dataclasses.replace(TINY, memory=dataclasses.replace(BANKS["linear"], feature_map="relu")),
 }
@@ -321,27 +325,6 @@ def _exact(config: HPCMConfig) -> tuple[HPCM, EntropyPath]:
 
 def _bits(y_hat: Tensor) -> Tensor:
     return (y_hat.cpu() + 0.0).contiguous().view(torch.int32)
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_network_codes_the_same(kind: str, size: tuple[int, int]) -> None:
-    """Payloads and y_hat of a batch are equal, whichever side wrote them."""
-    model, exact = _exact(KINDS[kind])
-    quality = min(20, model.config.qualities - 1)
-    y, z = latents_of(model, 2, size)
-    sides = {name: LatentCodec(copy.deepcopy(exact).to(name), torch.device(name)) for name in ("cpu", DEVICE)}
-    written: dict[str, Compressed] = {
-        name: side.compress(y.to(name), z.to(name), quality) for name, side in sides.items()
-    }
-    one, other = written["cpu"], written[DEVICE]
-    assert one.payloads == other.payloads
-    assert one.checksums == other.checksums
-    assert torch.equal(_bits(one.y_hat), _bits(other.y_hat))
-    for side in sides.values():
-        read = side.decompress(one.payloads, one.checksums, size, quality)
-        assert torch.equal(_bits(read), _bits(one.y_hat))
-        side.unchanged.check_all()
 
 
 @contextmanager
@@ -400,3 +383,24 @@ def test_a_preview_reads_no_more_than_it_must(gpu: Codec) -> None:
     with torch.inference_mode(), exactly(torch.device(DEVICE)):
         entropy(torch.full((1,), 20.0, device=DEVICE), (1, 1), SymbolReader(thresholds, [Source()], 1))
     assert len(asked) == 3  # z, and the two steps of s1
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_network_codes_the_same(kind: str, size: tuple[int, int]) -> None:
+    """Payloads and y_hat of a batch are equal, whichever side wrote them."""
+    model, exact = _exact(KINDS[kind])
+    quality = min(20, model.config.qualities - 1)
+    y, z = latents_of(model, 2, size)
+    sides = {name: LatentCodec(copy.deepcopy(exact).to(name), torch.device(name)) for name in ("cpu", DEVICE)}
+    written: dict[str, Compressed] = {
+        name: side.compress(y.to(name), z.to(name), quality) for name, side in sides.items()
+    }
+    one, other = written["cpu"], written[DEVICE]
+    assert one.payloads == other.payloads
+    assert one.checksums == other.checksums
+    assert torch.equal(_bits(one.y_hat), _bits(other.y_hat))
+    for side in sides.values():
+        read = side.decompress(one.payloads, one.checksums, size, quality)
+        assert torch.equal(_bits(read), _bits(one.y_hat))
+        side.unchanged.check_all()
