@@ -84,7 +84,7 @@ def info(path: Path) -> CheckpointInfo:
             name=path.stem,
             preset=metadata["config"]["preset"],
             path=path,
-            fingerprint=bytes.fromhex(metadata["fingerprint"]),
+            fingerprint=_fingerprint_in(metadata),
             parameters=int(metadata["parameters"]),
             size=path.stat().st_size,
             default=path.resolve().parent == _WEIGHTS.resolve() and path.stem == DEFAULT_MODEL,
@@ -102,6 +102,14 @@ def _metadata(file: TensorFile) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{file.path} is not a checkpoint of hpcmref.")
     return metadata
+
+
+def _fingerprint_in(metadata: Mapping[str, Any]) -> bytes:
+    """The 4 bytes of the fingerprint that a file states. Raises KeyError, TypeError, ValueError."""
+    fingerprint = bytes.fromhex(metadata["fingerprint"])
+    if len(fingerprint) != 4:
+        raise ValueError(f"its fingerprint has {len(fingerprint)} bytes, not 4")
+    return fingerprint
 
 
 def save(
@@ -240,7 +248,7 @@ def _loaded(file: TensorFile, any_file: bool = False) -> tuple[Checkpoint, dict[
     sealed = "sha256" in metadata
     try:
         config = HPCMConfig.from_dict(metadata["config"])
-        fingerprint, rule = bytes.fromhex(metadata["fingerprint"]), metadata.get("fingerprint_rule", 1)
+        fingerprint, rule = _fingerprint_in(metadata), metadata.get("fingerprint_rule", 1)
         if rule not in (1, 2) or (rule == 2 and not sealed):
             raise CheckpointError(f"{path} has a fingerprint of a rule that this hpcmref does not know.")
         with torch.device("meta"):

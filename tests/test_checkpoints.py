@@ -122,6 +122,21 @@ def test_a_damaged_synthesis_is_refused(saved: CheckpointInfo, tmp_path: Path) -
         checkpoints.load(path)
 
 
+@pytest.mark.parametrize("digits", ["", "ab", "ab" * 5, "ab" * 10**5, 7, None, ["ab"]])
+def test_a_fingerprint_of_another_length_is_refused(saved: CheckpointInfo, tmp_path: Path, digits: Any) -> None:
+    """That of an old file is believed, as the checksum covers it; but files have room for 4 bytes."""
+
+    def change(tensors: dict[str, torch.Tensor], metadata: Parts) -> None:
+        metadata.update(fingerprint=digits, fingerprint_rule=1)
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        metadata["sha256"] = checkpoints._checksum(metadata, arrays)
+
+    path = changed(saved.path, tmp_path / "length.safetensors", change)
+    for read in (checkpoints.info, checkpoints.load):
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            read(path)
+
+
 def resealed(path: Path) -> Path:
     """The file with checksum and fingerprint that fit."""
     with tensorfile.opened(path) as file:
