@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from hpcmref import __version__, checkpoints, lossless
+from hpcmref.checkpoints import CheckpointInfo
 from hpcmref.codec import Codec, device_of, fresh, has_bfloat16
 from hpcmref.errors import HpcmrefError
 from hpcmref.exact import words
@@ -103,25 +104,25 @@ def run(device: str = "auto", folder: Path = FOLDER) -> Report:
         if case.model is None:
             _check(report, case, folder, [])
     try:
-        shipped = checkpoints.available()
+        shipped = checkpoints.shipped()
     except HpcmrefError as error:
         report.failures.append(str(error))
         return report
     for info in shipped:
         report.models[info.name] = info.fingerprint.hex()
         try:
-            _check_model(report, known, folder, info.name, where.type)
+            _check_model(report, known, folder, info, where.type)
         except HpcmrefError as error:
             report.failures.append(f"{info.name}: {error}")
     return report
 
 
-def _check_model(report: Report, known: ConformanceSet, folder: Path, name: str, device: str) -> None:
+def _check_model(report: Report, known: ConformanceSet, folder: Path, info: CheckpointInfo, device: str) -> None:
     """Try all cases of a model. Raises HpcmrefError if there are none, or the model cannot be loaded or changes."""
-    cases = [case for case in known.cases if case.model == name]
+    cases = [case for case in known.cases if case.model == info.name]
     if not cases:
         raise HpcmrefError("the conformance set has no file of this model")
-    codecs = [fresh(name, each) for each in dict.fromkeys((device, "cpu"))]
+    codecs = [fresh(info.path, each) for each in dict.fromkeys((device, "cpu"))]
     for case in cases:
         _check(report, case, folder, codecs)
     for codec in codecs:

@@ -98,7 +98,7 @@ def test_the_selftest_passes() -> None:
 # --- shipped models ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [info.name for info in checkpoints.available()])
+@pytest.mark.parametrize("name", [info.name for info in checkpoints.shipped()])
 def test_from_the_cpu_to_the_gpu_and_back(name: str, pictures: list[Image.Image]) -> None:
     """Equal y_hat bit by bit, alone and in batches, at several qualities, and pictures that are nearly equal."""
     cpu, other = load(name, "cpu"), load(name, DEVICE)

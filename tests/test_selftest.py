@@ -68,7 +68,7 @@ def test_json() -> None:
 
 
 def shipped() -> list[str]:
-    return [info.name for info in checkpoints.available()]
+    return [info.name for info in checkpoints.shipped()]
 
 
 def test_the_set_has_what_it_should() -> None:
@@ -79,7 +79,7 @@ def test_the_set_has_what_it_should() -> None:
     known = read_set(FOLDER)
     assert {each.model for each in known.cases} == {None, *shipped()}
     assert known.tolerance >= 2
-    for info in checkpoints.available():
+    for info in checkpoints.shipped():
         cases = [each for each in known.cases if each.model == info.name]
         files = {each.file: container.parse((FOLDER / each.file).read_bytes()) for each in cases}
         learned = [file.learned for file in files.values() if file.learned]
@@ -91,7 +91,7 @@ def test_the_set_has_what_it_should() -> None:
         sizes = {(file.width, file.height) for file in files.values()}
         assert (1, 1) in sizes
         assert any(width % 64 and height % 64 for width, height in sizes)
-        if fresh(info.name, "cpu").model.config.qualities > 1:
+        if fresh(info.path, "cpu").model.config.qualities > 1:
             assert len({each.quality for each in learned}) >= 5
 
 
@@ -149,8 +149,8 @@ def _another_scale(codec: Codec) -> None:
     ],
 )
 def test_a_broken_model_fails(breaks: Callable[[Codec], None], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str, device: str) -> Codec:
-        codec = fresh(name, device)
+    def broken(path: Path, device: str) -> Codec:
+        codec = fresh(path, device)
         breaks(codec)
         return codec
 
@@ -160,13 +160,12 @@ def test_a_broken_model_fails(breaks: Callable[[Codec], None], said: str, monkey
 
 
 def test_a_model_file_that_is_damaged_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, *_ = checkpoints.available()
+    original, *_ = checkpoints.shipped()
     path = tmp_path / original.path.name
     data = bytearray(original.path.read_bytes())
     data[-1000] ^= 1
     path.write_bytes(data)
-    monkeypatch.setattr(checkpoints, "available", lambda: [_moved(original, path)])
-    monkeypatch.setattr(checkpoints, "find", lambda name: path)
+    monkeypatch.setattr(checkpoints, "shipped", lambda: [_moved(original, path)])
     assert str(path) in failures()
 
 
@@ -178,9 +177,9 @@ def test_models_that_cannot_even_be_listed_fail(monkeypatch: pytest.MonkeyPatch)
     def nothing() -> list[CheckpointInfo]:
         raise CheckpointError("nano.safetensors cannot be read.")
 
-    monkeypatch.setattr(checkpoints, "available", nothing)
+    monkeypatch.setattr(checkpoints, "shipped", nothing)
     assert "cannot be read" in failures()
-    monkeypatch.setattr(checkpoints, "available", list)
+    monkeypatch.setattr(checkpoints, "shipped", list)
     assert not selftest.run("cpu").passed
 
 

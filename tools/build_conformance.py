@@ -81,8 +81,8 @@ def build(folder: Path) -> int:
     for old in folder.iterdir():
         old.unlink()
     cases, worst = [lossless_case(folder)], 0
-    for info in checkpoints.available():
-        exact, coarse = (_codec(info.name, bfloat16) for bfloat16 in (False, True))
+    for info in checkpoints.shipped():
+        exact, coarse = (_codec(info.path, bfloat16) for bfloat16 in (False, True))
         cases += cases_of(exact, folder)
         worst = max(worst, spread(exact, coarse))
     defaults = {each.name: each.default for each in fields(Case)}
@@ -117,9 +117,9 @@ def _answered(case: Case, codec: Codec, folder: Path, again: bool = False) -> Ca
     return replace(case, latents=latents_of(codec, file, case.upto), error=error)
 
 
-def _codec(name: str, bfloat16: bool) -> Codec:
+def _codec(path: Path, bfloat16: bool) -> Codec:
     with patch("hpcmref.codec.has_bfloat16", return_value=bfloat16):
-        return fresh(name, "cpu")
+        return fresh(path, "cpu")
 
 
 def _tile_paths() -> list[Path]:

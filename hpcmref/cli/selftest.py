@@ -17,9 +17,10 @@ def selftest(
     device: DeviceOption = Device.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Decode files with known answers, encode and decode their pictures, and say whether this machine can be trusted.
+    """Check with known files whether this machine codes as it should.
 
-    Takes some seconds. The exit code is 1 if anything is wrong.
+    Decodes files whose latents and pixels are known, and encodes and decodes their pictures. Takes some seconds.
+    The exit code is 1 if anything is wrong.
     """
     from hpcmref import selftest
 
