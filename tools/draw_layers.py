@@ -2,8 +2,8 @@
 
     python tools/draw_layers.py
 
-A room is a folder or a file directly in hpcmref. A room imports from rooms of lower layers alone; `tests/test_layers.py`
-checks that, and that the drawing is up to date.
+A room is a folder or a file directly in hpcmref. A room imports from rooms of lower layers alone;
+`tests/test_layers.py` checks that, and that the drawing is up to date.
 """
 
 from __future__ import annotations
