@@ -40,6 +40,7 @@ from hpcmref.model.layers import in_bfloat16
 from hpcmref.picture import images
 from hpcmref.picture.metadata import extras_of
 from hpcmref.runtime.folders import models_folder
+from hpcmref.runtime.forks import safe_after_fork
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,10 @@ class Codec:
         """
         learned = self._learned(file)
         size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
-        if file.truncated or file.damaged:
-            return self.latents.decompress_intact(file.payload, learned.checksums, size, learned.quality, upto)[0]
-        return self.latents.decompress([file.payload], [learned.checksums], size, learned.quality, upto)
+        with self._inference():
+            if file.truncated or file.damaged:
+                return self.latents.decompress_intact(file.payload, learned.checksums, size, learned.quality, upto)[0]
+            return self.latents.decompress([file.payload], [learned.checksums], size, learned.quality, upto)
 
     def _learned(self, file: Container) -> Learned:
         """The header of a file's learned payload, if this codec can decode it; raises as `decode` does."""
@@ -246,7 +248,12 @@ class Codec:
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """Networks run without gradients and in the precision of their weights, whatever the caller has set."""
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), repeatably(self.device):
+        with (
+            safe_after_fork(self.device.type),
+            torch.inference_mode(),
+            torch.autocast(self.device.type, enabled=False),
+            repeatably(self.device),
+        ):
             yield
 
     def _checked(self, quality: int | None) -> int:
@@ -285,7 +292,8 @@ def fresh(model: str | os.PathLike[str] | None = None, device: str = "auto") -> 
 
 
 def _made(path: Path, device: torch.device) -> Codec:
-    return Codec(checkpoints.load(path), path.stem, device)
+    with safe_after_fork(device.type):
+        return Codec(checkpoints.load(path), path.stem, device)
 
 
 _kept = lru_cache(maxsize=2)(_made)
@@ -327,7 +335,8 @@ def device_of(name: str) -> torch.device:
         if name == "cuda":
             raise ConfigError("there is no CUDA device here")
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    with safe_after_fork("cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -267,5 +267,5 @@ def test_the_verdict_of_a_failure(copied: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there() -> None:
     result = CliRunner().invoke(app, ["selftest", "--device", "cuda"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr == "hpcmref: there is no CUDA device here\n"
