@@ -189,6 +189,8 @@ def test_a_hostile_model_with_a_valid_checksum_is_refused(
         (2**31).to_bytes(8, "little") + b"{}",
         (2**63).to_bytes(8, "little"),
         b"[" * 100_000,
+        b'{"__metadata__":' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"__metadata__":{"hpcmref":"{}"},"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}',
@@ -208,6 +210,14 @@ def test_a_hostile_header_is_refused(tmp_path: Path, header: bytes) -> None:
         checkpoints.load(path)
 
 
+def nested(levels: int) -> Any:
+    """A list in a list, so many levels deep."""
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"M": 10**9}, {"N": 2**40}, {"stages": [[48, 10**6]]}, {"hyper_blocks": 10**6}, {"M": 32.0}, {"N": True},
@@ -215,7 +225,7 @@ def test_a_hostile_header_is_refused(tmp_path: Path, header: bytes) -> None:
      {"preset": "x" * 1000}, {"lambdas": list(range(1, 1000))}, {"memory": {"mode": "cross", "max_refs": [10**9] * 3}},
      {"memory": {"mode": "full", "value_resolution": 10**6}}, {"memory": [["mode", "light"]]}, {"memory": "light"},
      {"memory": {"mode": "light", "scales": 3}}, {"windows": [32, 32, 32], "heads": 64}, {"lambdas": [10**400, 1]},
-     {"displaced_s2": "no"}, {"transform": ["dct"]}],
+     {"displaced_s2": "no"}, {"transform": ["dct"]}, {"N": nested(900)}, {"windows": nested(40)}],
 )  # fmt: skip
 def test_a_configuration_over_the_limits_costs_nothing(
     saved: CheckpointInfo, tmp_path: Path, settings: dict[str, Any]
