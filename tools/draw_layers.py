@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("picture", "exact"),
     ("latents", "checkpoints", "lossless"),
     ("codec", "models", "training"),
-    ("plugin", "sources"),
+    ("plugin", "sources", "selftest"),
     ("many",),
     ("api",),
     ("bench",),

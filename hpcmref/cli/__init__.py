@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "Compare two images of one size: PSNR, MS-SSIM and, where it is installed, SSIMULACRA2.",
     "bench": "Measure codecs side by side on your own images: size, quality, time, memory, BD-rate.",
     "train": "Train a model and export it: DIR/PRESET.safetensors, for use with -m.",
+    "selftest": "Check with known files whether this machine codes as it should.",
     "thumbnail": "Write a small PNG of an encoded file, as file managers ask for it.",
     "checkpoints": "List, add, remove and convert models.",
 }

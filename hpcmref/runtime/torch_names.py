@@ -53,7 +53,7 @@ def use_full_precision(undo: ExitStack) -> None:
         torch.set_float32_matmul_precision("highest")
         return
     for mode in modes:
-        if mode.fp32_precision in ("tf32", "bf16"):
+        if mode.fp32_precision not in ("none", "ieee"):
             undo.callback(_set_precision, mode, mode.fp32_precision)
             mode.fp32_precision = "ieee"
 
