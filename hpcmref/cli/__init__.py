@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hpcmref._version import __version__
-from hpcmref.cli import bench, checkpoints, decode, encode, info, train
+from hpcmref.cli import bench, checkpoints, decode, encode, info, train, versions
 from hpcmref.cli.failures import GuardedGroup
 from hpcmref.runtime.heap import keep_memory
 
@@ -29,16 +29,20 @@ app.command()(train.train)
 app.add_typer(checkpoints.app, name="checkpoints")
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(context: typer.Context, wanted: bool) -> None:
     if wanted:
-        print(f"hpcmref {__version__}")
+        print(versions.described() if context.params.get("verbose") else f"hpcmref {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, help="Print the version and exit.")
+    ] = False,
+    # Eager, so that it is known when --version prints.
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", is_eager=True, help="With --version: what hpcmref runs on as well.")
     ] = False,
 ) -> None:
     """A learned image codec: small files that decode to the same pixels on every machine."""
