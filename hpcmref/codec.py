@@ -39,6 +39,7 @@ from hpcmref.model.hpcm import STRIDE
 from hpcmref.model.layers import in_bfloat16
 from hpcmref.picture import images
 from hpcmref.picture.metadata import extras_of
+from hpcmref.runtime.torch_names import has_bfloat16_units
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Codec:
         self.model = checkpoint.model.eval()
         self.model.entropy = attach(self.model.entropy, checkpoint.grids)
         self.model.to(device)
-        if _has_bfloat16(device):
+        if device.type == "cpu" and has_bfloat16_units():
             for network in (self.model.g_a, self.model.h_a, self.model.g_s):
                 in_bfloat16(network)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -336,17 +337,13 @@ def _mismatch(wanted: bytes, name: str, found: bytes) -> str:
 def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] == "mps":
+        raise ConfigError("Apple's GPUs (mps) have no float64, which the exact arithmetic needs: use the device cpu")
     if name not in ("cpu", "cuda"):
         raise ConfigError(f"the device is {name!r}, and must be auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here")
     return torch.device(name)
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """The processor has instructions for bfloat16, without which it would be slower than float32."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so they may go
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def _padded(pixels: np.ndarray, device: torch.device) -> Tensor:
