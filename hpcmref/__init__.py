@@ -6,7 +6,8 @@
     data = hpcmref.encode(Image.open("photo.png"), quality=32)
     image = hpcmref.decode(data)
 
-torch is imported on first use, so that importing hpcmref is cheap.
+`encode_many` and `decode_many` take many, `info` says what a file holds, and `load` gives a codec to keep. torch is
+imported on first use, so that importing hpcmref is cheap.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from hpcmref.errors import HpcmrefError
 from hpcmref.plugin import register as _register
 
 if TYPE_CHECKING:
-    from hpcmref.codec import Codec, decode, encode, load
+    from hpcmref.api import FileInfo, decode, decode_many, encode, encode_many, info
+    from hpcmref.codec import Codec, load
 
 DEFAULT_QUALITY = 32
 
@@ -25,12 +27,35 @@ DEFAULT_MAX_PIXELS = 1 << 27
 
 _register()
 
-__all__ = ["DEFAULT_MAX_PIXELS", "DEFAULT_QUALITY", "Codec", "HpcmrefError", "__version__", "decode", "encode", "load"]
+__all__ = [
+    "DEFAULT_MAX_PIXELS",
+    "DEFAULT_QUALITY",
+    "Codec",
+    "FileInfo",
+    "HpcmrefError",
+    "__version__",
+    "decode",
+    "decode_many",
+    "encode",
+    "encode_many",
+    "info",
+    "load",
+]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("Codec", "decode", "encode", "load"):
-        from hpcmref import codec
+def __dir__() -> list[str]:
+    return __all__
 
-        return getattr(codec, name)
-    raise AttributeError(f"module 'hpcmref' has no attribute {name!r}")
+
+if not TYPE_CHECKING:  # or every name would exist for mypy
+
+    def __getattr__(name: str) -> Any:
+        if name in ("Codec", "load"):
+            from hpcmref import codec
+
+            return getattr(codec, name)
+        if name in __all__:
+            from hpcmref import api
+
+            return getattr(api, name)
+        raise AttributeError(f"module 'hpcmref' has no attribute {name!r}")

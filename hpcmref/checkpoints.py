@@ -5,7 +5,9 @@ Importing this module does not import torch: `available` and `name_of` read only
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hpcmref.errors import CheckpointError, ConfigError
 from hpcmref.format import tensorfile
 from hpcmref.format.tensorfile import TensorFile
+from hpcmref.runtime.folders import model_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +27,8 @@ if TYPE_CHECKING:
     from hpcmref.exact.convert import Grids
     from hpcmref.model import HPCM
 
-DEFAULT_MODEL = "nano"
-"""The registry name of the model that is used when none is asked for."""
+DEFAULT_MODEL = "nano-1"
+"""The name of the model that is used when none is asked for."""
 
 _WEIGHTS = Path(__file__).parent / "weights"
 _METADATA = "hpcmref"
@@ -53,26 +56,46 @@ class CheckpointInfo:
 
 
 def available() -> list[CheckpointInfo]:
-    """The models that ship with the package, the default first."""
-    found = [info(path) for path in sorted(_WEIGHTS.glob("*.safetensors"))]
-    return sorted(found, key=lambda each: not each.default)
+    """The models that ship with the package, the default first, and then those in the user's folder (`models_folder`).
+
+    Files there that are no models are left out: they must not keep anyone from decoding.
+    """
+    shipped = [info(path) for path in sorted(_WEIGHTS.glob("*.safetensors"))]
+    own = []
+    for path in model_files():
+        with contextlib.suppress(CheckpointError):
+            own.append(info(path))
+    return [*sorted(shipped, key=lambda each: not each.default), *own]
+
+
+def with_fingerprint(fingerprint: bytes) -> CheckpointInfo | None:
+    """The model with this fingerprint, if it is available."""
+    return next((each for each in available() if each.fingerprint == fingerprint), None)
 
 
 def name_of(fingerprint: bytes) -> str | None:
-    """The registry name of the model with this fingerprint, if there is one."""
-    return next((each.name for each in available() if each.fingerprint == fingerprint), None)
+    """The name of the model with this fingerprint, if it is available."""
+    found = with_fingerprint(fingerprint)
+    return None if found is None else found.name
 
 
-def find(model: str | Path | None) -> Path:
-    """The file of a model: a registry name, a path, or None for the default. Raises CheckpointError."""
-    names = {each.name: each.path for each in available()}
+def find(model: str | os.PathLike[str] | None) -> Path:
+    """The file of a model: a name, a path, or None for the default. Raises CheckpointError.
+
+    A name without its version, as nano, stands for the newest version that there is. A name of a model that ships never
+    stands for another file.
+    """
+    names = {each.name: each.path for each in reversed(available())}
     if model is None:
         model = DEFAULT_MODEL
     if str(model) in names:
         return names[str(model)]
+    versions = [name for name in names if re.fullmatch(re.escape(str(model)) + r"-\d+", name)]
+    if versions:
+        return names[max(versions, key=lambda name: int(name.rpartition("-")[2]))]
     if Path(model).is_file():
         return Path(model)
-    raise CheckpointError(f"There is no model {str(model)!r}: neither a file nor one of {', '.join(names) or 'none'}.")
+    raise CheckpointError(f"There is no model {str(model)!r}: neither a file nor one of {', '.join(reversed(names))}.")
 
 
 def info(path: Path) -> CheckpointInfo:

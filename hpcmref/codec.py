@@ -7,19 +7,19 @@ decode:  container -> LatentCodec.decompress -> y_hat -> g_s -> pixels -> image
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, __version__, checkpoints
+from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, __version__, arguments, checkpoints
 from hpcmref.checkpoints import Checkpoint
 from hpcmref.errors import (
     ConfigError,
@@ -34,11 +34,11 @@ from hpcmref.format import container
 from hpcmref.format.container import Container, Encoder, Learned
 from hpcmref.latents import ARITHMETIC, SCALES, LatentCodec
 from hpcmref.lossless import decode as decode_lossless
-from hpcmref.lossless import encode as encode_lossless
 from hpcmref.model.hpcm import STRIDE
 from hpcmref.model.layers import in_bfloat16
 from hpcmref.picture import images
 from hpcmref.picture.metadata import extras_of
+from hpcmref.runtime.folders import models_folder
 from hpcmref.runtime.torch_names import has_bfloat16_units
 
 
@@ -93,6 +93,7 @@ class Codec:
         ModelChangedError if the model in memory is not the one that was loaded or the second decoder disagrees.
         """
         quality = self._checked(quality)
+        arguments.flag("verify", verify)
         frame, x = self._framed(image, keep_invisible)
         with self._inference():
             x = self.model.features(x, _to_unit)
@@ -118,6 +119,12 @@ class Codec:
         """
         if sum(target is not None for target in (size, bpp, psnr)) != 1:
             raise ConfigError("exactly one of size, bits per pixel and PSNR can be the target")
+        if size is not None:
+            arguments.integer("size", size, 1)
+        for name, value in (("bpp", bpp), ("psnr", psnr)):
+            if value is not None:
+                arguments.positive(name, value)
+        arguments.flag("verify", verify)
         frame, x = self._framed(image, keep_invisible)
         limit = size if bpp is None else bpp * frame.width * frame.height / 8
         low, high = 0, self.model.config.qualities - 1
@@ -144,7 +151,7 @@ class Codec:
 
     def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[_Frame, Tensor]:
         """The header fields of an image, and its pixels (1, 3, H', W') uint8, padded to multiples of 64."""
-        picture = images.picture_of(image, keep_invisible)
+        picture = images.picture_of(image, arguments.flag("keep_invisible", keep_invisible))
         height, width = picture.pixels.shape[:2]
         frame = _Frame(width, height, picture.grey, picture.extras.chunks())
         return frame, _padded(picture.pixels, self.device)
@@ -185,8 +192,10 @@ class Codec:
         ModelMismatchError for the file of another model, DecodeError where the decoded latents are not those that were
         encoded, and ConfigError for another scale.
         """
-        if upto not in (1, 2, 3):
-            raise ConfigError(f"the scale is {upto}, and must be 1, 2 or 3")
+        arguments.integer("upto", upto, 1, SCALES)
+        arguments.integer("max_pixels", max_pixels, 1)
+        arguments.flag("partial", partial)
+        arguments.flag("damaged", damaged)
         file = data if isinstance(data, Container) else container.parse(data, partial, damaged)
         if (pixels := file.width * file.height) > max_pixels:
             raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
@@ -244,9 +253,7 @@ class Codec:
             return DEFAULT_QUALITY if qualities > 1 else 0
         if qualities == 1:
             raise ConfigError(f"the model {self.name} has one rate: encode without a quality")
-        if not 0 <= quality < qualities:
-            raise ConfigError(f"the quality is {quality}, and must be 0 to {qualities - 1}")
-        return quality
+        return arguments.integer("quality", quality, 0, qualities - 1)
 
     def _rate(self, quality: int) -> Tensor:
         return torch.tensor([float(quality)], device=self.device)
@@ -258,17 +265,18 @@ _ENCODER = Encoder(*map(int, __version__.split(".")[:2]))
 _loading = threading.Lock()
 
 
-def load(model: str | Path | None = None, device: str = "auto") -> Codec:
-    """The codec of a model: a registry name, a .safetensors file, or None for the default that ships with hpcmref.
+def load(model: str | os.PathLike[str] | None = None, device: str = "auto") -> Codec:
+    """The codec of a model: a name, a .safetensors file, or None for the default that ships with hpcmref.
 
     device: "cpu", "cuda", or "auto" for CUDA where there is one. The last two codecs are kept, since loading takes
     longer than encoding a small image. Raises CheckpointError, ConfigError.
     """
+    arguments.model(model)
     with _loading:  # threads that ask for a codec at once get the same one
         return _kept(checkpoints.find(model), device_of(device).type)
 
 
-def fresh(model: str | Path | None = None, device: str = "auto") -> Codec:
+def fresh(model: str | os.PathLike[str] | None = None, device: str = "auto") -> Codec:
     """As `load`, but a codec of the caller's own, which is not kept."""
     path = checkpoints.find(model)
     return Codec(checkpoints.load(path), path.stem, device_of(device))
@@ -277,8 +285,8 @@ def fresh(model: str | Path | None = None, device: str = "auto") -> Codec:
 _kept = lru_cache(maxsize=2)(fresh)
 
 
-def codec_for(file: Container, device: str = "auto", model: str | Path | None = None) -> Codec:
-    """The codec whose model wrote a file: one of the shipped models, or `model`.
+def codec_for(file: Container, device: str = "auto", model: str | os.PathLike[str] | None = None) -> Codec:
+    """The codec whose model wrote a file: one of the available models (`checkpoints.available`), or `model`.
 
     Raises ModelMismatchError if it is none of them, and UnsupportedError for a file without a learned payload.
     """
@@ -286,47 +294,17 @@ def codec_for(file: Container, device: str = "auto", model: str | Path | None = 
         raise UnsupportedError(f"the file is coded without loss ({file.coding.name}), and needs no model")
     fingerprint = file.learned.fingerprint
     if model is None:
-        if (name := checkpoints.name_of(fingerprint)) is None:
+        if (found := checkpoints.with_fingerprint(fingerprint)) is None:
             known = ", ".join(f"{each.name} ({each.fingerprint.hex()})" for each in checkpoints.available())
             raise ModelMismatchError(
-                f"the file was made with the model {fingerprint.hex()}, and only {known} ship with hpcmref: "
-                "name its file with -m"
+                f"the file was made with the model {fingerprint.hex()}, and only {known} are here: name its file with "
+                f"-m, or put it into {models_folder()} (hpcmref checkpoints add)"
             )
-        return load(name, device)
+        return load(found.path, device)
     codec = load(model, device)
     if codec.fingerprint != fingerprint:
         raise ModelMismatchError(_mismatch(fingerprint, codec.name, codec.fingerprint))
     return codec
-
-
-def encode(
-    image: Image.Image | np.ndarray,
-    quality: int | None = None,
-    model: str | Path | None = None,
-    device: str = "auto",
-    *,
-    keep_invisible: bool = False,
-    lossless: bool = False,
-) -> bytes:
-    """The file of an image; see `Codec.encode` and `load`.
-
-    lossless: keep every pixel bit for bit (`hpcmref.lossless`), which takes no quality and no model.
-    """
-    if lossless:
-        if quality is not None:
-            raise ConfigError("a lossless file has no quality")
-        return encode_lossless(image)
-    return load(model, device).encode(image, quality, keep_invisible=keep_invisible)
-
-
-def decode(
-    data: bytes, device: str = "auto", model: str | Path | None = None, max_pixels: int = DEFAULT_MAX_PIXELS
-) -> Image.Image:
-    """The image of a file; see `Codec.decode` and `codec_for`."""
-    file = container.parse(data)
-    if file.learned is None:
-        return decode_lossless(file, max_pixels)
-    return codec_for(file, device, model).decode(file, max_pixels=max_pixels)
 
 
 def _mismatch(wanted: bytes, name: str, found: bytes) -> str:
@@ -335,12 +313,8 @@ def _mismatch(wanted: bytes, name: str, found: bytes) -> str:
 
 
 def device_of(name: str) -> torch.device:
-    if name == "auto":
+    if arguments.device(name) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] == "mps":
-        raise ConfigError("Apple's GPUs (mps) have no float64, which the exact arithmetic needs: use the device cpu")
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"the device is {name!r}, and must be auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device here")
     return torch.device(name)

@@ -37,5 +37,9 @@ class ConfigError(HpcmrefError):
     """A setting out of range, or settings that contradict each other."""
 
 
+class ArgumentTypeError(ConfigError, TypeError):
+    """An argument of a type that the function does not take."""
+
+
 class ModelChangedError(HpcmrefError):
     """The model in memory is not the one that was loaded, or two decoders of one file disagree."""

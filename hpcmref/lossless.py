@@ -81,6 +81,16 @@ def decode(file: Container, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
     return images.image_of(unpack(file), file.grey, extras_of(file))
 
 
+def verify(data: bytes, image: Image.Image | np.ndarray) -> None:
+    """Decode what `encode` returned for an image, and compare all pixels. Raises DecodeError if one differs."""
+    file = container.parse(data)
+    picture = images.picture_of(image, keep_invisible=True)
+    alpha, expected = extras_of(file).alpha, picture.extras.alpha
+    same_alpha = alpha is expected or (alpha is not None and expected is not None and np.array_equal(alpha, expected))
+    if not (same_alpha and np.array_equal(unpack(file), picture.pixels)):
+        raise DecodeError("the decoded picture is not the one that was encoded: nothing was returned")
+
+
 def _refuse_inexact(image: Image.Image | np.ndarray) -> None:
     wide = isinstance(image, np.ndarray) and image.dtype not in (np.uint8, bool)
     if wide or (isinstance(image, Image.Image) and images.is_wide(image)):

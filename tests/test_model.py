@@ -344,7 +344,7 @@ def test_the_start_is_an_orthonormal_transform(started: HPCM, sample: Image.Imag
 
 def test_residual_branches_start_small(started: HPCM) -> None:
     blocks = [block for block in (*started.g_a, *started.g_s) if isinstance(block, PConvRB)]
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     with torch.no_grad():
         for block in blocks:
             x = torch.randn(1, block.expand.in_channels, 8, 8)

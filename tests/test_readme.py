@@ -67,7 +67,8 @@ def test_the_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_links_lead_somewhere() -> None:
-    for name in ("README.md", "FORMAT.md", "CHANGELOG.md", "checkpoints.md", "docs/training.md", "docs/memory-bank.md"):
+    root = README.parent
+    for name in (path.relative_to(root) for path in (*root.glob("*.md"), *root.glob("docs/**/*.md"))):
         text = (README.parent / name).read_text()
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
             assert ((README.parent / name).parent / target).exists(), (name, target)

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hpcmref import checkpoints
-from research import exactness_cost, growth, memory_ablation, memory_probe
+from research import contention, exactness_cost, growth, memory_ablation, memory_probe
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,3 +85,15 @@ def test_memory_ablation_and_probe(
 
     memory_probe.main(output, images, model, quality=42)
     assert capsys.readouterr().out.count("magnitude") == 4  # two steps of two groups
+
+
+def test_contention(tmp_path: Path) -> None:
+    """Every kind runs, also beside a busy process; the ratios are of the right pairs."""
+    found = contention.measure(["--version"], {"spin": contention.SPIN, "sleep": contention.SLEEP}, tmp_path, 1)
+    assert list(found) == ["spin", "sleep"]
+    assert min(each for seconds in found.values() for each in (seconds.alone, seconds.beside)) > 0
+    spin = contention.Seconds(2.0, 16.0)
+    row = contention.Seconds(2.02, 4.04).row("encode", "sleep", spin)
+    assert row.split() == ["encode", "sleep", "2.02", "1.010", "2.00", "yes"]
+    assert contention.Seconds(2.2, 4.04).row("encode", "sleep", spin).endswith("no")
+    assert spin.row("encode", "spin", spin).endswith("no")

@@ -95,7 +95,7 @@ def build(folder: Path) -> Path:
     (wheel,) = (folder / "dist").glob("*.whl")
     _run([python, "-m", "twine", "check", "--strict", *(folder / "dist").iterdir()])
     with zipfile.ZipFile(wheel) as archive:
-        strangers = {name for name in archive.namelist() if not re.match(r"hpcmref(-[\d.]+\.dist-info)?/", name)}
+        strangers = {name for name in archive.namelist() if not re.match(r"hpcmref(-[\d.]+\.(dist-info|data))?/", name)}
     if strangers:
         raise CornerError(f"the wheel holds {sorted(strangers)}")
     size = wheel.stat().st_size

@@ -1,37 +1,71 @@
-"""Which commands does `hpcmref` have? Each lives in its own file; none of them contains codec logic."""
+"""Which commands does `hpcmref` have? Each lives in its own file; none of them contains codec logic.
+
+The file of a command is imported when the command is called, so that help, completion and small commands start fast.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
 from hpcmref._version import __version__
-from hpcmref.cli import bench, checkpoints, decode, encode, info, train, versions
 from hpcmref.cli.failures import GuardedGroup
 from hpcmref.runtime.heap import keep_memory
+from hpcmref.runtime.waiting import sleep_while_waiting
 
-__all__ = ["app"]
+__all__ = ["COMMANDS", "app", "load"]
+
+COMMANDS = {
+    "encode": "Encode images to small files.",
+    "decode": "Decode files back to images.",
+    "info": "Show what encoded files contain, without decoding them.",
+    "bench": "Measure codecs side by side on your own images: size, quality, time, memory, BD-rate.",
+    "train": "Train a model and export it: DIR/PRESET.safetensors, for use with -m.",
+    "thumbnail": "Write a small PNG of an encoded file, as file managers ask for it.",
+    "checkpoints": "List, add, remove and convert models.",
+}
+"""Name -> first line of its help. The module `hpcmref.cli.NAME` has a function NAME, or a Typer `app` of commands."""
+
+
+def load(name: str) -> Any:
+    """The command of this name, with its options: what Typer makes of the function or app in its module."""
+    module = import_module(f"hpcmref.cli.{name}")
+    one = getattr(module, "app", None)
+    if one is None:
+        one = typer.Typer(add_completion=False)
+        one.command(name)(getattr(module, name))
+    command = typer.main.get_command(one)
+    command.name = name
+    return command
+
+
+class LazyGroup(GuardedGroup):
+    """Knows the names of its commands, and imports the one that is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As click's: the name of the command, the command, and what is left of the arguments."""
+        name, known, rest = super().resolve_command(ctx, args)
+        return name, name and known and load(name), rest
+
 
 app = typer.Typer(
     name="hpcmref",
-    cls=GuardedGroup,
+    cls=LazyGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,  # GuardedGroup turns every error into one line
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(encode.encode)
-app.command()(decode.decode)
-app.command()(info.info)
-app.command()(bench.bench)
-app.command()(train.train)
-app.add_typer(checkpoints.app, name="checkpoints")
+for _name, _help in COMMANDS.items():
+    app.command(_name, help=_help)(lambda: None)  # takes the place of the command in lists of commands
 
 
 def _print_version(context: typer.Context, wanted: bool) -> None:
     if wanted:
-        print(versions.described() if context.params.get("verbose") else f"hpcmref {__version__}")
+        from hpcmref.cli.versions import described
+
+        print(described() if context.params.get("verbose") else f"hpcmref {__version__}")
         raise typer.Exit
 
 
@@ -47,3 +81,4 @@ def main(
 ) -> None:
     """A learned image codec: small files that decode to the same pixels on every machine."""
     keep_memory()
+    sleep_while_waiting()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hpcmref.cli.batch import Job, run
-from hpcmref.cli.options import ForceOption
+from hpcmref.cli.failures import report
+from hpcmref.cli.options import ForceOption, names_of_added_models
+from hpcmref.errors import CheckpointError
 
 if TYPE_CHECKING:
     from hpcmref.checkpoints import CheckpointInfo
 
-app = typer.Typer(no_args_is_help=True, help="List and convert models.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="List, add, remove and convert models.")
 
 
 class OfficialPreset(str, Enum):
@@ -31,16 +33,20 @@ class OfficialPreset(str, Enum):
 def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array with one object a model.")] = False,
     check: Annotated[
-        bool, typer.Option("--verify", help="Read every model whole, and exit 1 if one is damaged.")
+        bool,
+        typer.Option("--verify", help="Read every model whole, compare its SHA-256, and exit 1 if one is damaged."),
     ] = False,
 ) -> None:
-    """List the models that -m knows by name."""
+    """List the models that -m knows by name: those that ship, and those that were added."""
     from hpcmref.checkpoints import available, verify
+    from hpcmref.models import unreadable
 
     models = available()
+    damaged = list(unreadable().values())
     if check:
-        for model in models:
-            verify(model.path)
+        damaged += _failures(verify, [model.path for model in models])
+    for error in damaged:
+        report(error)
     if as_json:
         print(json.dumps([_facts(model) for model in models], indent=2))
     else:
@@ -56,6 +62,43 @@ def list_models(
             for model in models
         ]
         _print_table(("name", "preset", "parameters", "size", "fingerprint", "description"), rows, numbers=(2, 3))
+    if check and damaged:
+        raise typer.Exit(1)
+
+
+def _failures(check: Callable[[Path], None], paths: Sequence[Path]) -> list[CheckpointError]:
+    found = []
+    for path in paths:
+        try:
+            check(path)
+        except CheckpointError as error:
+            found.append(error)
+    return found
+
+
+@app.command("add")
+def add_model(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors file of hpcmref.")],
+    name: Annotated[str | None, typer.Option("--name", help="What -m calls it; by default as the file.")] = None,
+    force: ForceOption = False,
+) -> None:
+    """Put a model into your folder of models: -m then knows it by name, and files of it decode without -m."""
+    from hpcmref.models import add
+
+    made = add(file, name, force)
+    print(f"{made.name}: {made.path}, {made.size} bytes, fingerprint {made.fingerprint.hex()}")
+
+
+@app.command("remove")
+def remove_model(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="One that was added.", autocompletion=names_of_added_models)
+    ],
+) -> None:
+    """Delete a model from your folder of models. Files that were made with it need it to be decoded."""
+    from hpcmref.models import remove
+
+    print(f"{remove(name)} is removed")
 
 
 @app.command("presets")

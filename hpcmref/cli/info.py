@@ -33,35 +33,27 @@ def info(
 
 def _facts(job: Job) -> dict[str, Any]:
     """Sizes are in bytes, bits per pixel are of the whole file."""
-    from hpcmref.checkpoints import name_of
-    from hpcmref.format.container import Encoder, parse, part_sizes
+    from hpcmref.api import info as info_of
 
-    data = job.read()
-    container = parse(data)
-    encoder, learned = container.encoder, container.learned
-    facts = {
+    found = info_of(job.read())
+    facts: dict[str, Any] = {
         "file": job.name,
-        "width": container.width,
-        "height": container.height,
-        "channels": "grey" if container.grey else "colour",
-        "format": container.version,
-        "coding": container.coding.name.lower(),
-        "encoder": f"{encoder.major}.{encoder.minor}" if encoder != Encoder() else None,
-        "effort": encoder.effort,
+        "width": found.width,
+        "height": found.height,
+        "channels": "grey" if found.grey else "colour",
+        "format": found.version,
+        "coding": found.coding,
+        "encoder": found.encoder,
+        "effort": found.effort,
     }
-    if learned is not None:
+    if found.arithmetic is not None:
         facts |= {
-            "model": name_of(learned.fingerprint),
-            "fingerprint": learned.fingerprint.hex(),
-            "quality": learned.quality,
-            "arithmetic": ARITHMETIC.get(learned.arithmetic, f"number {learned.arithmetic}"),
+            "model": found.model,
+            "fingerprint": found.fingerprint,
+            "quality": found.quality,
+            "arithmetic": ARITHMETIC.get(found.arithmetic, f"number {found.arithmetic}"),
         }
-    return {
-        **facts,
-        "size": len(data),
-        "parts": part_sizes(data),
-        "bits_per_pixel": 8 * len(data) / (container.width * container.height),
-    }
+    return {**facts, "size": found.size, "parts": found.parts, "bits_per_pixel": found.bits_per_pixel}
 
 
 def _text(facts: dict[str, Any]) -> str:

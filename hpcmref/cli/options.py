@@ -16,6 +16,20 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+def names_of_models() -> list[str]:
+    """What may complete -m: names of models. Files are completed by the shell."""
+    from hpcmref.checkpoints import available
+
+    return [each.name for each in available()]
+
+
+def names_of_added_models() -> list[str]:
+    """What may complete `checkpoints remove`."""
+    from hpcmref.runtime.folders import model_files
+
+    return [path.stem for path in model_files()]
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -23,6 +37,7 @@ ModelOption = Annotated[
         "--model",
         metavar="MODEL",
         help="A name from `hpcmref checkpoints list`, or a .safetensors file.",
+        autocompletion=names_of_models,
     ),
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]

@@ -51,6 +51,7 @@ def train(
         float | None, typer.Option("--lambda", help="Train for one rate, not for all: its lambda of the MSE.")
     ] = None,
     rescale: Annotated[float, typer.Option("--rescale", help="Smallest scale of the crops; 1 to keep all.")] = 0.5,
+    transpose: Annotated[bool, typer.Option("--transpose", help="Swap rows and columns of half of the crops.")] = False,
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak of the schedule.")] = 1e-3,
     schedule: Annotated[
         str, typer.Option("--schedule", help="Of the learning rate: cosine, constant, or decay at once.")
@@ -75,8 +76,9 @@ def train(
 
     config = TrainingConfig(
         data=tuple(data), output=output, preset=preset, memory=memory, start=start, minutes=minutes, steps=steps,
-        phases=phases_of(crops), metric=metric, rate=rate, rescale=rescale, learning_rate=learning_rate,
-        schedule=schedule, seed=seed, device=device, bfloat16=bfloat16, compile=compile_, limit=limit, part_mb=part_mb,
+        phases=phases_of(crops), metric=metric, rate=rate, rescale=rescale, transpose=transpose,
+        learning_rate=learning_rate, schedule=schedule, seed=seed, device=device, bfloat16=bfloat16, compile=compile_,
+        limit=limit, part_mb=part_mb,
     )  # fmt: skip
     if profile:
         _profile(config)

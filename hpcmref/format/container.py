@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import IO, Any
 
+from hpcmref.arguments import bytes_like
 from hpcmref.errors import ConfigError, FormatError, UnsupportedError
 
 # The first byte is above 127, so that a transfer as text damages it visibly; the rest spells HPC.
@@ -215,14 +216,15 @@ def part_sizes(data: bytes) -> dict[str, int]:
 def parse(data: bytes, partial: bool = False, damaged: bool = False) -> Container:
     """The container that was written as `data`.
 
-    Raises FormatError if the bytes are not a file of this format or are damaged, and UnsupportedError if the file needs
-    a newer version. Nothing larger than `data` is ever allocated.
+    Raises FormatError if the bytes are not a file of this format or are damaged, UnsupportedError if the file needs
+    a newer version, and ArgumentTypeError for what is not bytes. Nothing larger than `data` is ever allocated.
 
     partial: accept a file that ends within its payload, as it is after an interrupted transfer; the payload is then
     what there is of it, in whole words of the range coder.
     damaged: accept a file whose checksum does not match but whose structure does; the container then says `damaged`,
     and nothing in it can be trusted.
     """
+    data = bytes_like("data", data)
     if data[: len(MAGIC)] != MAGIC:
         raise FormatError("this is not an hpcmref file")
     body = data[len(MAGIC) : -_U32.size]

@@ -4,12 +4,11 @@
 
 The header is parsed here and not by the safetensors library, for three reasons: a model file is untrusted input, so
 every limit must hold before memory is allocated; what was checked must be what is read, so one parser must do both; and
-listing models must not import torch.
+listing models must import neither torch nor NumPy.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,11 +17,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hpcmref.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import hashlib
+
+    import numpy as np
 
 MAX_HEADER = 2**22
 """Bytes of the header. One tensor takes about 120, and the largest preset has about 600 tensors."""
@@ -59,6 +61,8 @@ class TensorFile:
 
     def read(self) -> dict[str, np.ndarray]:
         """Read all tensors, in the byte order of this machine. Raises CheckpointError if the file got shorter."""
+        import numpy as np
+
         data = bytearray(self.size - self._data)
         self._stream.seek(self._data)
         if self._stream.readinto(data) != len(data):  # type: ignore[attr-defined]
@@ -72,6 +76,8 @@ class TensorFile:
 
     def sha256(self) -> str:
         """Return the SHA-256 of the whole file, in hexadecimal."""
+        import hashlib
+
         digest = hashlib.sha256()
         self._stream.seek(0)
         while block := self._stream.read(2**20):
@@ -175,7 +181,7 @@ def _entry(name: str, description: Any) -> Entry:
 
 
 def _bytes_of(entry: Entry) -> int:
-    return math.prod(entry.shape) * np.dtype(DTYPES[entry.dtype]).itemsize
+    return math.prod(entry.shape) * int(DTYPES[entry.dtype][-1])
 
 
 def digest(text: str, arrays: Mapping[str, np.ndarray]) -> hashlib._Hash:
@@ -183,6 +189,10 @@ def digest(text: str, arrays: Mapping[str, np.ndarray]) -> hashlib._Hash:
 
     It does not depend on where a tensor lies in the file. Bytes are little-endian.
     """
+    import hashlib
+
+    import numpy as np
+
     result = hashlib.sha256(text.encode())
     for name in sorted(arrays):
         array = arrays[name]

@@ -51,7 +51,7 @@ class _Target:
 
 
 class Estimator:
-    """Quantises the true latents and collects likelihoods: training and evaluation.
+    """Quantises the true latents and collects what their likelihoods are of: training and evaluation.
 
     With `noise` (training) the likelihoods are of the residual plus uniform noise, and rounding passes gradients;
     without, of the rounded residual. y: (B, M, H, W), z: (B, N, H/4, W/4).
@@ -60,7 +60,8 @@ class Estimator:
     def __init__(self, y: Tensor, z: Tensor, noise: bool) -> None:
         self._target = _Target(y, z)
         self._noise = noise
-        self._likelihoods: list[Tensor] = []
+        self._samples: list[Tensor] = []
+        self._scales: list[Tensor] = []
 
     def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
         """See Coder. Gradients reach y, z, scales and means."""
@@ -71,18 +72,19 @@ class Estimator:
             symbols = residual + (symbols - residual).detach()
         else:
             sample = symbols
-        self._likelihoods.append(likelihood(sample, scales).flatten(1))
+        self._samples.append(sample.flatten(1))
+        self._scales.append(scales.flatten(1))
         return symbols + means
 
     @property
     def z_likelihoods(self) -> Tensor:
         """(B, elements of z), in coding order."""
-        return self._likelihoods[0]
+        return likelihood(self._samples[0], self._scales[0])
 
     @property
     def y_likelihoods(self) -> Tensor:
         """(B, elements of y), in coding order."""
-        return torch.cat(self._likelihoods[1:], dim=1)
+        return likelihood(torch.cat(self._samples[1:], dim=1), torch.cat(self._scales[1:], dim=1))
 
 
 class _Checksummed:

@@ -258,8 +258,8 @@ PRESETS: dict[str, HPCMConfig] = {
     config.preset: config
     for config in (
         HPCMConfig(
-            preset="nano", M=320, N=64, transform="dct", stages=((192, 3),), synthesis=((192, 3),), ratio=3,
-            hyper_blocks=1, hyper_ratio=2, context_width=192, prior_s1_s2=(1, 1), prior_s3=(1, 1), heads=0,
+            preset="nano", M=320, N=64, transform="dct", stages=((192, 4),), synthesis=((192, 4),), ratio=3,
+            hyper_blocks=1, hyper_ratio=2, context_width=192, prior_s1_s2=(2, 1), prior_s3=(2, 1), heads=0,
             lambdas=_LAMBDAS, memory=MEMORIES["state"],
         ),
         HPCMConfig(

@@ -32,7 +32,12 @@ class _LowerBound(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad * ((x >= ctx.bound) | (grad < 0)), None  # type: ignore[attr-defined]
+        return _passed(grad, x, ctx.bound), None  # type: ignore[attr-defined]
+
+
+def _passed(grad: Tensor, x: Tensor, bound: float) -> Tensor:
+    """The gradient of max(x, bound): zero where x is below the bound and would be lowered further."""
+    return grad * ((x >= bound) | (grad < 0))
 
 
 def lower_bound(x: Tensor, bound: float) -> Tensor:
@@ -40,32 +45,38 @@ def lower_bound(x: Tensor, bound: float) -> Tensor:
     return _LowerBound.apply(x, bound)
 
 
-class _Cdf(torch.autograd.Function):
-    """Cumulative distribution of the unit generalized Gaussian; its gradient is the density."""
+class _Likelihood(torch.autograd.Function):
+    """See `likelihood`; the gradient of the cumulative distribution is the density."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, v: Tensor) -> Tensor:
-        ctx.save_for_backward(v)
-        power = v.abs().pow_(BETA)
-        return torch.special.gammainc(torch.full_like(v[:0].sum(), 1 / BETA), power).mul_(v.sign()).add_(1).mul_(0.5)
+    def forward(ctx: FunctionCtx, residual: Tensor, scales: Tensor) -> Tensor:
+        distance = residual.abs()
+        ends = torch.stack((distance + 0.5, distance - 0.5)).div_(scales.clamp(min=SCALE_BOUND))
+        exponent = torch.full((), 1 / BETA, dtype=ends.dtype, device=ends.device)
+        beyond = torch.special.gammaincc(exponent, ends.abs().pow_(BETA)).mul_(0.5)
+        probability = torch.where(ends[1] < 0, 1 - beyond[1], beyond[1]).sub_(beyond[0])
+        ctx.save_for_backward(residual, scales, ends, probability)
+        return probability.clamp(min=LIKELIHOOD_BOUND)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-        (v,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad * v.abs().pow_(BETA).neg_().sub_(math.lgamma(1 / BETA)).exp_().mul_(BETA / 2)
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        residual, scales, ends, probability = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad = _passed(grad, probability, LIKELIHOOD_BOUND) / scales.clamp(min=SCALE_BOUND)
+        density = ends.abs().pow_(BETA).neg_().sub_(math.lgamma(1 / BETA)).exp_().mul_(BETA / 2)
+        of_residual = (density[0] - density[1]) * grad * residual.sign()
+        upper, lower = density.mul_(ends)
+        return of_residual, _passed((lower - upper) * grad, scales, SCALE_BOUND)
 
 
 def likelihood(residual: Tensor, scales: Tensor) -> Tensor:
     """Probability of the unit interval around `residual` under the generalized Gaussian of `scales`.
 
-    Both of any one shape; the result has that shape and is at least LIKELIHOOD_BOUND. Same formula as the official
-    entropy_models.py (GGM.forward), which does not fold to one tail: use float64 where the bits themselves matter.
+    Both of any one shape; the result has that shape and is at least LIKELIHOOD_BOUND. It is what the official
+    entropy_models.py (GGM.forward) computes, but from the tail that the interval lies in, so that small probabilities
+    do not vanish in rounding. Both bounds have the gradient of `lower_bound`.
     """
-    scales = lower_bound(scales, SCALE_BOUND)
-    upper = _Cdf.apply((residual + 0.5) / scales)
-    lower = _Cdf.apply((residual - 0.5) / scales)
-    return lower_bound(upper - lower, LIKELIHOOD_BOUND)
+    return _Likelihood.apply(residual, scales)
 
 
 def bits(likelihoods: Tensor) -> Tensor:

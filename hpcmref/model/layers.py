@@ -32,7 +32,7 @@ class Pointwise(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, C', H, W)."""
         if torch.is_grad_enabled():  # as a product of matrices: convolutions are up to 3 times as slow on a CPU
-            return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
+            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         return pointwise(x.to(self.weight.dtype), self.weight, self.bias)
 
 
@@ -61,7 +61,7 @@ class PartialConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W); the result has the same shape."""
-        mixed, passed = x.tensor_split((self.part,), dim=1)
+        mixed, passed = x.split((self.part, x.shape[1] - self.part), dim=1)
         return torch.cat((self.conv(mixed), passed), dim=1)
 
 
@@ -80,7 +80,8 @@ class ResidualBlock(nn.Module):
         """x: (B, C, H, W); the result has the same shape."""
         mixed = self.spatial(x)
         if torch.is_grad_enabled():
-            return x + self._residual(mixed)
+            # Not in place: autograd would copy what is before and after.
+            return x + self.project(F.leaky_relu(self.expand(mixed), SLOPE))
         rows = max(1, self.wide // (self.expand.out_channels * len(x) * x.shape[3]))
         for start in range(0, x.shape[2], rows):
             strip = (slice(None), slice(None), slice(start, start + rows))

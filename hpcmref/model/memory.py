@@ -318,7 +318,7 @@ class StateBank(nn.Module):
 
         Without gradients it is `state` itself that is added to.
         """
-        context, written = out.tensor_split((out.shape[1] - self.width,), dim=1)
+        context, written = out.split((out.shape[1] - self.width, self.width), dim=1)
         return context, torch.add(state, written, out=None if torch.is_grad_enabled() else state)
 
     def finer(self, state: Tensor) -> Tensor:

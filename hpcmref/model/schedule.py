@@ -13,6 +13,7 @@ In every step each position of the step's lattice codes exactly one channel grou
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ class Lattice:
 
     def down(self, x: Tensor) -> Tensor:
         """The lattice's values: x (B, C, H, W) -> (B, C, H/2, W/2)."""
+        if torch.is_grad_enabled():
+            cells = _cells(x)
+            return _planes((cells * self._taken(cells)).sum((2, 4)))
         groups = x.chunk(len(self.phases), dim=1)
         return torch.cat(
             [group[:, :, row::2, col::2] for group, (row, col) in zip(groups, self.phases, strict=True)], dim=1
@@ -35,17 +39,27 @@ class Lattice:
         """x (B, C, H, W) with the lattice's positions replaced by values (B, C, H/2, W/2): x itself, or with gradients
         a copy.
         """
-        result = x.clone() if torch.is_grad_enabled() else x
+        if torch.is_grad_enabled():
+            cells = _cells(x)
+            return _joined(torch.where(self._taken(cells), _rows(values)[:, :, None, :, None], cells))
         size = x.shape[1] // len(self.phases)
         for group, (row, col) in enumerate(self.phases):
             channels = slice(group * size, (group + 1) * size)
-            result[:, channels, row::2, col::2] = values[:, channels]
-        return result
+            x[:, channels, row::2, col::2] = values[:, channels]
+        return x
 
     def up(self, values: Tensor) -> Tensor:
         """Values (B, C, H/2, W/2) on the finer lattice (B, C, H, W), zero elsewhere."""
+        if torch.is_grad_enabled():
+            cells = _rows(values)[:, :, None, :, None]
+            return _joined(cells * self._taken(cells))
         batch, channels, height, width = values.shape
         return self.put(_zeros(values, batch, channels, 2 * height, 2 * width), values)
+
+
+    def _taken(self, cells: Tensor) -> Tensor:
+        """Which values of cells (..., C) are the lattice's: (2, 1, 2, C) bool."""
+        return _phase_mask(self.phases, cells.shape[-1], cells.device)
 
 
 S2 = Lattice(((0, 0), (1, 1), (0, 1), (1, 0)) * 2)
@@ -62,12 +76,13 @@ class Step:
 
     def table(self, height: int, width: int, device: torch.device) -> Tensor:
         """The coded group of every position: (height, width) int64."""
-        tile = torch.tensor(self.tile, device=device)
-        side = len(self.tile)
-        return tile.repeat(-(-height // side), -(-width // side))[:height, :width]
+        return _table(self.tile, height, width, device)
 
     def select(self, x: Tensor) -> Tensor:
         """What this step codes of x (B, C, h, w): (B, C/G, h, w)."""
+        if torch.is_grad_enabled():
+            groups = _rows(x).unflatten(3, (self.groups, -1))
+            return _planes((groups * self._mask(groups)).sum(3))
         grouped = x.unflatten(1, (self.groups, -1))
         return grouped.gather(1, self._index(grouped.shape, x.device)).squeeze(1)
 
@@ -76,16 +91,68 @@ class Step:
 
         The inverse of `select`.
         """
-        grouped = x.unflatten(1, (self.groups, -1))
-        index = self._index(grouped.shape, x.device)
         if torch.is_grad_enabled():
-            return grouped.scatter(1, index, values.unsqueeze(1)).flatten(1, 2)
-        grouped.scatter_(1, index, values.unsqueeze(1))
+            groups = _rows(x).unflatten(3, (self.groups, -1))
+            return _planes(torch.where(self._mask(groups), _rows(values)[:, :, :, None], groups).flatten(3))
+        grouped = x.unflatten(1, (self.groups, -1))
+        grouped.scatter_(1, self._index(grouped.shape, x.device), values.unsqueeze(1))
         return x
+
+    def _mask(self, groups: Tensor) -> Tensor:
+        """Which of groups (B, h, w, G, C/G) are coded: (h, w, G, 1) bool."""
+        return _group_mask(self.tile, *groups.shape[1:4], groups.device)
 
     def _index(self, shape: torch.Size, device: torch.device) -> Tensor:
         batch, _, channels, height, width = shape
         return self.table(height, width, device).expand(batch, 1, channels, height, width)
+
+
+@lru_cache(maxsize=64)
+def _table(tile: tuple[tuple[int, ...], ...], height: int, width: int, device: torch.device) -> Tensor:
+    """See `Step.table`. Kept, so that a training step copies nothing from the host; nobody writes to it."""
+    with torch.inference_mode(False):  # training could not use an inference tensor
+        side = len(tile)
+        repeated = torch.tensor(tile, device=device).repeat(-(-height // side), -(-width // side))
+        return repeated[:height, :width]
+
+
+@lru_cache(maxsize=64)
+def _group_mask(
+    tile: tuple[tuple[int, ...], ...], height: int, width: int, groups: int, device: torch.device
+) -> Tensor:
+    """See `Step._mask`. Kept, as `_table` is."""
+    with torch.inference_mode(False):
+        table = _table(tile, height, width, device)
+        return (table[:, :, None] == torch.arange(groups, device=device))[..., None]
+
+
+@lru_cache(maxsize=64)
+def _phase_mask(phases: tuple[tuple[int, int], ...], channels: int, device: torch.device) -> Tensor:
+    """See `Lattice._taken`. Kept, as `_table` is."""
+    with torch.inference_mode(False):
+        rows, columns = torch.tensor(phases, device=device).repeat_interleave(channels // len(phases), 0).T
+        side = torch.arange(2, device=device)
+        return (side[:, None, None, None] == rows) & (side[:, None] == columns)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h, w, C), a view."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _planes(x: Tensor) -> Tensor:
+    """(B, h, w, C) -> (B, C, h, w), a view."""
+    return x.permute(0, 3, 1, 2)
+
+
+def _cells(x: Tensor) -> Tensor:
+    """(B, C, 2h, 2w) -> (B, h, 2, w, 2, C)."""
+    return _rows(x).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+
+
+def _joined(cells: Tensor) -> Tensor:
+    """The inverse of `_cells`."""
+    return _planes(cells.flatten(3, 4).flatten(1, 2))
 
 
 def _zeros(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:

@@ -32,6 +32,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from hpcmref.arguments import wrong_type
 from hpcmref.errors import ImageError
 from hpcmref.format.container import MAX_PIXELS, MAX_SIDE
 from hpcmref.picture import exif
@@ -134,12 +135,15 @@ def picture_of(image: Image.Image | np.ndarray, keep_invisible: bool = False) ->
 
     keep_invisible: keep the colours of pixels whose alpha is 0, which are otherwise replaced by what is smallest.
 
-    Raises ImageError for numbers whose range is unknown, and for a lazily opened image of a format that is not on the
-    list ALLOWED.
+    Raises ImageError for numbers whose range is unknown, for an image that cannot be decoded, is closed, has no pixels
+    or more than the limits of the format, and for a lazily opened image of a format that is not on the list ALLOWED;
+    ArgumentTypeError for what is neither an image nor an array.
     """
     if isinstance(image, np.ndarray):
         image = image_of_array(image)
-    _refuse_other_formats(image)
+    if not isinstance(image, Image.Image):
+        raise wrong_type("image", image, "an image of Pillow or an array of NumPy")
+    _load(image)
     metadata = _metadata(image)
     colours, alpha, mode = _split(_upright(image))
     if colours.mode != image.mode and image.mode in ("LAB", "YCbCr", "HSV") and metadata.icc is not None:
@@ -197,7 +201,6 @@ def without_exif(image: Image.Image) -> Image.Image:
 
 def strip_only(image: Image.Image, parts: Collection[str]) -> Image.Image:
     """The image, upright, without the named parts of its metadata (see `hpcmref.picture.privacy`)."""
-    _refuse_other_formats(image)
     bare = strip(image)
     bare.info.update(info_of(without(_metadata(image), parts)))
     return bare
@@ -205,7 +208,7 @@ def strip_only(image: Image.Image, parts: Collection[str]) -> Image.Image:
 
 def strip(image: Image.Image) -> Image.Image:
     """The image, upright, without ICC profile, EXIF and XMP data."""
-    _refuse_other_formats(image)
+    _load(image)
     bare = _upright(image).copy()
     bare.info = {name: value for name, value in bare.info.items() if name == "transparency"}
     return bare
@@ -337,11 +340,21 @@ def _formats() -> list[str]:
     return [name for name in ALLOWED if name in Image.OPEN]
 
 
-def _refuse_other_formats(image: Image.Image) -> None:
-    """Raise ImageError for an image that a plugin outside of ALLOWED has opened and not decoded yet."""
+def _load(image: Image.Image) -> None:
+    """Decode an image that is not decoded yet. Raises ImageError if it is outside the limits, cannot be decoded, or was
+    opened by a plugin outside of ALLOWED.
+    """
+    _check_size(image, "the image")
     is_lazy = isinstance(image, ImageFile.StubImageFile) or bool(getattr(image, "tile", None))
     if isinstance(image, ImageFile.ImageFile) and is_lazy and image.format not in ALLOWED:
         raise ImageError(f"images of format {image.format} are not decoded; call load() yourself if you trust the file")
+    try:
+        image.load()
+        image.getpixel((0, 0))  # fails if the image is closed
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
+        raise ImageError(f"the image cannot be decoded: {error}") from error
 
 
 def _is_grey(pixels: np.ndarray) -> bool:

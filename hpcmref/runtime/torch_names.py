@@ -67,6 +67,19 @@ def use_full_precision(undo: ExitStack) -> None:
             mode.fp32_precision = "ieee"
 
 
+def allow_tf32() -> None:
+    """Let float32 products and convolutions on GPUs of this process round their inputs to TF32 (10 bits).
+
+    Uses the fp32_precision of torch 2.9 and later; before, allow_tf32.
+    """
+    backends: Any = torch.backends
+    for mode in (backends.cuda.matmul, backends.cudnn.conv if hasattr(backends.cudnn, "conv") else backends.cudnn):
+        if hasattr(mode, "fp32_precision"):
+            mode.fp32_precision = "tf32"
+        else:
+            mode.allow_tf32 = True
+
+
 def _set_precision(mode: Any, precision: str) -> None:
     """Set a mode as it was, and leave it unset where the mode above it says the same (reading does not tell which)."""
     mode.fp32_precision = "none"

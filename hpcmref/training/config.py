@@ -59,8 +59,8 @@ class TrainingConfig:
     bank that it has not is closed at first), or the folder of another run, whose weights, average and optimiser are
     taken over; a state in `output` goes first. schedule: how the learning rate goes over the budget (SCHEDULES).
     phases: the batch is that of one process. rescale: half of the crops are made smaller, by a factor between this and
-    1. rate: train for this one lambda (of the MSE) instead of all. part_mb: the largest file of the state, in 10^6
-    bytes.
+    1. transpose: rows and columns of half of them are swapped. rate: train for this one lambda (of the MSE) instead of
+    all. part_mb: the largest file of the state, in 10^6 bytes.
     """
 
     data: tuple[Path, ...]
@@ -74,6 +74,7 @@ class TrainingConfig:
     metric: str = "mse"
     rate: float | None = None
     rescale: float = 0.5
+    transpose: bool = False
     learning_rate: float = 1e-3
     schedule: str = "cosine"
     warm_up: int = 200

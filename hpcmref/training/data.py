@@ -1,6 +1,7 @@
 """Where do training crops come from? Images are decoded once into one tensor, and cut, mirrored and rescaled there."""
 
 import io
+import math
 import re
 import tarfile
 import zlib
@@ -8,7 +9,6 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,8 @@ class Tiles:
         train.sort(key=lambda tile: min(tile.shape[1:]))
         self._shapes = [tuple(tile.shape) for tile in train]
         self._least_sides = [min(shape[1:]) for shape in self._shapes]
-        *self._offsets, total = accumulate(map(prod, self._shapes), initial=0)
+        *self._offsets, total = accumulate(map(math.prod, self._shapes), initial=0)
+        self._places = torch.tensor([(at, *shape[1:]) for at, shape in zip(self._offsets, self._shapes, strict=True)])
         self._pixels = torch.empty(total, dtype=torch.uint8)
         for offset in reversed(self._offsets):
             tile = train.pop()  # not kept: the tensor and the list together would need twice the memory
@@ -63,36 +64,53 @@ class Tiles:
     def train(self) -> list[Tensor]:
         """Views of the training images."""
         pieces = zip(self._offsets, self._shapes, strict=True)
-        return [self._pixels[offset : offset + prod(shape)].view(shape) for offset, shape in pieces]
+        return [self._pixels[offset : offset + math.prod(shape)].view(shape) for offset, shape in pieces]
 
-    def crops(self, count: int, side: int, generator: torch.Generator, rescale: float = 1.0) -> Tensor:
+    def crops(
+        self, count: int, side: int, generator: torch.Generator, rescale: float = 1.0, transpose: bool = False
+    ) -> Tensor:
         """Random crops: (count, 3, side, side) uint8, on the device; half of them mirrored.
 
         Half of them are of larger parts of an image, made smaller by a factor between `rescale` and 1 (antialiased).
-        All random numbers come from `generator`, on the CPU. Raises ConfigError if no image has room for a crop.
+        transpose: rows and columns of half of them are swapped. All random numbers come from `generator`, on the CPU.
+        Raises ConfigError if no image has room for a crop.
         """
         first = bisect_left(self._least_sides, side)
         if first == len(self._shapes):
             raise ConfigError(f"No image has room for a crop of {side} pixels a side.")
-        numbers = torch.rand(count, 5, generator=generator, dtype=torch.float64)
-        windows, sizes = [], []
-        for which, shrink, top, left, _ in numbers.tolist():
-            index = first + int(which * (len(self._shapes) - first))
-            _, height, width = self._shapes[index]
-            size = min(round(side / (1 - (1 - rescale) * max(0.0, 2 * shrink - 1))), height, width)
-            corner = int(top * (height - size + 1)) * width + int(left * (width - size + 1))
-            offset = self._offsets[index] + corner
-            windows.append(self._pixels.as_strided((3, size, size), (height * width, width, 1), offset))
-            sizes.append(size)
-        largest = max(sizes)
-        parts = self._pixels.new_zeros(count, 3, largest, largest)
-        for part, window in zip(parts, windows, strict=True):
-            part[:, : window.shape[1], : window.shape[2]] = window
-        rows = _resampling(torch.tensor(sizes, device=self.device), side, largest)
-        mirrored = (numbers[:, 4] < 0.5).to(self.device)
-        columns = torch.where(mirrored[:, None, None], rows.flip(1), rows)
-        pixels = parts.to(self.device).float()
-        return (rows[:, None] @ (pixels @ columns[:, None].mT)).round_().to(torch.uint8)
+        numbers = torch.rand(count, 6, generator=generator, dtype=torch.float64)
+        which, shrink, top, left, mirrored, transposed = numbers.unbind(1)
+        index = first + (which * (len(self._shapes) - first)).long()
+        offset, height, width = self._places[index].unbind(1)
+        size = (side / (1 - (1 - rescale) * (2 * shrink - 1).clamp_(min=0))).round_().long()
+        size = size.minimum(height).minimum(width)
+        corner = (top * (height - size + 1)).long() * width + (left * (width - size + 1)).long()
+        largest = int(size.max())
+        fetch = self._gathered if self._pixels.is_cuda else self._copied
+        pixels = fetch(offset + corner, size, height * width, width, largest).to(self.device).float()
+        rows = _resampling(size.to(self.device), side, largest)
+        columns = torch.where((mirrored < 0.5).to(self.device)[:, None, None], rows.flip(1), rows)
+        crops = rows[:, None] @ (pixels @ columns[:, None].mT)
+        if transpose:
+            crops = torch.where((transposed < 0.5).to(self.device)[:, None, None, None], crops.mT, crops)
+        return crops.round_().clamp_(0, 255).to(torch.uint8)
+
+    def _copied(self, start: Tensor, size: Tensor, plane: Tensor, width: Tensor, largest: int) -> Tensor:
+        """Windows of size x size pixels that begin at `start`, zero beyond: (B, 3, largest, largest) uint8."""
+        windows = self._pixels.new_zeros(len(start), 3, largest, largest)
+        table = torch.stack((start, size, plane, width), dim=1).tolist()
+        for window, (first, side, channel, row) in zip(windows, table, strict=True):
+            window[:, :side, :side] = self._pixels.as_strided((3, side, side), (channel, row, 1), first)
+        return windows
+
+    def _gathered(self, start: Tensor, size: Tensor, plane: Tensor, width: Tensor, largest: int) -> Tensor:
+        """As `_copied`, for pixels on a GPU: one kernel, and nothing waits for it. Repeats the last pixel beyond."""
+        device = self._pixels.device
+        start, size, plane, width = torch.stack((start, size, plane, width)).to(device, non_blocking=True)[..., None]
+        inside = torch.arange(largest, device=device).minimum(size - 1)
+        channels = torch.arange(3, device=device) * plane
+        first = start[:, :, None] + channels[:, :, None] + (inside * width)[:, None]
+        return self._pixels[first[..., None] + inside[:, None, None]]
 
 
 def _resampling(sizes: Tensor, side: int, largest: int) -> Tensor:

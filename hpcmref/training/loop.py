@@ -18,9 +18,10 @@ from hpcmref.errors import CheckpointError, ConfigError
 from hpcmref.model import HPCM
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.layers import ResidualBlock
-from hpcmref.runtime.torch_names import lerp_all
+from hpcmref.runtime.torch_names import allow_tf32, lerp_all
 from hpcmref.training.config import SCHEDULES, TrainingConfig
 from hpcmref.training.data import Tiles
+from hpcmref.training.graph import StepGraph
 from hpcmref.training.objective import Objective, bits_per_pixel, mean_squared_error, psnr
 from hpcmref.training.ranks import Ranks, joined
 from hpcmref.training.start import start_from
@@ -52,13 +53,17 @@ class Trainer:
                 raise ConfigError(f"There is no CUDA device {self.ranks.local} here, of {torch.cuda.device_count()}.")
             self.device = torch.device("cuda", self.ranks.local)
             torch.cuda.set_device(self.device)
+            allow_tf32()
         torch.manual_seed(config.seed)
         self.generator = torch.Generator()
         self.model = HPCM(config.model).initialise().to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = [parameter.detach().clone() for parameter in self.model.parameters()]
+        cuda = self.device.type == "cuda"
+        # In a CUDA graph the learning rate is a number on the device.
+        rate = torch.tensor(config.learning_rate, device=self.device) if cuda else config.learning_rate
         self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+            self.model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=cuda
         )
         self.step = 0
         self.skipped = 0
@@ -71,6 +76,7 @@ class Trainer:
         if self.ranks.count > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.objective = DistributedDataParallel(self.objective, device_ids=devices)
+        self._graph: StepGraph | None = None
 
     def begin_with(self, trained: HPCM) -> None:
         """Take over the weights of a trained model, which may be smaller. Raises ConfigError if they do not fit."""
@@ -84,17 +90,39 @@ class Trainer:
             return min(1.0, self.step / self.config.steps)
         return min(1.0, self.seconds / (60 * self.config.minutes))
 
-    def run_step(self, tiles: Tiles) -> Tensor | None:
-        """One optimiser step; loss, bits per pixel, PSNR in dB and gradient norm (4,), or None if it was skipped.
+    def run_step(self, tiles: Tiles) -> Tensor:
+        """One optimiser step; loss, bits per pixel, PSNR in dB and gradient norm (4,), on the device.
 
-        It is skipped, and counted, if the gradients are not finite.
+        Nothing moves if the gradients are not finite: then the norm is not, and `count_skipped` counts it.
         """
         x, quality = self.sample(tiles)
+        self.set_rate()
+        if self.device.type == "cuda" and self.ranks.count == 1:
+            if self._graph is None or self._graph.x.shape != x.shape:
+                self._graph = None  # its memory goes first
+                self._graph = StepGraph(self, x, quality)
+            values = self._graph.run(x, quality)
+        else:
+            values = self.plain_step(x, quality)
+        self.step += 1
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            lerp_all(self.average, list(self.model.parameters()), 1 - decay)
+        return values
+
+    def plain_step(self, x: Tensor, quality: Tensor, skip: bool = False) -> Tensor:
+        """Forward, backward and update; see `run_step`. skip: nothing moves."""
         loss, measures = self.objective(x, quality)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        norm = self.update()
-        return None if norm is None else torch.stack((loss.detach(), *measures.mean(1), norm))
+        norm = self.update(skip)
+        return torch.stack((loss.detach(), *measures.mean(1), norm))
+
+    def count_skipped(self, values: Tensor) -> Tensor:
+        """Of the values of some steps (n, 4), those of the steps that moved the weights; the others are counted."""
+        moved = values[values[:, 3].isfinite()]
+        self.skipped += len(values) - len(moved)
+        return moved
 
     def sample(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         """The batch of this step: images (B, 3, H, W) in 0..1 and qualities (B,)."""
@@ -103,30 +131,31 @@ class Trainer:
         torch.manual_seed(seed)  # for the noise in place of rounding
         self.model.train()
         phase = self.config.phase(self.progress)
-        x = tiles.crops(phase.batch, phase.crop, self.generator, self.config.rescale).to(self.device)
-        x = x.float().div_(255).contiguous(memory_format=torch.channels_last)
+        x = tiles.crops(phase.batch, phase.crop, self.generator, self.config.rescale, self.config.transpose)
+        x = x.to(self.device).float().div_(255).contiguous(memory_format=torch.channels_last)
         quality = torch.rand(phase.batch, generator=self.generator) * (self.model.config.qualities - 1)
         if self.config.fixed_quality is not None:
             quality.fill_(self.config.fixed_quality)
-        return x, quality.to(self.device)
+        return x, quality.to(self.device, non_blocking=True)
 
-    def update(self) -> Tensor | None:
-        """Move weights and average along the gradients; their norm, or None if it is not finite and nothing moved."""
+    def set_rate(self) -> None:
+        """The learning rate of this step."""
         config = self.config
         rate = SCHEDULES[config.schedule](self.progress)
         if config.schedule != "decay":  # which goes on where another run stands
             rate *= min(1.0, (self.step + 1) / config.warm_up)
         for group in self.optimiser.param_groups:
-            group["lr"] = config.learning_rate * rate
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.step += 1
-        if not torch.isfinite(norm):
-            self.skipped += 1
-            return None
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(config.learning_rate * rate)
+            else:
+                group["lr"] = config.learning_rate * rate
+
+    def update(self, skip: bool = False) -> Tensor:
+        """Move the weights along the gradients, unless their norm, the result (), is not finite. skip: do not move."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        # The fused optimiser looks at this itself, so that the host need not wait for the norm.
+        self.optimiser.found_inf = torch.ones_like(norm) if skip else (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self.optimiser.step()
-        decay = min(config.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            lerp_all(self.average, list(self.model.parameters()), 1 - decay)
         return norm
 
     @contextlib.contextmanager
@@ -249,11 +278,10 @@ def _run(trainer: Trainer, tiles: Tiles, log: _Log | None) -> None:
     saved = trainer.seconds
     while trainer.progress < 1:
         begun = time.monotonic()
-        if (values := trainer.run_step(tiles)) is not None:
-            window.append(values)
+        window.append(trainer.run_step(tiles))
         trainer.seconds += time.monotonic() - begun
-        if trainer.step % config.log_every == 0 and window:
-            means = torch.stack(window).mean(0).tolist()
+        if trainer.step % config.log_every == 0:
+            means = trainer.count_skipped(torch.stack(window)).mean(0).tolist()
             window.clear()
             if log is not None:
                 values_by_name = dict(zip(("loss", "bpp", "psnr", "norm"), means, strict=True))

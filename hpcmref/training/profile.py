@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from hpcmref.training.data import Tiles
 from hpcmref.training.loop import Trainer
 
 PARTS = ("data", "forward", "backward", "update")
+"""Of a step on a CPU. On a GPU a step is one graph, whose parts are the data and the rest."""
 
 
 @dataclass(frozen=True)
@@ -69,31 +71,49 @@ def _profile(config: TrainingConfig, phase: Phase, tiles: Tiles, steps: int) -> 
     device = trainer.device.type
     for _ in range(2):  # compiles, and chooses kernels
         trainer.run_step(tiles)
-    seconds = [0.0] * len(PARTS)
-    for _ in range(steps):
-        times = [now(device)]
-        x, quality = trainer.sample(tiles)
-        times.append(now(device))
-        loss, _ = trainer.objective(x, quality)
-        times.append(now(device))
-        trainer.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        times.append(now(device))
-        trainer.update()
-        times.append(now(device))
-        for part in range(len(PARTS)):
-            seconds[part] += (times[part + 1] - times[part]) / steps
-    images = phase.batch / sum(seconds)
+    seconds = _in_graph(trainer, tiles, steps) if device == "cuda" else _in_parts(trainer, tiles, steps)
+    images = phase.batch / sum(seconds.values())
     macs = sum(macs_per_pixel(trainer.model.config, phase.crop).values())
     return Profile(
         phase=phase,
         images=images,
         pixels=images * phase.crop**2,
-        seconds=dict(zip(PARTS, seconds, strict=True)),
+        seconds=seconds,
         memory=_memory(device),
         flops=3 * 2 * macs * images * phase.crop**2,
         kernels=_kernels(trainer, tiles),
     )
+
+
+def _in_parts(trainer: Trainer, tiles: Tiles, steps: int) -> dict[str, float]:
+    """Seconds of each part of a step, on average."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for _ in range(steps):
+        times = [now("cpu")]
+        x, quality = trainer.sample(tiles)
+        times.append(now("cpu"))
+        loss, _ = trainer.objective(x, quality)
+        times.append(now("cpu"))
+        trainer.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        times.append(now("cpu"))
+        trainer.update()
+        times.append(now("cpu"))
+        for part, (begun, ended) in zip(PARTS, pairwise(times), strict=True):
+            seconds[part] += (ended - begun) / steps
+    return seconds
+
+
+def _in_graph(trainer: Trainer, tiles: Tiles, steps: int) -> dict[str, float]:
+    """Seconds of data and of the rest of a step; nothing waits between steps, as in training."""
+    begun = now("cuda")
+    for _ in range(steps):
+        trainer.sample(tiles)
+    sampled = now("cuda")
+    for _ in range(steps):
+        trainer.run_step(tiles)
+    data = (sampled - begun) / steps
+    return {"data": data, "graph": max(0.0, (now("cuda") - sampled) / steps - data)}
 
 
 def _kernels(trainer: Trainer, tiles: Tiles, count: int = 8) -> list[tuple[str, float]]:

@@ -1,0 +1,117 @@
+"""What may an argument of a public function be? Each check returns the value, or raises an error that names the
+argument, says what it is, and what it may be: ArgumentTypeError for another type, ConfigError for another value.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import os
+import reprlib
+from typing import Any
+
+from hpcmref.errors import ArgumentTypeError, ConfigError, HpcmrefError
+
+DEVICES = ("auto", "cpu", "cuda")
+_DEVICES = "auto, cpu or cuda"
+
+
+def wrong_type(name: str, value: object, wanted: str) -> ArgumentTypeError:
+    """The error about a value of a type that is not taken."""
+    kind = type(value)
+    known = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    return ArgumentTypeError(f"{name} is {_short(value)} of type {known}, and must be {wanted}")
+
+
+def integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    """A whole number from `low` to `high`; a bool is none."""
+    wanted = f"a whole number, {low} to {high}" if high is not None else f"a whole number, {low} or more"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise wrong_type(name, value, wanted)
+    try:
+        number = operator.index(value)
+    except TypeError:  # an array of more than one number
+        raise wrong_type(name, value, wanted) from None
+    if number < low or (high is not None and number > high):
+        raise ConfigError(f"{name} is {_short(value)}, and must be {wanted}")
+    return number
+
+
+def positive(name: str, value: object) -> float:
+    """A finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise wrong_type(name, value, "a number above 0")
+    number = float(value)
+    if not (0 < number < math.inf):
+        raise ConfigError(f"{name} is {_short(value)}, and must be a finite number above 0")
+    return number
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise wrong_type(name, value, "True or False")
+    return value
+
+
+def model(value: object) -> str | os.PathLike[str] | None:
+    """A name of a model, a path, or None."""
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise wrong_type("model", value, "a name, the path of a .safetensors file, or None")
+    return value
+
+
+def device(value: object) -> str:
+    """One of DEVICES."""
+    if not isinstance(value, str):
+        raise wrong_type("device", value, _DEVICES)
+    if value.partition(":")[0] == "mps":
+        raise ConfigError("Apple's GPUs (mps) have no float64, which the exact arithmetic needs: use the device cpu")
+    if value not in DEVICES:
+        raise ConfigError(f"the device is {value!r}, and must be {_DEVICES}")
+    return value
+
+
+def bytes_like(name: str, value: object) -> bytes:
+    """Bytes, or a copy of a bytearray or memoryview."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, (bytearray, memoryview)):
+        return bytes(value)
+    raise wrong_type(name, value, "bytes")
+
+
+def contents(name: str, source: Any, wanted: str) -> bytes:
+    """All bytes of bytes, of a file at a path, or of a file opened in binary mode.
+
+    wanted: what the argument may be. Raises HpcmrefError for what cannot be read.
+    """
+    try:
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            return bytes_like(name, source)
+        if isinstance(source, (str, os.PathLike)):
+            with open(source, "rb") as file:
+                return file.read()
+        if not callable(getattr(source, "read", None)):
+            raise wrong_type(name, source, wanted)
+        data = source.read()
+    except OSError as error:
+        raise HpcmrefError(f"{name} cannot be read: {_where(source)}{error.strerror or error}") from error
+    except ValueError as error:  # a closed file, or a path with a zero byte
+        raise HpcmrefError(f"{name} cannot be read: {error}") from error
+    if not isinstance(data, (bytes, bytearray)):
+        raise ArgumentTypeError(f"{name} is a file that gives {type(data).__name__}: open it in binary mode")
+    return bytes(data)
+
+
+def _where(source: Any) -> str:
+    return f"{os.fspath(source)!s}: " if isinstance(source, (str, os.PathLike)) else ""
+
+
+def _short(value: object) -> str:
+    """A representation that is short, whatever the value does when it is asked for one."""
+    try:
+        return reprlib.repr(value)
+    except Exception:
+        return "a value"

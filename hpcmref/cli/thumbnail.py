@@ -1,0 +1,33 @@
+"""How does a file manager get the small picture that it shows for a file of ours?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def thumbnail(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An encoded file.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="PNG", help="Where to write it; what is there is replaced.")
+    ],
+    size: Annotated[
+        int, typer.Option("-s", "--size", metavar="N", min=1, max=4096, help="Pixels of its longer side, at most.")
+    ] = 256,
+    uri: Annotated[
+        str | None, typer.Option("--uri", metavar="URI", help="Of the file, for the PNG; by default that of FILE.")
+    ] = None,
+) -> None:
+    """Write a small PNG of an encoded file, as file managers ask for it."""
+    from hpcmref import decode
+    from hpcmref.picture import thumbnail as pictures
+    from hpcmref.runtime.files import atomic_write
+
+    about = {
+        "Thumb::URI": uri or file.resolve().as_uri(),
+        "Thumb::MTime": str(int(file.stat().st_mtime)),
+        "Thumb::Mimetype": "image/x-hpcm",
+    }
+    atomic_write(output, pictures.thumbnail(decode(file), size, about))

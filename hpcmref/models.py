@@ -1,0 +1,80 @@
+"""Models of one's own: put into a folder, from where `-m NAME` and every decoder take them, and taken out of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from hpcmref import checkpoints
+from hpcmref.checkpoints import CheckpointInfo
+from hpcmref.errors import CheckpointError
+from hpcmref.runtime.files import atomic_write
+from hpcmref.runtime.folders import model_files, models_folder
+
+# No separators of lists (bench --models) and folders.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def add(source: str | os.PathLike[str], name: str | None = None, force: bool = False) -> CheckpointInfo:
+    """Check a model file whole and copy it into the folder; return what it says of itself there.
+
+    name: without suffix; by default that of the file. force: replace one of the same name.
+    Raises CheckpointError if the file is damaged, the name is taken or cannot be one, or another model here has the
+    same fingerprint, since a decoder could not tell them apart.
+    """
+    source = Path(source)
+    name = source.name.removesuffix(".safetensors") if name is None else name
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(f"{name!r} cannot be the name of a model: letters, digits, dots, - and _ can.")
+    checkpoints.verify(source)
+    found = checkpoints.info(source)
+    target = models_folder() / f"{name}.safetensors"
+    for other in checkpoints.available():
+        is_replaced = force and other.path == target
+        if other.name == name and not is_replaced:
+            way = "choose another with --name" if is_shipped(other) else "--force replaces it, --name gives another"
+            raise CheckpointError(f"There is a model {name} already ({other.path}): {way}.")
+        if other.fingerprint == found.fingerprint and not is_replaced:
+            raise CheckpointError(f"{source} has the fingerprint {found.fingerprint.hex()} of the model {other.name}.")
+    if target.exists() and not force:
+        raise CheckpointError(f"{target} exists already, and is no model: --force replaces it.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"The folder {target.parent} cannot be made: {error.strerror or error}.") from error
+    atomic_write(target, source.read_bytes())
+    return checkpoints.info(target)
+
+
+def remove(name: str) -> Path:
+    """Delete the file of a model from the folder, damaged or not; return its path. Raises CheckpointError."""
+    found = {path.stem: path for path in model_files()}
+    if name not in found:
+        shipped = any(each.name == name and is_shipped(each) for each in checkpoints.available())
+        raise CheckpointError(
+            f"The model {name} ships with hpcmref, and stays."
+            if shipped
+            else f"There is no model {name!r} in {models_folder()}, but {', '.join(found) or 'none'}."
+        )
+    try:
+        found[name].unlink()
+    except OSError as error:
+        raise CheckpointError(f"{found[name]} cannot be removed: {error.strerror or error}.") from error
+    return found[name]
+
+
+def is_shipped(model: CheckpointInfo) -> bool:
+    """It came with hpcmref, and is not one's own."""
+    return model.path not in model_files()
+
+
+def unreadable() -> dict[Path, CheckpointError]:
+    """The files in the folder that are no models, with the reason."""
+    found = {}
+    for path in model_files():
+        try:
+            checkpoints.info(path)
+        except CheckpointError as error:
+            found[path] = error
+    return found

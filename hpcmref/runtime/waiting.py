@@ -1,0 +1,34 @@
+"""How do threads wait for each other? They sleep, so that a busy machine is not busier with waiting.
+
+PyTorch computes in parallel regions of OpenMP, hundreds for one image. At the end of each, threads that are done wait
+for the others. By default GNU's OpenMP spins for some milliseconds before it sleeps, and Intel's for 200. On an idle
+machine that is harmless. Beside another busy process, a spinning thread takes the core that the last working thread
+needs, and every region takes a slice of the scheduler's time: encoding takes many times as long.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+
+SLEEP = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # GNU's OpenMP, which PyTorch's wheels bring for Linux, and LLVM's
+    "KMP_BLOCKTIME": "0",  # Intel's and LLVM's: milliseconds to spin
+}
+"""What makes threads sleep at once."""
+
+SETTINGS = (*SLEEP, "GOMP_SPINCOUNT")
+"""All environment variables that decide it. Who sets one of them has decided."""
+
+
+def sleep_while_waiting(environment: MutableMapping[str, str] | None = None) -> bool:
+    """Set SLEEP in the environment (by default this process's own) unless it has one of SETTINGS; return if it did.
+
+    OpenMP reads these variables once, when it is loaded, so this must come before torch is imported. Worker processes
+    inherit them. This changes the whole process, so it is for the program `hpcmref`, not for `import hpcmref`.
+    """
+    environment = os.environ if environment is None else environment
+    if any(name in environment for name in SETTINGS):
+        return False
+    environment.update(SLEEP)
+    return True

@@ -1,0 +1,95 @@
+"""What can an image, or a file, be given as? Brings each kind to the one that the codec takes."""
+
+from __future__ import annotations
+
+import os
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
+
+from hpcmref import arguments
+from hpcmref.errors import ConfigError, HpcmrefError, ImageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+ImageSource: TypeAlias = (
+    "Image.Image | np.ndarray | torch.Tensor | str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
+)
+FileSource: TypeAlias = "bytes | bytearray | memoryview | str | os.PathLike[str] | IO[bytes]"
+_IMAGES = (
+    "an image of Pillow, an array of NumPy, a tensor of torch, a path, the bytes of an image file, or a file opened "
+    "in binary mode"
+)
+_FILES = "the bytes of a file, a path, or a file opened in binary mode"
+
+
+def image_of(source: Any) -> Any:
+    """An image of Pillow or an array of NumPy of what `encode` takes. Raises ImageError, ArgumentTypeError."""
+    import io
+    from pathlib import Path
+
+    import numpy as np
+    from PIL import Image
+
+    from hpcmref.picture.images import open_image
+
+    if isinstance(source, (Image.Image, np.ndarray)):
+        return source
+    if type(source).__module__.partition(".")[0] == "torch" and hasattr(source, "detach"):
+        return _array_of_tensor(source)
+    if isinstance(source, (str, os.PathLike)):
+        return open_image(Path(source))
+    return open_image(io.BytesIO(_image_bytes(source)))
+
+
+def is_file(source: Any) -> bool:
+    """It is the bytes of a file, or has them."""
+    return isinstance(source, (bytes, bytearray, memoryview)) or callable(getattr(source, "read", None))
+
+
+def _image_bytes(source: Any) -> bytes:
+    try:
+        return arguments.contents("image", source, _IMAGES)
+    except ConfigError:
+        raise
+    except HpcmrefError as error:
+        raise ImageError(str(error)) from error
+
+
+def _array_of_tensor(tensor: torch.Tensor) -> np.ndarray:
+    """(C, H, W) of any device -> (H, W, C)."""
+    if tensor.ndim != 3 or not 1 <= tensor.shape[0] <= 4:
+        raise ImageError(f"image is a tensor of shape {tuple(tensor.shape)}, and must be one of (1 to 4, H, W)")
+    if tensor.is_complex() or tensor.is_quantized:
+        raise ImageError(f"image is a tensor of {tensor.dtype}, and must be one of uint8 or floats from 0 to 1")
+    if tensor.is_sparse or tensor.is_meta:
+        raise ImageError("image is a tensor without its values at hand (sparse, or on the device meta)")
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).permute(1, 2, 0).numpy()
+
+
+def array_of(image: Image.Image) -> np.ndarray:
+    """(H, W) or (H, W, 2 to 4) of an image; CMYK becomes RGB."""
+    import numpy as np
+
+    return np.array(image.convert("RGB") if image.mode == "CMYK" else image)
+
+
+def content_of(source: Any) -> bytes:
+    """The bytes of what `hpcmref.decode` takes. Raises HpcmrefError if they cannot be read, ArgumentTypeError."""
+    return arguments.contents("data", source, _FILES)
+
+
+def portable_of(source: Any) -> Any:
+    """A source as it is sent to another process: images with all their metadata in `info`, and files as bytes."""
+    from PIL import Image
+
+    from hpcmref.picture.images import strip_only
+
+    if isinstance(source, (str, os.PathLike)):
+        return os.path.abspath(source)
+    if is_file(source):
+        return _image_bytes(source)
+    image = image_of(source)
+    return strip_only(image, ()) if isinstance(image, Image.Image) else image
