@@ -41,6 +41,7 @@ from hpcmref.picture import images
 from hpcmref.picture.metadata import extras_of
 from hpcmref.runtime.folders import models_folder
 from hpcmref.runtime.forks import safe_after_fork
+from hpcmref.runtime.torch_names import has_bfloat16_units
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Codec:
         self.model = checkpoint.model.eval()
         self.model.entropy = attach(self.model.entropy, checkpoint.grids)
         self.model.to(device)
-        if has_bfloat16(device):
+        if device.type == "cpu" and has_bfloat16_units():
             for network in (self.model.g_a, self.model.h_a, self.model.g_s):
                 in_bfloat16(network)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -337,12 +338,6 @@ def device_of(name: str) -> torch.device:
         return torch.device("cpu")
     with safe_after_fork("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the processor has instructions for bfloat16, without which it would be slower than float32."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so they may go
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def _padded(pixels: np.ndarray, device: torch.device) -> Tensor:
