@@ -25,11 +25,12 @@ from PIL import Image
 
 from hpcmref import __version__, checkpoints, lossless
 from hpcmref.checkpoints import CheckpointInfo
-from hpcmref.codec import Codec, device_of, fresh, has_bfloat16
+from hpcmref.codec import Codec, device_of, fresh
 from hpcmref.errors import HpcmrefError
 from hpcmref.exact import words
 from hpcmref.format import container, rangecoder
 from hpcmref.format.container import Container
+from hpcmref.runtime.torch_names import has_bfloat16_units
 
 FOLDER = Path(__file__).parent / "conformance"
 
@@ -248,6 +249,6 @@ def kernels(device: torch.device) -> dict[str, str]:
         "device": f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of "
         f"{os.cpu_count()} processors",
         "exact sums": f"{units}; {'oneDNN' if present else 'PyTorch without oneDNN'}",
-        "transforms": "bfloat16 and float32" if has_bfloat16(device) else "float32",
+        "transforms": "bfloat16 and float32" if device.type == "cpu" and has_bfloat16_units() else "float32",
         "range coder": coder,
     }
