@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from hpcmref.errors import (
     ModelMismatchError,
     UnsupportedError,
 )
-from hpcmref.exact import attach
+from hpcmref.exact import attach, repeatably
 from hpcmref.format import container
 from hpcmref.format.container import METADATA, Container, Encoder, Learned, Tag
 from hpcmref.latents import ARITHMETIC, SCALES, LatentCodec
@@ -41,6 +42,8 @@ from hpcmref.picture.images import Picture
 from hpcmref.picture.metadata import extras_of
 from hpcmref.preview import FEW_STEPS, LinearSynthesis
 from hpcmref.runtime.folders import models_folder
+from hpcmref.runtime.forks import safe_after_fork
+from hpcmref.runtime.torch_names import has_bfloat16_units
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Codec:
         self.model = checkpoint.model.eval()
         self.model.entropy = attach(self.model.entropy, checkpoint.grids)
         self.model.to(device)
-        if _has_bfloat16(device):
+        if device.type == "cpu" and has_bfloat16_units():
             for network in (self.model.g_a, self.model.h_a, self.model.g_s):
                 in_bfloat16(network)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -245,9 +248,9 @@ class Codec:
             raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
         if file.learned is None:
             return lossless.decode(file, max_pixels)
-        learned = self._learned(file)
+        y_hat = self.y_hat(file, upto)
         with self._inference():
-            shown = self._pixels(self._y_hat(file, learned, upto), learned.quality, file)
+            shown = self._pixels(y_hat, self._learned(file).quality, file)
         return images.image_of(shown.cpu().numpy(), file.grey, extras_of(file))
 
     def thumbnail(
@@ -281,7 +284,7 @@ class Codec:
                 grid = (-(-file.height // STRIDE), -(-file.width // STRIDE))
                 y_hat = self.latents.preview(file.payload, learned.checksums, grid, learned.quality)
             else:
-                y_hat = self._y_hat(file, learned, SCALES)
+                y_hat = self.y_hat(file)
             gain = self.model.log_inverse_gain
             small = self._linear(y_hat if gain is None else y_hat * gain(self._rate(learned.quality)).exp())
             small = _to_bytes(small)
@@ -304,10 +307,20 @@ class Codec:
         Raises as `decode` does.
         """
         file = data if isinstance(data, Container) else container.parse(data)
-        learned = self._learned(file)
-        with self._inference():
-            self._y_hat(file, learned, SCALES)
+        self.y_hat(file)
         extras_of(file)
+
+    def y_hat(self, file: Container, upto: int = SCALES) -> Tensor:
+        """The latents (1, M, h, w) float32 up to a scale: `upto`, or of a damaged file the last intact one.
+
+        The same bits on every machine, but for the sign of zeros. Raises as `decode` does.
+        """
+        learned = self._learned(file)
+        size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
+        with self._inference():
+            if file.truncated or file.damaged:
+                return self.latents.decompress_intact(file.payload, learned.checksums, size, learned.quality, upto)[0]
+            return self.latents.decompress([file.payload], [learned.checksums], size, learned.quality, upto)
 
     def _learned(self, file: Container) -> Learned:
         """The header of a file's learned payload, if this codec can decode it; raises as `decode` does."""
@@ -322,13 +335,6 @@ class Codec:
             raise DecodeError(f"the file has quality {learned.quality}, which the model {self.name} does not")
         return learned
 
-    def _y_hat(self, file: Container, learned: Learned, upto: int) -> Tensor:
-        """y_hat (1, M, h, w) up to a scale: `upto`, or in a truncated or damaged file the last that is intact."""
-        size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
-        if file.truncated or file.damaged:
-            return self.latents.decompress_intact(file.payload, learned.checksums, size, learned.quality, upto)[0]
-        return self.latents.decompress([file.payload], [learned.checksums], size, learned.quality, upto)
-
     def _pixels(self, y_hat: Tensor, quality: int, frame: _Frame | Container) -> Tensor:
         """What is seen of y_hat: (H, W, 3) uint8."""
         return _cropped(self.model.synthesise(y_hat, self._rate(quality), _to_bytes), frame).contiguous()
@@ -336,7 +342,12 @@ class Codec:
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """Networks run without gradients and in the precision of their weights, whatever the caller has set."""
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        with (
+            safe_after_fork(self.device.type),
+            torch.inference_mode(),
+            torch.autocast(self.device.type, enabled=False),
+            repeatably(self.device),
+        ):
             yield
 
     def _checked(self, quality: int | None) -> int:
@@ -348,7 +359,8 @@ class Codec:
         return arguments.integer("quality", quality, 0, qualities - 1)
 
     def _rate(self, quality: int) -> Tensor:
-        return torch.tensor([float(quality)], device=self.device)
+        # Filled and not copied from the host, which would have to wait for a GPU.
+        return torch.full((1,), float(quality), dtype=torch.float32, device=self.device)
 
 
 _ENCODER = Encoder(*map(int, __version__.split(".")[:2]))
@@ -365,16 +377,20 @@ def load(model: str | os.PathLike[str] | None = None, device: str = "auto") -> C
     """
     arguments.model(model)
     with _loading:  # threads that ask for a codec at once get the same one
-        return _kept(checkpoints.find(model), device_of(device).type)
+        return _kept(checkpoints.find(model), device_of(device))
 
 
 def fresh(model: str | os.PathLike[str] | None = None, device: str = "auto") -> Codec:
     """As `load`, but a codec of the caller's own, which is not kept."""
-    path = checkpoints.find(model)
-    return Codec(checkpoints.load(path), path.stem, device_of(device))
+    return _made(checkpoints.find(model), device_of(device))
 
 
-_kept = lru_cache(maxsize=2)(fresh)
+def _made(path: Path, device: torch.device) -> Codec:
+    with safe_after_fork(device.type):
+        return Codec(checkpoints.load(path), path.stem, device)
+
+
+_kept = lru_cache(maxsize=2)(_made)
 
 
 def codec_for(file: Container, device: str = "auto", model: str | os.PathLike[str] | None = None) -> Codec:
@@ -405,17 +421,16 @@ def _mismatch(wanted: bytes, name: str, found: bytes) -> str:
 
 
 def device_of(name: str) -> torch.device:
-    if arguments.device(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device here")
-    return torch.device(name)
+    """The device of "auto", "cpu" or "cuda"; of several GPUs the present one, by its number. Raises ConfigError.
 
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """The processor has instructions for bfloat16, without which it would be slower than float32."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so they may go
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+    With the number a codec stays on its GPU when the caller makes another one the present one.
+    """
+    if arguments.device(name) == "cpu" or not torch.cuda.is_available():
+        if name == "cuda":
+            raise ConfigError("there is no CUDA device here")
+        return torch.device("cpu")
+    with safe_after_fork("cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
 
 
 def _padded(pixels: np.ndarray, device: torch.device) -> Tensor:

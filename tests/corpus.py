@@ -2,8 +2,9 @@
 
     python tests/corpus.py [WORD]
 
-runs all of them (those with WORD in their names) through the Python interface, the Pillow plugin and pipes of the command line, and prints what differs.
-`tests/test_corpus.py` runs a sample. With ImageMagick (`convert`) its files join, and its decoder says what they are.
+runs all of them (those with WORD in their names) through the Python interface, the Pillow plugin and pipes of the
+command line, and prints what differs. `tests/test_corpus.py` runs a sample. With ImageMagick (`convert`) its files
+join, and its decoder says what they are.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -97,15 +98,24 @@ def test_converting_again_changes_nothing(saved: CheckpointInfo, tmp_path: Path)
     assert again.path.read_bytes() == saved.path.read_bytes()
 
 
-def test_a_file_of_the_old_form_is_converted_and_keeps_its_fingerprint(tmp_path: Path) -> None:
-    """The shipped file, which its own hash vouches for; any other one without a checksum is refused."""
-    source = checkpoints.find("nano")
-    other = changed(source, tmp_path / "nano.safetensors", say(description="changed"))
+def test_a_file_of_the_old_form_is_converted_and_keeps_its_fingerprint(
+    saved: CheckpointInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a checksum a file loads only if it shipped, which the hash of the whole file shows."""
+    stored = checkpoints.load(saved.path)
+    tensors = {name: tensor.half() for name, tensor in stored.model.state_dict().items()}
+    for module, named in stored.grids.items():
+        tensors |= {f"exact.{module}.{name}": grid for name, grid in named.items()}
+    config = stored.model.config.to_dict()
+    fingerprint = checkpoints._fingerprint(config, {name: tensor.numpy() for name, tensor in tensors.items()}, 1).hex()
+    said = {"config": config, "description": "old", "fingerprint": fingerprint, "parameters": 1, "provenance": {}}
+    source = tmp_path / "old.safetensors"
+    save_file(tensors, source, {"hpcmref": json.dumps(said)})
     with pytest.raises(CheckpointError, match="checkpoints convert"):
-        checkpoints.load(other)
-    made = checkpoints.convert(other, tmp_path / "compact.safetensors")
-    assert made.fingerprint == checkpoints.info(source).fingerprint
-    assert made.size < 0.65 * source.stat().st_size
+        checkpoints.load(source)
+    made = checkpoints.convert(source, tmp_path / "compact.safetensors")
+    assert made.fingerprint.hex() == fingerprint
+    monkeypatch.setattr(checkpoints, "_SHIPPED", {hashlib.sha256(source.read_bytes()).hexdigest()})
     old, new = checkpoints.load(source), checkpoints.load(made.path)
     expected = attach(old.model.entropy, old.grids).state_dict()
     assert all(
@@ -120,6 +130,21 @@ def test_a_damaged_synthesis_is_refused(saved: CheckpointInfo, tmp_path: Path) -
     path = changed(saved.path, tmp_path / "grey.safetensors", lambda tensors, _: tensors["g_s.0.weight"].zero_())
     with pytest.raises(CheckpointError, match="SHA-256"):
         checkpoints.load(path)
+
+
+@pytest.mark.parametrize("digits", ["", "ab", "ab" * 5, "ab" * 10**5, 7, None, ["ab"]])
+def test_a_fingerprint_of_another_length_is_refused(saved: CheckpointInfo, tmp_path: Path, digits: Any) -> None:
+    """That of an old file is believed, as the checksum covers it; but files have room for 4 bytes."""
+
+    def change(tensors: dict[str, torch.Tensor], metadata: Parts) -> None:
+        metadata.update(fingerprint=digits, fingerprint_rule=1)
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        metadata["sha256"] = checkpoints._checksum(metadata, arrays)
+
+    path = changed(saved.path, tmp_path / "length.safetensors", change)
+    for read in (checkpoints.info, checkpoints.load):
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            read(path)
 
 
 def resealed(path: Path) -> Path:
@@ -164,6 +189,8 @@ def test_a_hostile_model_with_a_valid_checksum_is_refused(
         (2**31).to_bytes(8, "little") + b"{}",
         (2**63).to_bytes(8, "little"),
         b"[" * 100_000,
+        b'{"__metadata__":' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"__metadata__":{"hpcmref":"{}"},"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}',
@@ -183,11 +210,22 @@ def test_a_hostile_header_is_refused(tmp_path: Path, header: bytes) -> None:
         checkpoints.load(path)
 
 
+def nested(levels: int) -> Any:
+    """A list in a list, so many levels deep."""
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"M": 10**9}, {"N": 2**40}, {"stages": [[48, 10**6]]}, {"hyper_blocks": 10**6}, {"M": 32.0}, {"N": True},
      {"prior_s3": [1, 10**6]}, {"heads": -1}, {"windows": [4, 8, 10**6]}, {"lambdas": [0.0, 1.0]}, {"ratio": 10**6},
-     {"preset": "x" * 1000}, {"lambdas": list(range(1, 1000))}],
+     {"preset": "x" * 1000}, {"lambdas": list(range(1, 1000))}, {"memory": {"mode": "cross", "max_refs": [10**9] * 3}},
+     {"memory": {"mode": "full", "value_resolution": 10**6}}, {"memory": [["mode", "light"]]}, {"memory": "light"},
+     {"memory": {"mode": "light", "scales": 3}}, {"windows": [32, 32, 32], "heads": 64}, {"lambdas": [10**400, 1]},
+     {"displaced_s2": "no"}, {"transform": ["dct"]}, {"N": nested(900)}, {"windows": nested(40)}],
 )  # fmt: skip
 def test_a_configuration_over_the_limits_costs_nothing(
     saved: CheckpointInfo, tmp_path: Path, settings: dict[str, Any]

@@ -55,11 +55,10 @@ def test_a_width_that_is_the_default_is_not_spelled_out() -> None:
     assert TINY.state_width == dataclasses.replace(TINY, memory=MEMORIES["light"]).state_width == 0
 
 
-def test_the_shipped_model_is_what_it_was() -> None:
-    """Whatever the preset has become."""
+def test_the_shipped_model_has_a_state() -> None:
     shipped = checkpoints.load(checkpoints.find("nano"))
-    assert shipped.model.config.to_dict().keys() & {"memory"} == set()
-    assert shipped.fingerprint.hex() == "edb46cdd"
+    assert shipped.model.config == PRESETS["nano"]
+    assert shipped.model.config.state_width == 64
 
 
 @pytest.mark.parametrize("changes", [{"scales": (3,)}, {"transfer": False}, {"width": 0}, {"width": 1025}])
@@ -67,6 +66,27 @@ def test_a_bad_state_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         dataclasses.replace(MEMORIES["state"], **changes)
     assert MemoryConfig("state", scales=(1, 2, 3), transfer=True) == MEMORIES["state"]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 1)])
+def test_the_finer_state_has_memory_of_its_own(batch: int, size: tuple[int, int]) -> None:
+    """It is added to in place. Where s1 is one position, reshaped values were a view: one place for all four."""
+    state = torch.randn(batch, WIDTH, *size).to(memory_format=torch.channels_last)
+    before = state.clone()
+    finer = StateBank(WIDTH).finer(state)
+    assert torch.equal(finer, state.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+    finer.add_(torch.arange(finer.numel()).view(finer.shape))
+    assert torch.equal(state, before)
+    assert len(finer.unique()) == finer.numel()
+
+
+@pytest.mark.parametrize("side", [1, 33, 64])
+def test_the_smallest_pictures(side: int, sample: Image.Image, tmp_path: Path) -> None:
+    """s1 is one position."""
+    checkpoints.save(model_of(STATE), tmp_path / "state.safetensors", "a state", {})
+    codec = Codec(checkpoints.load(tmp_path / "state.safetensors"), "state", torch.device("cpu"))
+    assert codec.decode(codec.encode(sample.crop((0, 0, side, side)), 30, verify=True)).size == (side, side)
 
 
 # --- one pass ------------------------------------------------------------------------------------------------------
@@ -125,6 +145,21 @@ def test_the_state_is_the_sum_of_what_all_priors_wrote() -> None:
     assert float(state.abs().max()) > 0.1
     for pair, written in zip(seen.predicted[1:], expected, strict=True):
         torch.testing.assert_close(pair, written)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_smallest_lattices(size: tuple[int, int], batch: int) -> None:
+    """One position of s1 becomes four of s2, each with memory of its own, since the state is added to in place."""
+    x = torch.randn(batch, WIDTH, *size)
+    finer = StateBank(WIDTH).finer(x)
+    assert torch.equal(finer, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    finer.add_(torch.arange(finer.numel()).view_as(finer))
+    assert len(finer.unique()) > 4 * WIDTH * batch - 2
+    model = model_of(STATE)
+    y, z = latents_of(model, batch, size)
+    with torch.no_grad():
+        model.entropy(torch.full((batch,), 20.0), size, Recorder(y, z))
 
 
 def test_the_same_with_and_without_gradients_in_a_batch_and_alone() -> None:

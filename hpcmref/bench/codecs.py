@@ -19,7 +19,7 @@ from PIL import Image, features
 from PIL import __version__ as pillow_version
 
 from hpcmref._version import __version__
-from hpcmref.errors import ConfigError
+from hpcmref.errors import ConfigError, near
 
 Choices = range | tuple[str, ...]
 """The values that an option of a codec may have: whole numbers, or words."""
@@ -202,7 +202,8 @@ class HpcmrefCodec:
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
         network = _network(self.models[quality if len(self.models) > 1 else 0], self.device)
-        return network.encode(image, None if network.model.config.qualities == 1 else quality, choose=self.choose)
+        own = None if network.model.config.qualities == 1 else quality
+        return network.encode(image, own, choose=True) if self.choose else network.encode(image, own)
 
     def decode(self, data: bytes) -> Image.Image:
         from hpcmref.format.container import parse
@@ -274,7 +275,8 @@ def codecs_of(names: Sequence[str], models: Sequence[str], device: str) -> list[
             where = _resolved(device)
             chosen += [replace(_hpcmref(model, where), choose=options.strip() == _CHOOSE[1]) for model in models]
         elif (codec := PILLOW_CODECS.get(name.lower())) is None:
-            raise ConfigError(f"there is no codec {name!r}; the codecs here are {', '.join(available())}")
+            hint = near(name, available())
+            raise ConfigError(f"there is no codec {name!r}; the codecs here are {', '.join(available())}{hint}")
         elif not _is_here(name.lower()):
             how = "pip install pillow-jxl-plugin" if name.lower() == "jxl" else "this build of Pillow lacks it"
             raise ConfigError(f"the codec {name} is not here: {how}")

@@ -37,6 +37,7 @@ from PIL import Image
 from hpcmref.bench.codecs import numbers_of
 from hpcmref.errors import ConfigError, HpcmrefError
 from hpcmref.picture.images import open_image
+from hpcmref.runtime.signals import tidying
 
 Command = tuple[str, ...]
 """A program by its absolute path, and its arguments with placeholders."""
@@ -77,7 +78,7 @@ class ExternalCodec:
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
         """The bytes of {out}. Raises HpcmrefError for a command that fails, takes too long or leaves no file."""
-        with tempfile.TemporaryDirectory(prefix="hpcmref-") as temporary:
+        with tidying(), tempfile.TemporaryDirectory(prefix="hpcmref-") as temporary:
             paths = self._paths(Path(temporary))
             image.save(paths["in"], "PNG", compress_level=1)
             self._run(self.encoding, {**paths, "q": str(quality)})
@@ -85,7 +86,7 @@ class ExternalCodec:
 
     def decode(self, data: bytes) -> Image.Image:
         """The image in {png}. Raises as `encode`, and ImageError if that is no image."""
-        with tempfile.TemporaryDirectory(prefix="hpcmref-") as temporary:
+        with tidying(), tempfile.TemporaryDirectory(prefix="hpcmref-") as temporary:
             paths = self._paths(Path(temporary))
             Path(paths["out"] + self.suffix).write_bytes(data)
             self._run(self.decoding, paths)
@@ -216,12 +217,19 @@ def _run_to_its_end(arguments: Sequence[str], seconds: float, folder: str) -> No
         except subprocess.TimeoutExpired:
             raise HpcmrefError(f"{name} took longer than {seconds:g} s") from None
         finally:
-            # The command may have started others: all of them end with it, on a time-out and on Ctrl-C too.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
         if code:
             raise HpcmrefError(f"{name} ended with exit code {code}{_last_line(said)}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a command and what it has started, on a time-out and on Ctrl-C too; on Windows the command alone."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
 
 
 def _last_line(said: IO[bytes]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import typer
 
-from hpcmref.cli.batch import Job
+from hpcmref.cli.jobs import Job
 
 
 @dataclass(frozen=True)

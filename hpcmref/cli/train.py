@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpcmref.cli.options import QuietOption
+from hpcmref.cli.options import QuietOption, ThreadsOption, use_threads
 
 if TYPE_CHECKING:
     from hpcmref.training import Report, TrainingConfig
@@ -67,9 +67,11 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Train nothing; measure some steps and what the machine can do.")
     ] = False,
+    threads: ThreadsOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train a model and export it: DIR/PRESET.safetensors, for use with -m."""
+    use_threads(threads)  # before torch is imported
     from hpcmref import checkpoints
     from hpcmref.training import TrainingConfig, phases_of
     from hpcmref.training import train as run
@@ -117,7 +119,8 @@ def _profile(config: TrainingConfig) -> None:
     for each in profile.profile(config):
         step = sum(each.seconds.values())
         print(f"{each.phase.batch} crops of {each.phase.crop} x {each.phase.crop}: {1e3 * step:.1f} ms a step")
-        print(f"  {each.images:.1f} images/s, {each.pixels / 1e6:.2f} megapixels/s, {each.memory / 1e9:.2f} GB")
+        memory = "" if each.memory is None else f", {each.memory / 1e9:.2f} GB"
+        print(f"  {each.images:.1f} images/s, {each.pixels / 1e6:.2f} megapixels/s{memory}")
         print(f"  {each.flops / 1e9:.0f} GFLOP/s, {each.flops / used:.0%} of the peak")
         print("  " + "  ".join(f"{part} {spent / step:.1%}" for part, spent in each.seconds.items()))
         for name, part in each.kernels:
