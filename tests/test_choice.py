@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import io
 import itertools
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from models import psnr
 from PIL import Image
+from typer.testing import CliRunner
 
 import hpcmref
 from hpcmref import choice, lossless
 from hpcmref.bench.codecs import codecs_of
+from hpcmref.cli import app
 from hpcmref.errors import ConfigError, HpcmrefError
 from hpcmref.format.container import Coding, parse
 from hpcmref.picture.images import picture_of
-from research import hard_pictures
+from research import hard_pictures, lossless_choice
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec
@@ -196,3 +199,28 @@ def test_bench_measures_the_learned_stream_alone_unless_told_otherwise() -> None
     assert chosen.decode(data).tobytes() == image.tobytes()
     with pytest.raises(ConfigError, match="only the option choose=1"):
         codecs_of(["hpcmref:speed=1"], ["nano"], "cpu")
+
+
+def test_the_script_that_measures_it(
+    tmp_path: Path, sample: Image.Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample.crop((150, 60, 214, 108)).save(tmp_path / "a.png")
+    monkeypatch.setattr(lossless_choice, "pictures", lambda side: {"checker": drawn("checker", side)})
+    monkeypatch.setattr(lossless_choice, "QUALITIES", (0, 63))
+    lossless_choice.main(side=32, photographs=tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count("*") for line in lines[1:3]] == [2, 0]
+    assert [line.split(":")[0] for line in lines[3:]] == [f"time at -q {quality}" for quality in (32, 62, 63)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_measure_counts_what_is_visible(tmp_path: Path, sample: Image.Image) -> None:
+    """A picture that is taken without loss is exact where it is seen, whatever lies under alpha 0."""
+    pixels = np.array(drawn("text").convert("RGBA"))
+    pixels[30:, :, 3] = 0
+    pixels[30:, :, :3] = 77
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    arguments = ["encode", str(tmp_path / "a.png"), "-o", str(tmp_path / "a.hpcm"), "-q", "50", "--measure"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert "PSNR infinite" in result.stdout
