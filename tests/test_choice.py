@@ -224,3 +224,18 @@ def test_measure_counts_what_is_visible(tmp_path: Path, sample: Image.Image) -> 
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0
     assert "PSNR infinite" in result.stdout
+
+
+def test_resume_keeps_a_file_that_was_chosen_to_be_lossless(tmp_path: Path) -> None:
+    drawn("checker").save(tmp_path / "a.png")
+    arguments = ["encode", str(tmp_path / "a.png"), "-o", f"{tmp_path}/out/", "-q", "20"]
+
+    def said(*more: str) -> str:
+        result = CliRunner().invoke(app, [*arguments, *more])
+        assert result.exit_code == 0
+        return result.stdout
+
+    assert "lossless" in said()
+    written = (tmp_path / "out/a.hpcm").stat().st_mtime_ns
+    said("--resume")
+    assert (tmp_path / "out/a.hpcm").stat().st_mtime_ns == written
