@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("format", "model"),
     ("picture", "exact"),
     ("latents", "checkpoints", "lossless"),
+    ("choice", "preview"),
     ("codec", "models", "training"),
     ("plugin", "sources", "selftest"),
     ("many",),
