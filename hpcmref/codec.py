@@ -43,6 +43,7 @@ from hpcmref.picture.metadata import extras_of
 from hpcmref.preview import FEW_STEPS, LinearSynthesis
 from hpcmref.runtime.folders import models_folder
 from hpcmref.runtime.forks import safe_after_fork
+from hpcmref.runtime.heap import give_back
 from hpcmref.runtime.torch_names import has_bfloat16_units
 
 
@@ -387,7 +388,9 @@ def fresh(model: str | os.PathLike[str] | None = None, device: str = "auto") -> 
 
 def _made(path: Path, device: torch.device) -> Codec:
     with safe_after_fork(device.type):
-        return Codec(checkpoints.load(path), path.stem, device)
+        codec = Codec(checkpoints.load(path), path.stem, device)
+    give_back()
+    return codec
 
 
 _kept = lru_cache(maxsize=2)(_made)

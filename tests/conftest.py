@@ -38,6 +38,7 @@ MAY_BE_MISSING = (
     "root may (list anything|write anywhere)",
     "only root gives files away",
     "could not import 'ray'.*",
+    r"needs the extra hpcmref\[formats\]",
     "(bash|zsh|fish|man|groff|file|update-mime-database|xdg-mime|desktop-file-validate|gio) is not installed",
 )
 """Why tests may be skipped in CI on Linux, as regular expressions: hardware, and programs around hpcmref. A codec, a

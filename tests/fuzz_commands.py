@@ -101,7 +101,7 @@ def prepare(random: np.random.Generator) -> None:
         Path(name).touch()
     os.symlink("a.png", "link.png")
     runner = CliRunner()
-    assert runner.invoke(app, ["encode", "a.png", "--device", "cpu"]).exit_code == 0
+    assert runner.invoke(app, ["encode", "a.png", "-o", "a.bin", "--device", "cpu"]).exit_code == 0
     assert runner.invoke(app, ["encode", "clear.png", "-o", "lossless.bin", "--lossless"]).exit_code == 0
     data = Path("a.bin").read_bytes()
     Path("cut.bin").write_bytes(data[: len(data) // 2])

@@ -23,6 +23,14 @@ def keep_memory() -> None:
             set_option(option, size)
 
 
+def give_back() -> None:
+    """Give freed memory back to the system now: what loading a model took and does not need any more."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def peak_memory() -> int | None:
     """Bytes of the most that the process ever held, with Python, torch and the weights; None on Windows."""
     try:
