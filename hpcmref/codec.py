@@ -388,7 +388,9 @@ def fresh(model: str | os.PathLike[str] | None = None, device: str = "auto") -> 
 
 def _made(path: Path, device: torch.device) -> Codec:
     with safe_after_fork(device.type):
-        codec = Codec(checkpoints.load(path), path.stem, device)
+        checkpoint = checkpoints.load(path)
+        give_back()
+        codec = Codec(checkpoint, path.stem, device)
     give_back()
     return codec
 
