@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -32,13 +32,15 @@ from hpcmref.errors import (
 from hpcmref.exact import attach
 from hpcmref.format import container
 from hpcmref.format.container import Container, Encoder, Learned
-from hpcmref.latents import ARITHMETIC, SCALES, LatentCodec
+from hpcmref.latents import ARITHMETIC, SCALES, Compressed, LatentCodec
 from hpcmref.lossless import decode as decode_lossless
 from hpcmref.model.hpcm import STRIDE
-from hpcmref.model.layers import in_bfloat16
+from hpcmref.model.layers import anchor_weights, in_bfloat16
 from hpcmref.picture import images
 from hpcmref.picture.metadata import extras_of
 from hpcmref.runtime.folders import models_folder
+from hpcmref.search import Goal, Watch, search
+from hpcmref.search.synthesis import Picture
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ class Codec:
         *,
         verify: bool = False,
         keep_invisible: bool = False,
+        effort: int = 0,
+        max_seconds: float | None = None,
+        watch: Watch | None = None,
     ) -> bytes:
         """The file of an image.
 
@@ -87,18 +92,25 @@ class Codec:
         verify: decode the latents with a second decoder and compare, before anything is returned.
         keep_invisible: code the colours of pixels whose alpha is 0, which are otherwise replaced by a smooth
             continuation of the visible ones.
+        effort: 0 (fast) to 9: how long to search for a better file, one of fewer bits + lambda * squared error.
+        max_seconds: end the search after them, with what it has found. watch: see `hpcmref.search.Watch`.
 
-        Raises ConfigError for another quality, ImageError for an image that the format cannot hold, and
+        Raises ConfigError for another quality or effort, ImageError for an image that the format cannot hold, and
         ModelChangedError if the model in memory is not the one that was loaded or the second decoder disagrees.
         """
         quality = self._checked(quality)
         arguments.flag("verify", verify)
+        effort = self._checked_effort(effort, max_seconds)
         frame, x = self._framed(image, keep_invisible)
         with self._inference():
-            x = self.model.features(x, _to_unit)
-            y, z = self.model.latents(x, self._rate(quality))
-            del x  # large images need the room
-            return self._encoded(frame, y, z, quality, verify)[0]
+            y, z = self.model.latents(self.model.features(x, _to_unit), self._rate(quality))
+            if effort:
+                goal = Goal(self._weight(quality))
+                compressed = self._searched(frame, x, goal, y, z, quality, effort, max_seconds, watch)
+            else:
+                del x  # large images need the room
+                compressed = self.latents.compress(y, z, quality)
+            return self._written(frame, compressed, quality, verify, effort)
 
     def encode_to(
         self,
@@ -109,12 +121,17 @@ class Codec:
         psnr: float | None = None,
         verify: bool = False,
         keep_invisible: bool = False,
+        effort: int = 0,
+        max_seconds: float | None = None,
+        watch: Watch | None = None,
     ) -> bytes:
         """The file of an image at the quality that comes closest to one target, in at most seven trials.
 
         size: bytes, or bpp: bits per pixel, that the file does not exceed; psnr: dB of RGB that the picture has at
-        least. Rate and PSNR rise with quality, so the trials halve the range of qualities; g_a runs once. Raises
-        ConfigError unless there is exactly one target, HpcmrefError if no quality reaches it, and as `encode` does.
+        least. Rate and PSNR rise with quality, so the trials halve the range of qualities; g_a runs once. With an
+        effort, the search then makes that file better (size and bpp: the picture; psnr: the file), and keeps to the
+        target. Raises ConfigError unless there is exactly one target, HpcmrefError if no quality reaches it, and as
+        `encode` does.
         """
         if sum(target is not None for target in (size, bpp, psnr)) != 1:
             raise ConfigError("exactly one of size, bits per pixel and PSNR can be the target")
@@ -124,29 +141,58 @@ class Codec:
             if value is not None:
                 arguments.positive(name, value)
         arguments.flag("verify", verify)
+        effort = self._checked_effort(effort, max_seconds)
         frame, x = self._framed(image, keep_invisible)
         limit = size if bpp is None else bpp * frame.width * frame.height / 8
         low, high = 0, self.model.config.qualities - 1
-        best: bytes | None = None
+        best: tuple[int, bytes] | None = None
         with self._inference():
             features = self.model.features(x, _to_unit)
             while low <= high:
                 quality = (low + high) // 2
-                y, z = self.model.latents(features, self._rate(quality))
-                data, y_hat = self._encoded(frame, y, z, quality, verify)
+                compressed = self.latents.compress(*self.model.latents(features, self._rate(quality)), quality)
+                data = self._written(frame, compressed, quality, verify, 0)
                 if limit is not None:  # the largest file within the limit
                     reached = len(data) <= limit
                     low, high = (quality + 1, high) if reached else (low, quality - 1)
                 else:  # the smallest file that is good enough
                     assert psnr is not None
-                    shown = self._pixels(y_hat, quality, frame)
+                    shown = self._pixels(compressed.y_hat, quality, frame)
                     reached = _psnr(shown, _cropped(x, frame)) >= psnr
                     low, high = (low, quality - 1) if reached else (quality + 1, high)
-                best = data if reached else best
-        if best is None:
-            wanted = f"{psnr} dB" if psnr is not None else f"{limit:.0f} bytes"
-            raise HpcmrefError(f"no quality of the model {self.name} reaches {wanted} with this image")
-        return best
+                best = (quality, data) if reached else best
+            if best is None:
+                wanted = f"{psnr} dB" if psnr is not None else f"{limit:.0f} bytes"
+                raise HpcmrefError(f"no quality of the model {self.name} reaches {wanted} with this image")
+            quality, data = best
+            if not effort:
+                return data
+            y, z = self.model.latents(features, self._rate(quality))
+            del features
+            overhead = len(data) - len(container.parse(data).payload)
+            goal = Goal(
+                self._weight(quality),
+                most_bytes=None if limit is None else limit - overhead,
+                most_error=None if psnr is None else 255**2 * frame.width * frame.height / 10 ** (psnr / 10),
+            )
+            compressed = self._searched(frame, x, goal, y, z, quality, effort, max_seconds, watch)
+            return self._written(frame, compressed, quality, verify, effort)
+
+    def _searched(
+        self,
+        frame: _Frame,
+        x: Tensor,
+        goal: Goal,
+        y: Tensor,
+        z: Tensor,
+        quality: int,
+        effort: int,
+        max_seconds: float | None,
+        watch: Watch | None,
+    ) -> Compressed:
+        """The best that a search finds for the picture x (1, 3, H', W') uint8 from y and z on."""
+        picture = Picture(self.model, self._rate(quality), x, (frame.height, frame.width), frame.grey)
+        return search(self.latents, picture, goal, y, z, quality, effort, max_seconds, watch)
 
     def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[_Frame, Tensor]:
         """The header fields of an image, and its pixels (1, 3, H', W') uint8, padded to multiples of 64."""
@@ -155,11 +201,10 @@ class Codec:
         frame = _Frame(width, height, picture.grey, picture.extras.chunks())
         return frame, _padded(picture.pixels, self.device)
 
-    def _encoded(self, frame: _Frame, y: Tensor, z: Tensor, quality: int, verify: bool) -> tuple[bytes, Tensor]:
-        """The file of y (1, M, h, w) and z, and the y_hat that it decodes to."""
-        compressed = self.latents.compress(y, z, quality)
+    def _written(self, frame: _Frame, compressed: Compressed, quality: int, verify: bool, effort: int) -> bytes:
+        """The file of coded latents."""
         if verify:
-            self.latents.verify(compressed, (z.shape[2], z.shape[3]), quality)
+            self.latents.verify(compressed, (-(-frame.height // STRIDE), -(-frame.width // STRIDE)), quality)
         file = Container(
             width=frame.width,
             height=frame.height,
@@ -167,9 +212,9 @@ class Codec:
             learned=Learned(ARITHMETIC, self.fingerprint, quality, compressed.checksums[0]),
             payload=compressed.payloads[0],
             chunks=frame.chunks,
-            encoder=_ENCODER,
+            encoder=replace(_ENCODER, effort=effort),
         )
-        return container.write(file), compressed.y_hat
+        return container.write(file)
 
     def decode(
         self,
@@ -238,7 +283,7 @@ class Codec:
 
     def _pixels(self, y_hat: Tensor, quality: int, frame: _Frame | Container) -> Tensor:
         """What is seen of y_hat: (H, W, 3) uint8."""
-        return _cropped(self.model.synthesise(y_hat, self._rate(quality), _to_bytes), frame).contiguous()
+        return _cropped(self.model.picture(y_hat, self._rate(quality)), frame).contiguous()
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -253,6 +298,21 @@ class Codec:
         if qualities == 1:
             raise ConfigError(f"the model {self.name} has one rate: encode without a quality")
         return arguments.integer("quality", quality, 0, qualities - 1)
+
+    def _checked_effort(self, effort: int, max_seconds: float | None) -> int:
+        effort = arguments.integer("effort", effort, 0, 9)
+        if max_seconds is not None:
+            arguments.positive("max_seconds", max_seconds)
+            if not effort:
+                raise ConfigError("max_seconds ends a search, and effort 0 does not search: choose an effort of 1 to 9")
+        if effort and not self.model.config.lambdas:
+            raise ConfigError(f"the model {self.name} does not say what bits are worth: encode with effort 0")
+        return effort
+
+    def _weight(self, quality: int) -> float:
+        """Lambda of a quality, between those of the anchors: bits that a squared error of one in one pixel is worth."""
+        lambdas = torch.tensor(self.model.config.lambdas, device=self.device)
+        return float((anchor_weights(self._rate(quality), len(lambdas)) @ lambdas.log()).exp())
 
     def _rate(self, quality: int) -> Tensor:
         return torch.tensor([float(quality)], device=self.device)
@@ -335,11 +395,6 @@ def _padded(pixels: np.ndarray, device: torch.device) -> Tensor:
 def _to_unit(x: Tensor) -> Tensor:
     """0..255 uint8 -> 0..1."""
     return x.float().div_(255)
-
-
-def _to_bytes(x: Tensor) -> Tensor:
-    """0..1 -> 0..255 uint8."""
-    return x.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
 
 def _cropped(x: Tensor, frame: _Frame | Container) -> Tensor:

@@ -23,6 +23,11 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
+def _to_bytes(x: Tensor) -> Tensor:
+    """0..1 -> 0..255 uint8."""
+    return x.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+
 class Estimate(TypedDict):
     """What `HPCM.forward` returns."""
 
@@ -112,6 +117,10 @@ class HPCM(nn.Module):
             return finish(self.g_s(part if gain is None else part * gain))
 
         return in_strips(strip, y_hat, halo=halo(self.config, self.config.synthesis))
+
+    def picture(self, y_hat: Tensor, quality: Tensor) -> Tensor:
+        """What a decoder shows: y_hat (B, M, H/16, W/16), quality (B,) -> (B, 3, H, W) uint8."""
+        return self.synthesise(y_hat, quality, _to_bytes)
 
     def forward(self, x: Tensor, quality: Tensor | None = None) -> Estimate:
         """Estimate rate and reconstruction.

@@ -1,0 +1,159 @@
+"""What does each effort do? Stages that follow each other; effort e is the first e of them, so more is never worse."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hpcmref.latents import Compressed, LatentCodec
+from hpcmref.model.coders import Part
+from hpcmref.search.anneal import Annealer, Schedule, predictions
+from hpcmref.search.synthesis import Picture
+
+Watch = Callable[[float], bool | None]
+"""Is told the part of the search that is done, 0 to 1, after every iteration; ends the search by returning True."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Rounds of a search that belong together: a cosine of learning rates, and a falling temperature.
+
+    rate: at the start, in quantiser steps; temperature: at the start and at the end.
+    """
+
+    rounds: int
+    iterations: int
+    rate: float
+    temperature: tuple[float, float]
+
+    def schedules(self) -> Iterator[Schedule]:
+        """One for each round."""
+        low, high = (math.log(each) for each in self.temperature)
+        parts = [index / self.rounds for index in range(self.rounds + 1)]
+        rates = [self.rate * (0.5 + 0.5 * math.cos(math.pi * part)) for part in parts]
+        temperatures = [math.exp(low + part * (high - low)) for part in parts]
+        for index in range(self.rounds):
+            ends = index, index + 1
+            yield Schedule(self.iterations, [rates[each] for each in ends], [temperatures[each] for each in ends])
+
+
+STAGES = (
+    Stage(2, 5, 0.01, (0.5, 0.05)),
+    Stage(2, 10, 0.01, (0.5, 0.05)),
+    Stage(4, 15, 0.01, (0.5, 0.05)),
+    Stage(6, 20, 0.01, (0.5, 0.05)),
+    Stage(8, 20, 0.01, (0.5, 0.05)),
+    Stage(12, 25, 0.01, (0.5, 0.05)),
+    Stage(20, 25, 0.01, (0.5, 0.05)),
+    Stage(30, 25, 0.01, (0.5, 0.05)),
+    Stage(40, 25, 0.01, (0.5, 0.05)),
+)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Which of two files is better: fewer bits + weight * error. With a limit, the other of the two decides alone.
+
+    weight: bits that a squared error of one grey level in one pixel is worth, lambda. most_bytes: of the payload, which
+    no file exceeds; the smallest error wins. most_error: the sum of squared errors, over 3, which no file exceeds; the
+    smallest file wins.
+    """
+
+    weight: float
+    most_bytes: float | None = None
+    most_error: float | None = None
+
+    def cost(self, size: int, error: float) -> float:
+        """What is to be small: of a payload of `size` bytes; infinite beyond a limit."""
+        if self.most_bytes is not None:
+            return error if size <= self.most_bytes else math.inf
+        if self.most_error is not None:
+            return size if error <= self.most_error else math.inf
+        return 8 * size + self.weight * error
+
+    def stronger(self, size: int, error: float) -> float:
+        """The factor by which weight should rise or fall so that the next file is nearer to the limit."""
+        if self.most_bytes is not None:
+            ratio = self.most_bytes / size
+        elif self.most_error is not None:
+            ratio = error / self.most_error
+        else:
+            return 1.0
+        return min(max(ratio**6, 0.7), 1.4)  # a step of 1 % of rate takes about 6 % of lambda
+
+
+@dataclass(frozen=True)
+class _Best:
+    cost: float
+    compressed: Compressed
+    y: Tensor
+
+
+class _Search:
+    """One search under way."""
+
+    def __init__(self, latents: LatentCodec, picture: Picture, goal: Goal, y: Tensor, z: Tensor, quality: int) -> None:
+        self._latents, self._picture, self._goal = latents, picture, goal
+        self._z, self._quality = z, quality
+        self.annealer = Annealer(picture, goal.weight, y)
+        compressed, self._parts = self._coded()
+        error = picture.error(compressed.y_hat)
+        # The limits are what this file has been measured by; rounding must not turn it away.
+        self.best = _Best(min(goal.cost(_size(compressed), error), 1e300), compressed, y)
+
+    def run(self, stages: tuple[Stage, ...]) -> Iterator[float]:
+        """Yields the part that is done after every iteration."""
+        total, done = sum(stage.rounds * stage.iterations for stage in stages), 0
+        for stage in stages:
+            for schedule in stage.schedules():
+                known = predictions(self._parts, self._y_hat)
+                for _ in self.annealer.round(known, schedule):
+                    done += 1
+                    yield done / total
+                self._compare()
+
+    def _compare(self) -> None:
+        """Code y as it is now, and keep it if it is the best so far."""
+        compressed, self._parts = self._coded()
+        size, error = _size(compressed), self._picture.error(compressed.y_hat)
+        cost = self._goal.cost(size, error)
+        if cost < self.best.cost:
+            self.best = _Best(cost, compressed, self.annealer.y.clone())
+        self.annealer.weight *= self._goal.stronger(size, error)
+
+    def _coded(self) -> tuple[Compressed, list[Part]]:
+        compressed, parts = self._latents.compress_and_predict(self.annealer.y, self._z, self._quality)
+        self._y_hat = compressed.y_hat
+        return compressed, parts
+
+
+def search(
+    latents: LatentCodec,
+    picture: Picture,
+    goal: Goal,
+    y: Tensor,
+    z: Tensor,
+    quality: int,
+    effort: int,
+    max_seconds: float | None = None,
+    watch: Watch | None = None,
+) -> Compressed:
+    """The best file found for y (1, M, 4h, 4w) and z (1, N, h, w), in real bytes and real pixels; that of y at worst.
+
+    effort: 1 to 9, how many stages. max_seconds: stop after them, which makes the result depend on the machine's speed.
+    """
+    started = time.monotonic()
+    found = _Search(latents, picture, goal, y, z, quality)
+    for done in found.run(STAGES[:effort]):
+        late = max_seconds is not None and time.monotonic() - started > max_seconds
+        if (watch is not None and watch(done)) or late:
+            break
+    return found.best.compressed
+
+
+def _size(compressed: Compressed) -> int:
+    return len(compressed.payloads[0])
