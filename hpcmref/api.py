@@ -35,6 +35,8 @@ def encode(
     keep_invisible: bool = False,
     strip: bool | Collection[str] = False,
     verify: bool = False,
+    effort: int = 0,
+    max_seconds: float | None = None,
 ) -> bytes:
     """The file of one image.
 
@@ -48,11 +50,16 @@ def encode(
     keep_invisible: keep the colours of pixels whose alpha is 0.
     strip: leave out all metadata, or some of "location", "exif", "xmp" and "icc".
     verify: decode the file before it is returned, and compare.
+    effort: 0 (fast) to 9: how long to search for a better file; any decoder reads it.
+    max_seconds: end the search after them, with the best file so far.
 
     Raises an HpcmrefError: ConfigError for a wrong argument (ArgumentTypeError, also a TypeError, for a wrong type),
     ImageError for an image that cannot be read or held, CheckpointError for a model that cannot be used.
     """
-    return _Encoder(quality, model, device, size, bpp, psnr, lossless, keep_invisible, _parts(strip), verify)(image)
+    parts = _parts(strip)
+    return _Encoder(
+        quality, model, device, size, bpp, psnr, lossless, keep_invisible, parts, verify, effort, max_seconds
+    )(image)
 
 
 @overload
@@ -187,6 +194,8 @@ def encode_many(
     keep_invisible: bool = False,
     strip: bool | Collection[str] = False,
     verify: bool = False,
+    effort: int = 0,
+    max_seconds: float | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> Iterator[bytes]:
@@ -200,7 +209,10 @@ def encode_many(
     An image that fails ends it, with the error of `encode` and the number of the image, from 0. Closing the generator
     (or an exception in `progress`) stops the workers; nothing is left behind.
     """
-    work = _Encoder(quality, model, device, size, bpp, psnr, lossless, keep_invisible, _parts(strip), verify)
+    parts = _parts(strip)
+    work = _Encoder(
+        quality, model, device, size, bpp, psnr, lossless, keep_invisible, parts, verify, effort, max_seconds
+    )
     return each_of("images", images, work, portable_of, jobs, progress)
 
 
@@ -268,6 +280,8 @@ class _Encoder:
     keep_invisible: bool
     strip: tuple[str, ...] | bool
     verify: bool
+    effort: int
+    max_seconds: float | None
 
     def __post_init__(self) -> None:
         arguments.model(self.model)
@@ -285,6 +299,9 @@ class _Encoder:
         ways += ["lossless"] * self.lossless
         if len(ways) > 1:
             raise ConfigError(f"only one of {' and '.join(ways)} can decide the quality")
+        arguments.effort(self.effort, self.max_seconds)
+        if self.effort and self.lossless:
+            raise ConfigError("effort looks for a better lossy file: lossless coding has none")
 
     def __call__(self, source: Any) -> bytes:
         from PIL import Image
@@ -304,7 +321,12 @@ class _Encoder:
         from hpcmref.codec import load
 
         codec = load(self.model, self.device)
-        options: Any = {"verify": self.verify, "keep_invisible": self.keep_invisible}
+        options: Any = {
+            "verify": self.verify,
+            "keep_invisible": self.keep_invisible,
+            "effort": self.effort,
+            "max_seconds": self.max_seconds,
+        }
         target = {name: value for name in _TARGETS if (value := getattr(self, name)) is not None}
         if target:
             return codec.encode_to(image, **target, **options)

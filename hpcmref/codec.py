@@ -300,11 +300,7 @@ class Codec:
         return arguments.integer("quality", quality, 0, qualities - 1)
 
     def _checked_effort(self, effort: int, max_seconds: float | None) -> int:
-        effort = arguments.integer("effort", effort, 0, 9)
-        if max_seconds is not None:
-            arguments.positive("max_seconds", max_seconds)
-            if not effort:
-                raise ConfigError("max_seconds ends a search, and effort 0 does not search: choose an effort of 1 to 9")
+        effort = arguments.effort(effort, max_seconds)
         if effort and not self.model.config.lambdas:
             raise ConfigError(f"the model {self.name} does not say what bits are worth: encode with effort 0")
         return effort

@@ -325,7 +325,8 @@ class StateBank(nn.Module):
         """(B, width, h, w) -> (B, width, 2h, 2w): every value 2 x 2 times."""
         batch, width, height, columns = state.shape
         rows = state.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
-        return rows.reshape(batch, 2 * height, 2 * columns, width).permute(0, 3, 1, 2)
+        # Of one position, the reshaped tensor is still a view in which all positions share their memory.
+        return rows.reshape(batch, 2 * height, 2 * columns, width).contiguous().permute(0, 3, 1, 2)
 
 
 MODES: dict[str, type[ReferenceBank | LinearBank | MultiRefCrossAttentionCell]] = {
