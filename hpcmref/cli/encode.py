@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hpcmref.cli.batch import ENCODED_SUFFIX, Job, Made, plan, run_spread
+from hpcmref.cli.effort import NO_EFFORT, Effort, EffortOption, MaxSecondsOption, OnInterrupt, OnInterruptOption
 from hpcmref.cli.options import Device, DeviceOption, ForceOption, JobsOption, ModelOption, QuietOption, RayOption
 from hpcmref.errors import ImageError
 
@@ -57,6 +58,9 @@ def encode(
     frame: Annotated[
         int | None, typer.Option("--frame", metavar="N", min=1, help="Encode this frame or page, counted from 1.")
     ] = None,
+    effort: EffortOption = 0,
+    max_seconds: MaxSecondsOption = None,
+    on_interrupt: OnInterruptOption = OnInterrupt.drop,
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Instead of -q: keep every pixel exactly, invisible ones too.")
     ] = False,
@@ -99,10 +103,15 @@ def encode(
     planned = plan(images, output, IMAGE_SUFFIXES, ENCODED_SUFFIX)
     if resume:  # what is there is whole, because files appear complete or not at all
         planned = [job for job in planned if job.target is None or not job.target.is_file()]
+    if lossless and effort:
+        raise typer.BadParameter("--lossless leaves nothing to search for.", param_hint="--effort")
+    searching = Effort.of(
+        effort, max_seconds, on_interrupt, spread=jobs > 1 or ray is not None, alone=len(planned) == 1, quiet=quiet
+    )
     run_spread(
         planned,
         prepare,
-        _Encoder(model, device.value, quality, target, strip, lossless, keep_invisible, frame, parts),
+        _Encoder(model, device.value, quality, target, strip, lossless, keep_invisible, frame, parts, searching),
         finish,
         quiet,
         jobs,
@@ -123,6 +132,7 @@ class _Encoder:
     keep_invisible: bool = False
     frame: int | None = None
     strip_only: tuple[str, ...] = ()
+    effort: Effort = NO_EFFORT
 
     def __call__(self, job: Job, content: bytes) -> Made:
         from hpcmref.picture import images
@@ -138,9 +148,10 @@ class _Encoder:
             from hpcmref.lossless import encode
 
             return Made(encode(image))
-        if self.target:
-            return Made(self._codec.encode_to(image, **self.target, keep_invisible=self.keep_invisible))
-        return Made(self._codec.encode(image, self.quality, keep_invisible=self.keep_invisible))
+        with self.effort.options() as options:
+            if self.target:
+                return Made(self._codec.encode_to(image, **self.target, keep_invisible=self.keep_invisible, **options))
+            return Made(self._codec.encode(image, self.quality, keep_invisible=self.keep_invisible, **options))
 
     @functools.cached_property
     def _codec(self) -> Codec:
