@@ -105,7 +105,7 @@ class Codec:
         with self._inference():
             y, z = self.model.latents(self.model.features(x, _to_unit), self._rate(quality))
             if effort:
-                goal = Goal(self._weight(quality))
+                goal = Goal(self.weight(quality))
                 compressed = self._searched(frame, x, goal, y, z, quality, effort, max_seconds, watch)
             else:
                 del x  # large images need the room
@@ -171,7 +171,7 @@ class Codec:
             del features
             overhead = len(data) - len(container.parse(data).payload)
             goal = Goal(
-                self._weight(quality),
+                self.weight(quality),
                 most_bytes=None if limit is None else limit - overhead,
                 most_error=None if psnr is None else 255**2 * frame.width * frame.height / 10 ** (psnr / 10),
             )
@@ -305,7 +305,7 @@ class Codec:
             raise ConfigError(f"the model {self.name} does not say what bits are worth: encode with effort 0")
         return effort
 
-    def _weight(self, quality: int) -> float:
+    def weight(self, quality: int) -> float:
         """Lambda of a quality, between those of the anchors: bits that a squared error of one in one pixel is worth."""
         lambdas = torch.tensor(self.model.config.lambdas, device=self.device)
         return float((anchor_weights(self._rate(quality), len(lambdas)) @ lambdas.log()).exp())

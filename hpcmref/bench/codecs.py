@@ -169,20 +169,23 @@ class HpcmrefCodec:
     """Our own codec. `models` is one model, or one-rate models from the lowest rate to the highest.
 
     label: what the curve is called. device: "cpu" or "cuda". With several models, quality k is the k-th model.
+    effort: how long encoding searches, 0 to 9.
     """
 
     label: str
     models: tuple[str, ...]
     device: str
+    effort: int = 0
     rising = True
 
     @property
     def name(self) -> str:
-        return self.label
+        return f"{self.label} effort={self.effort}" if self.effort else self.label
 
     @property
     def identity(self) -> str:
-        return f"hpcmref {__version__} {' '.join(_digest(model) for model in self.models)}"
+        models = " ".join(_digest(model) for model in self.models)
+        return f"hpcmref {__version__} {models}" + (f" effort={self.effort}" if self.effort else "")
 
     @property
     def qualities(self) -> range:
@@ -197,7 +200,7 @@ class HpcmrefCodec:
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
         network = _network(self.models[quality if len(self.models) > 1 else 0], self.device)
-        return network.encode(image, None if network.model.config.qualities == 1 else quality)
+        return network.encode(image, None if network.model.config.qualities == 1 else quality, effort=self.effort)
 
     def decode(self, data: bytes) -> Image.Image:
         from hpcmref.format.container import parse
@@ -255,19 +258,18 @@ def _is_here(name: str) -> bool:
 def codecs_of(names: Sequence[str], models: Sequence[str], device: str) -> list[Codec]:
     """The codecs that a command line asks for.
 
-    names: "hpcmref" (which stands for every one of `models`), or "jpeg", "webp", "avif", "jxl", each perhaps with save
-    options of Pillow: "avif:speed=0+subsampling=4:2:0". models: a registry name, a file, NAME=FILE (another name for
-    it), or NAME=FILE+FILE+... (models of one rate that make one curve). device: "auto", "cpu" or "cuda". Raises
-    ConfigError, CheckpointError.
+    names: "hpcmref" (which stands for every one of `models`), perhaps with an effort: "hpcmref:effort=3"; or "jpeg",
+    "webp", "avif", "jxl", each perhaps with save options of Pillow: "avif:speed=0+subsampling=4:2:0". models: a name of
+    the registry, a file, NAME=FILE (another name for it), or NAME=FILE+FILE+... (models of one rate that make one
+    curve). device: "auto", "cpu" or "cuda". Raises ConfigError, CheckpointError.
     """
     chosen: list[Codec] = []
     for text in names:
         name, colon, options = text.strip().partition(":")
         if name.lower() == "hpcmref":
-            if colon:
-                raise ConfigError(f"{text.strip()}: hpcmref has no options; choose models with --models")
+            effort = _effort(_options(options)) if colon else 0
             where = _resolved(device)
-            chosen += [_hpcmref(model, where) for model in models]
+            chosen += [replace(_hpcmref(model, where), effort=effort) for model in models]
         elif (codec := PILLOW_CODECS.get(name.lower())) is None:
             raise ConfigError(f"there is no codec {name!r}; the codecs here are {', '.join(available())}")
         elif not _is_here(name.lower()):
@@ -298,6 +300,14 @@ def _hpcmref(text: str, device: str) -> HpcmrefCodec:
             if _network(model, device).model.config.qualities > 1:
                 raise ConfigError(f"{model} has many rates: it is a curve by itself, not a point of {label}")
     return codec
+
+
+def _effort(options: Mapping[str, str]) -> int:
+    """The effort that the options of hpcmref ask for."""
+    text = options.get("effort", "")
+    if set(options) != {"effort"} or not (text.isdecimal() and int(text) < 10):
+        raise ConfigError("hpcmref has one option, effort=0 to effort=9; choose models with --models")
+    return int(text)
 
 
 def _resolved(device: str) -> str:
