@@ -232,7 +232,7 @@ class TestMeasure:
 
     def test_an_effort_is_another_curve(self) -> None:
         plain, effort = codecs.codecs_of(["hpcmref", "hpcmref:effort=1"], ["nano"], "cpu")
-        assert (plain.name, effort.name) == ("hpcmref nano", "hpcmref nano effort=1")
+        assert effort.name == f"{plain.name} effort=1"
         assert plain.identity != effort.identity
         assert parse(effort.encode(picture(size=(16, 16)), 40)).encoder.effort == 1
 
