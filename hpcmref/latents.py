@@ -54,15 +54,18 @@ class LatentCodec:
 
         Raises ModelChangedError if the entropy path is not as it was when this object was made.
         """
-        return self.compress_and_predict(y, z, quality)[0]
+        return self._compress(y, z, quality, keep=False)[0]
 
     def compress_and_predict(self, y: Tensor, z: Tensor, quality: int) -> tuple[Compressed, list[Part]]:
         """As `compress`; also the symbols of every step and the tables that they were coded with."""
+        return self._compress(y, z, quality, keep=True)
+
+    def _compress(self, y: Tensor, z: Tensor, quality: int, keep: bool) -> tuple[Compressed, list[Part]]:
         encoders = [SymbolEncoder() for _ in y]
         writer = SymbolWriter(y, z, self.thresholds, encoders)
         with torch.inference_mode(), exactly(self.device):
             y_hat = self.entropy(self._quality(len(y), quality), (z.shape[2], z.shape[3]), writer)
-            parts = writer.finish()
+            parts = writer.finish() if keep else writer.finish()[:0]  # the encoders need the room
         self.unchanged.check()
         payloads = [encoder.finish() for encoder in encoders]
         return Compressed(payloads, list(map(_checksums, writer.checksums)), y_hat), parts
