@@ -75,15 +75,22 @@ class Goal:
             return size if error <= self.most_error else math.inf
         return 8 * size + self.weight * error
 
-    def stronger(self, size: int, error: float) -> float:
-        """The factor by which weight should rise or fall so that the next file is nearer to the limit."""
+    def stronger(self, last: tuple[int, float], size: int, error: float) -> float:
+        """The factor for the weight with which the next files come nearer to the limit; last: size and error before.
+
+        It takes rounds until a weight has its full effect, so what the last one has changed counts twice more.
+        """
         if self.most_bytes is not None:
-            ratio = self.most_bytes / size
+            room = AIM * self.most_bytes / size * (last[0] / size) ** 2
         elif self.most_error is not None:
-            ratio = error / self.most_error
+            room = error / (AIM * self.most_error) * (error / max(last[1], 1.0)) ** 2
         else:
             return 1.0
-        return min(max(ratio**6, 0.7), 1.4)  # a step of 1 % of rate takes about 6 % of lambda
+        return min(max(room**4, 0.7), 1.4)
+
+
+AIM = 0.997
+"""Part of a limit that is aimed at, so that a round ends below it rather than just above."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ class _Search:
         self.annealer = Annealer(picture, goal.weight, y)
         compressed, self._parts = self._coded()
         error = picture.error(compressed.y_hat)
+        self._last = _size(compressed), error
         # The limits are what this file has been measured by; rounding must not turn it away.
         self.best = _Best(min(goal.cost(_size(compressed), error), 1e300), compressed, y)
 
@@ -123,7 +131,8 @@ class _Search:
         cost = self._goal.cost(size, error)
         if cost < self.best.cost:
             self.best = _Best(cost, compressed, self.annealer.y.clone())
-        self.annealer.weight *= self._goal.stronger(size, error)
+        self.annealer.weight *= self._goal.stronger(self._last, size, error)
+        self._last = size, error
 
     def _coded(self) -> tuple[Compressed, list[Part]]:
         compressed, parts = self._latents.compress_and_predict(self.annealer.y, self._z, self._quality)
