@@ -36,6 +36,7 @@ def encode(
     strip: bool | Collection[str] = False,
     verify: bool = False,
     effort: int = 0,
+    metric: str = "mse",
     max_seconds: float | None = None,
 ) -> bytes:
     """The file of one image.
@@ -51,6 +52,7 @@ def encode(
     strip: leave out all metadata, or some of "location", "exif", "xmp" and "icc".
     verify: decode the file before it is returned, and compare.
     effort: 0 (fast) to 9: how long to search for a better file; any decoder reads it.
+    metric: "mse" or "ms-ssim", which a search makes small.
     max_seconds: end the search after them, with the best file so far.
 
     Raises an HpcmrefError: ConfigError for a wrong argument (ArgumentTypeError, also a TypeError, for a wrong type),
@@ -58,7 +60,7 @@ def encode(
     """
     parts = _parts(strip)
     return _Encoder(
-        quality, model, device, size, bpp, psnr, lossless, keep_invisible, parts, verify, effort, max_seconds
+        quality, model, device, size, bpp, psnr, lossless, keep_invisible, parts, verify, effort, metric, max_seconds
     )(image)
 
 
@@ -195,6 +197,7 @@ def encode_many(
     strip: bool | Collection[str] = False,
     verify: bool = False,
     effort: int = 0,
+    metric: str = "mse",
     max_seconds: float | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
@@ -211,7 +214,7 @@ def encode_many(
     """
     parts = _parts(strip)
     work = _Encoder(
-        quality, model, device, size, bpp, psnr, lossless, keep_invisible, parts, verify, effort, max_seconds
+        quality, model, device, size, bpp, psnr, lossless, keep_invisible, parts, verify, effort, metric, max_seconds
     )
     return each_of("images", images, work, portable_of, jobs, progress)
 
@@ -281,6 +284,7 @@ class _Encoder:
     strip: tuple[str, ...] | bool
     verify: bool
     effort: int
+    metric: str
     max_seconds: float | None
 
     def __post_init__(self) -> None:
@@ -300,6 +304,7 @@ class _Encoder:
         if len(ways) > 1:
             raise ConfigError(f"only one of {' and '.join(ways)} can decide the quality")
         arguments.effort(self.effort, self.max_seconds)
+        arguments.metric(self.metric, self.effort)
         if self.effort and self.lossless:
             raise ConfigError("effort looks for a better lossy file: lossless coding has none")
 
@@ -325,6 +330,7 @@ class _Encoder:
             "verify": self.verify,
             "keep_invisible": self.keep_invisible,
             "effort": self.effort,
+            "metric": self.metric,
             "max_seconds": self.max_seconds,
         }
         target = {name: value for name in _TARGETS if (value := getattr(self, name)) is not None}

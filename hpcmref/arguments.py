@@ -58,6 +58,20 @@ def effort(value: object, max_seconds: object) -> int:
     return number
 
 
+METRICS = ("mse", "ms-ssim")
+
+
+def metric(value: object, effort: int) -> str:
+    """What a search takes for the error of a picture; another than the first needs an effort."""
+    if not isinstance(value, str):
+        raise wrong_type("metric", value, " or ".join(METRICS))
+    if value not in METRICS:
+        raise ConfigError(f"the metric is {value!r:.60}, and must be {' or '.join(METRICS)}")
+    if value != METRICS[0] and not effort:
+        raise ConfigError("a metric is what a search goes by, and effort 0 does not search: choose an effort of 1 to 9")
+    return value
+
+
 def flag(name: str, value: object) -> bool:
     """True or False."""
     if not isinstance(value, bool):

@@ -39,8 +39,9 @@ from hpcmref.model.layers import anchor_weights, in_bfloat16
 from hpcmref.picture import images
 from hpcmref.picture.metadata import extras_of
 from hpcmref.runtime.folders import models_folder
-from hpcmref.search import Goal, Watch, search
-from hpcmref.search.synthesis import Picture
+from hpcmref.search import Goal, Options, Watch, search
+from hpcmref.search.synthesis import Picture, SimilarPicture
+from hpcmref.similarity import MS_SSIM_LEAST_SIDE, lambda_of_ms_ssim
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Codec:
         verify: bool = False,
         keep_invisible: bool = False,
         effort: int = 0,
+        metric: str = "mse",
         max_seconds: float | None = None,
         watch: Watch | None = None,
     ) -> bytes:
@@ -92,7 +94,8 @@ class Codec:
         verify: decode the latents with a second decoder and compare, before anything is returned.
         keep_invisible: code the colours of pixels whose alpha is 0, which are otherwise replaced by a smooth
             continuation of the visible ones.
-        effort: 0 (fast) to 9: how long to search for a better file, one of fewer bits + lambda * squared error.
+        effort: 0 (fast) to 9: how long to search for a better file, one of fewer bits + lambda * error.
+        metric: what a search takes for the error, "mse" or "ms-ssim" (which needs sides of 161 pixels).
         max_seconds: end the search after them, with what it has found. watch: see `hpcmref.search.Watch`.
 
         Raises ConfigError for another quality or effort, ImageError for an image that the format cannot hold, and
@@ -100,13 +103,15 @@ class Codec:
         """
         quality = self._checked(quality)
         arguments.flag("verify", verify)
-        effort = self._checked_effort(effort, max_seconds)
+        options = Options(effort, metric, max_seconds, watch)
+        self._check_search(options)
         frame, x = self._framed(image, keep_invisible)
+        _check_sides(frame, metric)
         with self._inference():
             y, z = self.model.latents(self.model.features(x, _to_unit), self._rate(quality))
             if effort:
-                goal = Goal(self.weight(quality))
-                compressed = self._searched(frame, x, goal, y, z, quality, effort, max_seconds, watch)
+                goal = Goal(self.weight(quality, metric))
+                compressed = self._searched(frame, x, goal, y, z, quality, options)
             else:
                 del x  # large images need the room
                 compressed = self.latents.compress(y, z, quality)
@@ -122,6 +127,7 @@ class Codec:
         verify: bool = False,
         keep_invisible: bool = False,
         effort: int = 0,
+        metric: str = "mse",
         max_seconds: float | None = None,
         watch: Watch | None = None,
     ) -> bytes:
@@ -140,9 +146,13 @@ class Codec:
         for name, value in (("bpp", bpp), ("psnr", psnr)):
             if value is not None:
                 arguments.positive(name, value)
+        if psnr is not None and metric != "mse":
+            raise ConfigError("a target in PSNR goes with the metric mse alone")
         arguments.flag("verify", verify)
-        effort = self._checked_effort(effort, max_seconds)
+        options = Options(effort, metric, max_seconds, watch)
+        self._check_search(options)
         frame, x = self._framed(image, keep_invisible)
+        _check_sides(frame, metric)
         limit = size if bpp is None else bpp * frame.width * frame.height / 8
         low, high = 0, self.model.config.qualities - 1
         best: tuple[int, bytes] | None = None
@@ -171,28 +181,20 @@ class Codec:
             del features
             overhead = len(data) - len(container.parse(data).payload)
             goal = Goal(
-                self.weight(quality),
+                self.weight(quality, metric),
                 most_bytes=None if limit is None else limit - overhead,
                 most_error=None if psnr is None else 255**2 * frame.width * frame.height / 10 ** (psnr / 10),
             )
-            compressed = self._searched(frame, x, goal, y, z, quality, effort, max_seconds, watch)
+            compressed = self._searched(frame, x, goal, y, z, quality, options)
             return self._written(frame, compressed, quality, verify, effort)
 
     def _searched(
-        self,
-        frame: _Frame,
-        x: Tensor,
-        goal: Goal,
-        y: Tensor,
-        z: Tensor,
-        quality: int,
-        effort: int,
-        max_seconds: float | None,
-        watch: Watch | None,
+        self, frame: _Frame, x: Tensor, goal: Goal, y: Tensor, z: Tensor, quality: int, options: Options
     ) -> Compressed:
         """The best that a search finds for the picture x (1, 3, H', W') uint8 from y and z on."""
-        picture = Picture(self.model, self._rate(quality), x, (frame.height, frame.width), frame.grey)
-        return search(self.latents, picture, goal, y, z, quality, effort, max_seconds, watch)
+        kind = SimilarPicture if options.metric == "ms-ssim" else Picture
+        picture = kind(self.model, self._rate(quality), x, (frame.height, frame.width), frame.grey)
+        return search(self.latents, picture, goal, y, z, quality, options)
 
     def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[_Frame, Tensor]:
         """The header fields of an image, and its pixels (1, 3, H', W') uint8, padded to multiples of 64."""
@@ -299,16 +301,20 @@ class Codec:
             raise ConfigError(f"the model {self.name} has one rate: encode without a quality")
         return arguments.integer("quality", quality, 0, qualities - 1)
 
-    def _checked_effort(self, effort: int, max_seconds: float | None) -> int:
-        effort = arguments.effort(effort, max_seconds)
-        if effort and not self.model.config.lambdas:
+    def _check_search(self, options: Options) -> None:
+        arguments.effort(options.effort, options.max_seconds)
+        arguments.metric(options.metric, options.effort)
+        if options.effort and not self.model.config.lambdas:
             raise ConfigError(f"the model {self.name} does not say what bits are worth: encode with effort 0")
-        return effort
 
-    def weight(self, quality: int) -> float:
-        """Lambda of a quality, between those of the anchors: bits that a squared error of one in one pixel is worth."""
+    def weight(self, quality: int, metric: str = "mse") -> float:
+        """Lambda of a quality, between those of the anchors: bits for a unit of the search's error.
+
+        That is a squared error of one grey level in one pixel, or for "ms-ssim" an MS-SSIM of 0 instead of 1 in one.
+        """
         lambdas = torch.tensor(self.model.config.lambdas, device=self.device)
-        return float((anchor_weights(self._rate(quality), len(lambdas)) @ lambdas.log()).exp())
+        found = float((anchor_weights(self._rate(quality), len(lambdas)) @ lambdas.log()).exp())
+        return lambda_of_ms_ssim(found) if metric == "ms-ssim" else found
 
     def _rate(self, quality: int) -> Tensor:
         return torch.tensor([float(quality)], device=self.device)
@@ -396,6 +402,11 @@ def _to_unit(x: Tensor) -> Tensor:
 def _cropped(x: Tensor, frame: _Frame | Container) -> Tensor:
     """Planes (1, 3, H', W') -> what is seen of them, (H, W, 3)."""
     return x[0, :, : frame.height, : frame.width].permute(1, 2, 0)
+
+
+def _check_sides(frame: _Frame, metric: str) -> None:
+    if metric == "ms-ssim" and min(frame.width, frame.height) < MS_SSIM_LEAST_SIDE:
+        raise ImageError(f"MS-SSIM needs images of at least {MS_SSIM_LEAST_SIDE} pixels a side")
 
 
 def _psnr(shown: Tensor, reference: Tensor) -> float:

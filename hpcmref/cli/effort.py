@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hpcmref.arguments import METRICS
+
 
 class OnInterrupt(str, Enum):
     """What Ctrl-C does to a search."""
@@ -27,6 +29,10 @@ EffortOption = Annotated[
     typer.Option(
         "--effort", min=0, max=9, help="How long to search for a smaller file of a better picture: 0 is not at all."
     ),
+]
+MetricOption = Annotated[
+    str,
+    typer.Option("--metric", metavar="mse|ms-ssim", help="What the search takes for the error of a picture."),
 ]
 MaxSecondsOption = Annotated[
     float | None,
@@ -46,6 +52,7 @@ class Effort:
     """
 
     effort: int = 0
+    metric: str = "mse"
     max_seconds: float | None = None
     keep: bool = False
     shown: bool = False
@@ -54,6 +61,7 @@ class Effort:
     def of(
         cls,
         effort: int,
+        metric: str,
         max_seconds: float | None,
         on_interrupt: OnInterrupt,
         *,
@@ -68,12 +76,14 @@ class Effort:
         keep = on_interrupt is OnInterrupt.keep
         if not effort and (max_seconds is not None or keep):
             raise typer.BadParameter("there is no search to end: choose an --effort of 1 to 9.")
+        if metric not in METRICS or (metric != METRICS[0] and not effort):
+            raise typer.BadParameter("it is mse or ms-ssim, and for an --effort of 1 to 9.", param_hint="--metric")
         if max_seconds is not None and not 0 < max_seconds < float("inf"):
             raise typer.BadParameter("it must be a number above 0.", param_hint="--max-seconds")
         if keep and spread:
             raise typer.BadParameter("it is for one process: leave out --jobs and --ray.", param_hint="--on-interrupt")
         shown = alone and not spread and not quiet and sys.stderr is not None and sys.stderr.isatty()
-        return cls(effort, max_seconds, keep, shown)
+        return cls(effort, metric, max_seconds, keep, shown)
 
     @contextlib.contextmanager
     def options(self) -> Iterator[dict[str, Any]]:
@@ -87,7 +97,7 @@ class Effort:
                 show(done)
                 return interrupted()
 
-            yield {"effort": self.effort, "max_seconds": self.max_seconds, "watch": watch}
+            yield {"effort": self.effort, "metric": self.metric, "max_seconds": self.max_seconds, "watch": watch}
             if interrupted():
                 warnings.warn("interrupted: this is the best file that the search had found", stacklevel=3)
 

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hpcmref.cli.batch import ENCODED_SUFFIX, Job, Made, plan, run_spread
-from hpcmref.cli.effort import NO_EFFORT, Effort, EffortOption, MaxSecondsOption, OnInterrupt, OnInterruptOption
+from hpcmref.cli.effort import (
+    NO_EFFORT,
+    Effort,
+    EffortOption,
+    MaxSecondsOption,
+    MetricOption,
+    OnInterrupt,
+    OnInterruptOption,
+)
 from hpcmref.cli.options import Device, DeviceOption, ForceOption, JobsOption, ModelOption, QuietOption, RayOption
 from hpcmref.errors import ImageError
 
@@ -59,6 +67,7 @@ def encode(
         int | None, typer.Option("--frame", metavar="N", min=1, help="Encode this frame or page, counted from 1.")
     ] = None,
     effort: EffortOption = 0,
+    metric: MetricOption = "mse",
     max_seconds: MaxSecondsOption = None,
     on_interrupt: OnInterruptOption = OnInterrupt.drop,
     lossless: Annotated[
@@ -106,7 +115,13 @@ def encode(
     if lossless and effort:
         raise typer.BadParameter("--lossless leaves nothing to search for.", param_hint="--effort")
     searching = Effort.of(
-        effort, max_seconds, on_interrupt, spread=jobs > 1 or ray is not None, alone=len(planned) == 1, quiet=quiet
+        effort,
+        metric,
+        max_seconds,
+        on_interrupt,
+        spread=jobs > 1 or ray is not None,
+        alone=len(planned) == 1,
+        quiet=quiet,
     )
     run_spread(
         planned,

@@ -10,6 +10,6 @@ Neither g_a nor gradients through the context model are needed, so a round costs
 loop, `efforts` the rounds of each effort, `synthesis` the gradient of the picture.
 """
 
-from hpcmref.search.efforts import Goal, Watch, search
+from hpcmref.search.efforts import Goal, Options, Watch, search
 
-__all__ = ["Goal", "Watch", "search"]
+__all__ = ["Goal", "Options", "Watch", "search"]

@@ -62,7 +62,7 @@ class Annealer:
     """y on its way to a better one. `y` (1, M, h, w) is continuous; rounding it around its means gives its symbols."""
 
     def __init__(self, picture: Picture, weight: float, y: Tensor, seed: int = 0) -> None:
-        """weight: bits that a squared error of one grey level in one pixel is worth, lambda."""
+        """weight: bits that a unit of the picture's error is worth, lambda."""
         self.picture = picture
         self.weight = weight
         self.y = y.clone()
@@ -91,7 +91,7 @@ class Annealer:
         share = (up.atanh() - down.atanh()).div_(temperature).add_(noise).div_(temperature).sigmoid_()
         index = known.rows + symbols.clamp(-LIMIT, LIMIT - 1).int()
         mixture = symbols.add_(share).add_(known.means)
-        gradient = self.picture.gradient(mixture)[1].mul_(self.weight).add_(self._dearer[index])
+        gradient = self.picture.gradient(mixture).mul_(self.weight).add_(self._dearer[index])
         slope = 1 / (1 - up.square()) + 1 / (1 - down.square())
         return gradient.mul_(share * (1 - share)).mul_(slope).div_(temperature**2)
 

@@ -19,6 +19,19 @@ Watch = Callable[[float], bool | None]
 
 
 @dataclass(frozen=True)
+class Options:
+    """How to search. effort: 0 (not at all) to 9, how many stages. metric: "mse" or "ms-ssim", what a picture lacks.
+
+    max_seconds: stop after them, which makes the result depend on the machine's speed.
+    """
+
+    effort: int = 0
+    metric: str = "mse"
+    max_seconds: float | None = None
+    watch: Watch | None = None
+
+
+@dataclass(frozen=True)
 class Stage:
     """Rounds of a search that belong together: a cosine of learning rates, and a falling temperature.
 
@@ -58,9 +71,8 @@ the one before, or more. Later stages begin colder, or they would first undo wha
 class Goal:
     """Which of two files is better: fewer bits + weight * error. With a limit, the other of the two decides alone.
 
-    weight: bits that a squared error of one grey level in one pixel is worth, lambda. most_bytes: of the payload, which
-    no file exceeds; the smallest error wins. most_error: the sum of squared errors, over 3, which no file exceeds; the
-    smallest file wins.
+    weight: bits that a unit of `Picture.error` is worth, lambda. most_bytes: of the payload, which no file exceeds; the
+    smallest error wins. most_error: which no file exceeds; the smallest file wins.
     """
 
     weight: float
@@ -83,7 +95,7 @@ class Goal:
         if self.most_bytes is not None:
             room = AIM * self.most_bytes / size * (last[0] / size) ** 2
         elif self.most_error is not None:
-            room = error / (AIM * self.most_error) * (error / max(last[1], 1.0)) ** 2
+            room = error / (AIM * self.most_error) * (error / max(last[1], 1e-9)) ** 2
         else:
             return 1.0
         return min(max(room**4, 0.7), 1.4)
@@ -147,19 +159,14 @@ def search(
     y: Tensor,
     z: Tensor,
     quality: int,
-    effort: int,
-    max_seconds: float | None = None,
-    watch: Watch | None = None,
+    options: Options,
 ) -> Compressed:
-    """The best file found for y (1, M, 4h, 4w) and z (1, N, h, w), in real bytes and real pixels; that of y at worst.
-
-    effort: 1 to 9, how many stages. max_seconds: stop after them, which makes the result depend on the machine's speed.
-    """
+    """The best file found from y (1, M, 4h, 4w) and z (1, N, h, w) on, in real bytes and pixels; that of y at worst."""
     started = time.monotonic()
     found = _Search(latents, picture, goal, y, z, quality)
-    for done in found.run(STAGES[:effort]):
-        late = max_seconds is not None and time.monotonic() - started > max_seconds
-        if (watch is not None and watch(done)) or late:
+    for done in found.run(STAGES[: options.effort]):
+        late = options.max_seconds is not None and time.monotonic() - started > options.max_seconds
+        if (options.watch is not None and options.watch(done)) or late:
             break
     return found.best.compressed
 

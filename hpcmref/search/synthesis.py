@@ -8,6 +8,7 @@ computed in strips, which bounds the memory and changes nothing but the order of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from hpcmref.model.hpcm import HPCM
 from hpcmref.model.layers import SLOPE, ResidualBlock
 from hpcmref.model.transforms import halo
+from hpcmref.similarity import ms_ssim
 
 POSITIONS = 2**12
 """Positions of the 1/16 latent lattice in a strip: one megapixel, about 200 MB."""
@@ -57,7 +59,10 @@ def _through(network: nn.Sequential, x: Tensor) -> Tensor:
 
 
 class Picture:
-    """The picture that latents should become: error and gradient of any y_hat, for one image and quality."""
+    """The picture that latents should become: error and gradient of any y_hat, for one image and quality.
+
+    The error is the sum of squared errors, over 3, in grey levels^2.
+    """
 
     def __init__(self, model: HPCM, quality: Tensor, x: Tensor, size: tuple[int, int], grey: bool) -> None:
         """x: (1, 3, H, W) uint8, of which the first `size` (height, width) are seen. grey: channels are averaged."""
@@ -65,49 +70,91 @@ class Picture:
         with torch.inference_mode(False), torch.no_grad():  # autograd could not use an inference tensor
             self._gain = None if model.log_inverse_gain is None else model.log_inverse_gain(quality.clone()).exp()
         self._halo = halo(model.config, model.config.synthesis)
-        self._x = x
         self._height, self._width = size
+        self._x = x[:, :, : self._height, : self._width]
         self._grey = grey
 
     def error(self, y_hat: Tensor) -> float:
-        """The sum of squared errors, over 3, in grey levels^2, of the picture that a decoder shows."""
-        shown = self._model.picture(y_hat, self._quality)[0, :, : self._height, : self._width]
-        total = 0
-        for part, x in zip(shown.split(64, 1), self._x[0, :, : self._height, : self._width].split(64, 1), strict=True):
-            seen = part.int()
-            if self._grey:
-                seen = (seen.sum(0, keepdim=True) + 1) // 3
-            total += int((seen - x.int()).square_().sum())
-        return total / 3
+        """Of the picture that a decoder shows: y_hat (1, M, h, w)."""
+        return self._error(self._model.picture(y_hat, self._quality)[:, :, : self._height, : self._width])
 
-    def gradient(self, y_hat: Tensor) -> tuple[float, Tensor]:
-        """The sum of squared errors, over 3, in grey levels^2, and its gradient: y_hat (1, M, h, w) float32."""
-        total, gradient = 0.0, torch.zeros_like(y_hat)
+    def gradient(self, y_hat: Tensor) -> Tensor:
+        """Of the error before rounding to bytes: y_hat (1, M, h, w) float32; the result has that shape.
+
+        Clamped pixels count as what they are clamped to, with the gradient of what they were before.
+        """
+        gradient = torch.zeros_like(y_hat)
+        pull = self._prepared(y_hat)
         rows = max(1, POSITIONS // y_hat.shape[3])
-        for start in range(0, y_hat.shape[2], rows):
+        for start in range(0, -(-self._height // 16), rows):
             stop = min(start + rows, y_hat.shape[2])
             top, bottom = max(0, start - self._halo), min(stop + self._halo, y_hat.shape[2])
             with torch.inference_mode(False), torch.enable_grad():
                 part = y_hat[:, :, top:bottom].clone(memory_format=torch.channels_last).requires_grad_()
                 shown = _through(self._model.g_s, part if self._gain is None else part * self._gain)
-                error = self._error(shown.detach(), top, start, stop)
-                (of_part,) = torch.autograd.grad(shown, part, error * (2 * 255 / 3))
-            total += float(error.square().sum()) / 3
+                of_shown = torch.zeros_like(shown)
+                first, last = 16 * start, min(16 * stop, self._height)
+                seen = (slice(None), slice(None), slice(first - 16 * top, last - 16 * top), slice(self._width))
+                of_shown[seen] = pull(shown.detach()[seen], slice(first, last))
+                (of_part,) = torch.autograd.grad(shown, part, of_shown)
             gradient[:, :, top:bottom] += of_part
-        return total, gradient
+        return gradient
 
-    def _error(self, shown: Tensor, top: int, start: int, stop: int) -> Tensor:
-        """x_hat - x in grey levels, zero outside the latent rows `start` to `stop` and where nobody looks.
+    def _error(self, shown: Tensor) -> float:
+        """Of what is seen of a decoded picture: (1, 3, height, width) uint8."""
+        total = 0
+        for part, x in zip(shown.split(64, 2), self._x.split(64, 2), strict=True):
+            total += int((self._averaged(part).int() - x.int()).square_().sum())
+        return total / 3
 
-        Clamped values count as what they are clamped to; their gradient is that of the value before.
-        """
-        error = torch.zeros_like(shown)
-        first, last = 16 * (start - top), 16 * (stop - top)
-        last = min(last, self._height - 16 * top)
-        if last <= first:
-            return error
-        region = (slice(None), slice(None), slice(first, last), slice(0, self._width))
-        x = self._x[:, :, 16 * top + first : 16 * top + last, : self._width]
-        part = shown[region].clamp(0, 1).mul_(255).sub_(x)
-        error[region] = part.mean(1, keepdim=True) if self._grey else part
-        return error
+    def _prepared(self, y_hat: Tensor) -> Pull:
+        """What gives the gradient of the error with respect to rows of the picture."""
+        return self._pull
+
+    def _pull(self, shown: Tensor, rows: slice) -> Tensor:
+        error = shown.clamp(0, 1).mul_(255).sub_(self._x[:, :, rows])
+        if self._grey:
+            error = error.mean(1, keepdim=True).expand_as(error)
+        return error * (2 * 255 / 3)
+
+    def _averaged(self, shown: Tensor) -> Tensor:
+        """A decoded picture (1, 3, H, W) uint8 as it is shown: (1, 1, H, W) if it is grey."""
+        return (shown.int().sum(1, keepdim=True) + 1) // 3 if self._grey else shown
+
+
+Pull = Callable[[Tensor, slice], Tensor]
+"""Pixels of some rows (1, 3, rows, width), before they are clamped to 0..1, and which rows -> gradient with respect to
+them."""
+
+
+class SimilarPicture(Picture):
+    """As `Picture`, for another error: (1 - MS-SSIM) * pixels. It needs MS_SSIM_LEAST_SIDE pixels a side."""
+
+    def _error(self, shown: Tensor) -> float:
+        seen, x = (each.float().div_(255) for each in (self._averaged(shown), self._wanted()))
+        similarity = sum(float(ms_ssim(seen[:, [channel]], x[:, [channel]])) for channel in range(seen.shape[1]))
+        return (1 - similarity / seen.shape[1]) * self._height * self._width
+
+    def _prepared(self, y_hat: Tensor) -> Pull:
+        """MS-SSIM needs the whole picture, so its gradient comes first; channel by channel, which takes less memory."""
+        shown = self._model.synthesise(y_hat, self._quality)[:, :, : self._height, : self._width].clamp_(0, 1)
+        if self._grey:
+            shown = shown.mean(1, keepdim=True)
+        x = self._wanted()
+        planes = []
+        for channel in range(shown.shape[1]):
+            with torch.inference_mode(False), torch.enable_grad():
+                plane = shown[:, [channel]].clone().requires_grad_()
+                similarity = ms_ssim(plane, x[:, [channel]].clone().float() / 255).sum()
+                planes += torch.autograd.grad(similarity, plane)
+        gradient = torch.cat(planes, 1).mul_(-self._height * self._width / 3)
+
+        def pull(pixels: Tensor, rows: slice) -> Tensor:
+            towards = gradient[:, :, rows].expand_as(pixels)
+            beyond = ((pixels > 1) & (towards < 0)) | ((pixels < 0) & (towards > 0))
+            return towards.masked_fill(beyond, 0)
+
+        return pull
+
+    def _wanted(self) -> Tensor:
+        return self._x[:, :1] if self._grey else self._x
