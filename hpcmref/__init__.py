@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hpcmref._version import __version__
 from hpcmref.errors import HpcmrefError
 from hpcmref.plugin import register as _register
+from hpcmref.runtime.forks import watch_forks as _watch_forks
 
 if TYPE_CHECKING:
     from hpcmref.api import FileInfo, decode, decode_many, encode, encode_many, info
@@ -26,6 +27,7 @@ DEFAULT_MAX_PIXELS = 1 << 27
 """Larger images are not decoded unless the caller allows it: 134 megapixels, for which there should be 8 GB."""
 
 _register()
+_watch_forks()
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",

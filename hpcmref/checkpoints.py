@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcmref.errors import CheckpointError, ConfigError
+from hpcmref.errors import CheckpointError, ConfigError, near
 from hpcmref.format import tensorfile
+from hpcmref.format.container import MAX_QUALITY
 from hpcmref.format.tensorfile import TensorFile
 from hpcmref.runtime.folders import model_files
 
@@ -43,7 +44,8 @@ _TILES = Path(__file__).parent / "exact" / "tiles"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What the header of a checkpoint says of it. size is in bytes; parameters counts numbers."""
+    """What the header of a checkpoint says of it. size is in bytes; parameters counts numbers; qualities is 1 for a
+    model of one rate."""
 
     name: str
     preset: str
@@ -53,6 +55,7 @@ class CheckpointInfo:
     size: int
     default: bool
     description: str
+    qualities: int
 
 
 def available() -> list[CheckpointInfo]:
@@ -95,7 +98,9 @@ def find(model: str | os.PathLike[str] | None) -> Path:
         return names[max(versions, key=lambda name: int(name.rpartition("-")[2]))]
     if Path(model).is_file():
         return Path(model)
-    raise CheckpointError(f"There is no model {str(model)!r}: neither a file nor one of {', '.join(reversed(names))}.")
+    hint = near(str(model), names)
+    listed = ", ".join(reversed(names))
+    raise CheckpointError(f"There is no model {str(model)!r}: neither a file nor one of {listed}{hint}.")
 
 
 def info(path: Path) -> CheckpointInfo:
@@ -112,6 +117,7 @@ def info(path: Path) -> CheckpointInfo:
             size=path.stat().st_size,
             default=path.resolve().parent == _WEIGHTS.resolve() and path.stem == DEFAULT_MODEL,
             description=str(metadata["description"]),
+            qualities=MAX_QUALITY + 1 if metadata["config"].get("lambdas") else 1,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} lacks what an hpcmref checkpoint must say of itself ({error}).") from error

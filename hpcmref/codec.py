@@ -39,6 +39,7 @@ from hpcmref.model.layers import anchor_weights, in_bfloat16
 from hpcmref.picture import images
 from hpcmref.picture.metadata import extras_of
 from hpcmref.runtime.folders import models_folder
+from hpcmref.runtime.forks import safe_after_fork
 from hpcmref.search import Goal, Options, Watch, search
 from hpcmref.search.synthesis import Picture, SimilarPicture
 from hpcmref.similarity import MS_SSIM_LEAST_SIDE, lambda_of_ms_ssim
@@ -290,7 +291,11 @@ class Codec:
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """Networks run without gradients and in the precision of their weights, whatever the caller has set."""
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        with (
+            safe_after_fork(self.device.type),
+            torch.inference_mode(),
+            torch.autocast(self.device.type, enabled=False),
+        ):
             yield
 
     def _checked(self, quality: int | None) -> int:
@@ -340,7 +345,9 @@ def load(model: str | os.PathLike[str] | None = None, device: str = "auto") -> C
 def fresh(model: str | os.PathLike[str] | None = None, device: str = "auto") -> Codec:
     """As `load`, but a codec of the caller's own, which is not kept."""
     path = checkpoints.find(model)
-    return Codec(checkpoints.load(path), path.stem, device_of(device))
+    where = device_of(device)
+    with safe_after_fork(where.type):
+        return Codec(checkpoints.load(path), path.stem, where)
 
 
 _kept = lru_cache(maxsize=2)(fresh)

@@ -1,5 +1,8 @@
 """Which errors can hpcmref raise on purpose? One family; each message is a sentence for a person."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class HpcmrefError(Exception):
     """Base of every error that hpcmref raises on purpose."""
@@ -43,3 +46,9 @@ class ArgumentTypeError(ConfigError, TypeError):
 
 class ModelChangedError(HpcmrefError):
     """The model in memory is not the one that was loaded, or two decoders of one file disagree."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: "(did you mean X?)" if one that is known is near, else nothing."""
+    found = difflib.get_close_matches(name.lower(), list(known), 1)
+    return f" (did you mean {found[0]}?)" if found else ""

@@ -228,7 +228,7 @@ class TestMeasure:
         assert measured[0].size < measured[1].size
         assert measured[0].psnr < measured[1].psnr
         assert measured[0].ms_ssim is None
-        assert codec.name == "hpcmref nano"
+        assert codec.name == "hpcmref nano-1"
 
     def test_an_effort_is_another_curve(self) -> None:
         plain, effort = codecs.codecs_of(["hpcmref", "hpcmref:effort=1"], ["nano"], "cpu")
@@ -522,13 +522,13 @@ class TestCommand:
         ("arguments", "code", "message"),
         [
             ([], 2, "folder"),
-            (["in", "--codecs", "gif"], 1, "there is no codec 'gif'"),
+            (["in", "--codecs", "gif"], 2, "there is no codec 'gif'"),
             (["in", "--range", "2:1"], 2, "LOW:HIGH"),
-            (["in", "--anchor", "VTM"], 1, "--anchor VTM: the curves of this run are JPEG"),
-            (["in", "--results", "nowhere"], 1, "there are no results"),
+            (["in", "--anchor", "VTM"], 2, "--anchor VTM: the curves of this run are JPEG"),
+            (["in", "--results", "nowhere"], 2, "there are no results"),
             (["nowhere.png", "--codecs", "jpeg"], 1, "No such file"),
             (["empty"], 1, "no files here"),
-            (["in", "--qualities", "jpeg=200"], 1, "quality 200 of JPEG"),
+            (["in", "--qualities", "jpeg=200"], 2, "quality 200 of JPEG"),
             (["in", "--models", "nowhere", "--codecs", "hpcmref"], 1, "nowhere"),
         ],
     )

@@ -538,7 +538,7 @@ def test_every_kind_of_model_has_a_twin(name: str, codec: Codec) -> None:
     assert torch.equal(written.view(torch.int32), read.view(torch.int32))
     with torch.inference_mode():
         approximate = model.entropy(torch.full((2,), float(quality)), (1, 2), SymbolWriter(y, z, torch.empty(0), []))
-    assert (written - approximate).abs().mean() < 0.02  # quantiser steps; latents differ by one where a mean is near .5
+    assert (written - approximate).abs().mean() < 0.03  # quantiser steps; latents differ by one where a mean is near .5
 
 
 def test_the_model_stays_as_it_is() -> None:

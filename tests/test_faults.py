@@ -81,13 +81,13 @@ def test_no_room_for_the_output(folder: Path) -> None:
     import resource
 
     Image.radial_gradient("L").resize((64, 64)).save("a.png")
-    Path("a.bin").write_bytes(b"precious")
+    Path("a.hpcm").write_bytes(b"precious")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # noqa: E731
     result = shell("encode", "a.png", "-q", "63", "--force", preexec_fn=limit)
     assert result.returncode == 1
-    assert result.stderr == b"hpcmref: a.png: cannot write a.bin: File too large\n"
-    assert Path("a.bin").read_bytes() == b"precious"
-    assert files() == ["a.bin", "a.png"]
+    assert result.stderr == b"hpcmref: a.png: cannot write a.hpcm: File too large\n"
+    assert Path("a.hpcm").read_bytes() == b"precious"
+    assert files() == ["a.hpcm", "a.png"]
 
 
 @posix
@@ -118,13 +118,13 @@ def test_no_permission(folder: Path, stand_in: None) -> None:
     Path("open").mkdir()
     Path("open").chmod(0o777)
     CliRunner().invoke(app, ["encode", "a.png", "-o", "open/"])  # imports what nobody may not be allowed to
-    Path("open/a.bin").unlink()
+    Path("open/a.hpcm").unlink()
     with unprivileged():
         first = CliRunner().invoke(app, ["encode", "a.png", "b.png", "-o", "open"])
         second = CliRunner().invoke(app, ["encode", "a.png", "-o", "closed/"])
     assert (first.exit_code, first.stderr) == (1, "hpcmref: cannot read b.png: Permission denied\n")
-    assert (second.exit_code, second.stderr) == (1, "hpcmref: a.png: cannot write closed/a.bin: Permission denied\n")
-    assert files() == ["a.png", "b.png", "open/a.bin"]
+    assert (second.exit_code, second.stderr) == (1, "hpcmref: a.png: cannot write closed/a.hpcm: Permission denied\n")
+    assert files() == ["a.png", "b.png", "open/a.hpcm"]
 
 
 # A batch
@@ -157,7 +157,7 @@ def test_a_thousand_files_some_of_which_cannot_be_read(folder: Path, stand_in: N
     written = sorted(path.stem for path in Path("out").iterdir())
     assert written == [f"{number:03}" for number in range(1000) if f"{number:03}" not in broken]
     assert all(parse(path.read_bytes()).width == 3 for path in Path("out").iterdir())
-    assert len(result.stdout.splitlines()) == 995
+    assert len(result.stdout.splitlines()) == 996  # with the totals
 
     # And once more: nothing is done twice, nothing is lost, and the exit code still says that something failed.
     before = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
@@ -180,7 +180,7 @@ def test_an_interrupt_in_a_batch(folder: Path, sample: Image.Image) -> None:
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
-        while not (Path("out").is_dir() and len(list(Path("out").glob("*.bin"))) >= 2):
+        while not (Path("out").is_dir() and len(list(Path("out").glob("*.hpcm"))) >= 2):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -188,10 +188,10 @@ def test_an_interrupt_in_a_batch(folder: Path, sample: Image.Image) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
-    assert b"Traceback" not in errors
     written = list(Path("out").iterdir())
+    assert errors.decode() in [f"hpcmref: interrupted after {len(written) - n} of 60 files\n" for n in (0, 1)]
     assert 2 <= len(written) < 60
-    assert {path.suffix for path in written} == {".bin"}
+    assert {path.suffix for path in written} == {".hpcm"}
     assert {parse(path.read_bytes()).width for path in written} == {sample.width}
 
 
@@ -201,42 +201,34 @@ from pathlib import Path
 from hpcmref.runtime.files import atomic_write
 
 moment, target = sys.argv[1], Path(sys.argv[2])
-real = Path.write_bytes
-
-def half(self, data):
-    real(self, data[: len(data) // 2])
-    ready()
 
 def ready(*_):
     print("ready", flush=True)
     time.sleep(60)
 
-if moment == "write":
-    Path.write_bytes = half
-else:
-    os.replace = ready
+setattr(os, moment, ready)
 atomic_write(target, b"new" * 10000)
 """
 
 
 @posix
-@pytest.mark.parametrize("moment", ["write", "replace"])
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
 def test_killed_in_the_middle_of_a_write(folder: Path, moment: str, stand_in: None) -> None:
     """No process can clean up after SIGKILL, but the old file is there, and what is left over is in nobody's way."""
-    Path("a.bin").write_bytes(b"old")
+    Path("a.hpcm").write_bytes(b"old")
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_WRITER, moment, "a.bin"], stdout=subprocess.PIPE, env=ENVIRONMENT
+        [sys.executable, "-c", SLOW_WRITER, moment, "a.hpcm"], stdout=subprocess.PIPE, env=ENVIRONMENT
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     process.kill()
     process.communicate(timeout=60)
-    assert Path("a.bin").read_bytes() == b"old"
-    (left_over,) = [name for name in files() if name != "a.bin"]
+    assert Path("a.hpcm").read_bytes() == b"old"
+    (left_over,) = [name for name in files() if name != "a.hpcm"]
     assert left_over.startswith(".hpcmref-")
     Image.new("RGB", (8, 8)).save("a.png")
     assert CliRunner().invoke(app, ["encode", "a.png", "--force"]).exit_code == 0
-    assert parse(Path("a.bin").read_bytes()).width == 8
+    assert parse(Path("a.hpcm").read_bytes()).width == 8
     assert CliRunner().invoke(app, ["info", "."]).exit_code == 0
 
 

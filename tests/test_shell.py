@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "photo.hpcm").write_bytes(hpcmref.encode(small, 20))
     (made / "photo.bin").write_bytes(hpcmref.encode(small.convert("L"), 20))
     (made / "nothing").write_bytes(hpcmref.encode(small.convert("LA"), lossless=True))
-    shutil.copy(DATA / "conformance" / "nano.bin", made / "old.bin")  # version 1
+    shutil.copy(DATA / "conformance" / "light.bin", made / "old.bin")  # version 1
     (made / "other.bin").write_bytes(b"\x89HPX other data")
     shutil.copy(DATA / "sample.png", made / "photo.png")
     return made

@@ -55,11 +55,10 @@ def test_a_width_that_is_the_default_is_not_spelled_out() -> None:
     assert TINY.state_width == dataclasses.replace(TINY, memory=MEMORIES["light"]).state_width == 0
 
 
-def test_the_shipped_model_is_what_it_was() -> None:
-    """Whatever the preset has become."""
+def test_the_shipped_model_has_a_state() -> None:
     shipped = checkpoints.load(checkpoints.find("nano"))
-    assert shipped.model.config.to_dict().keys() & {"memory"} == set()
-    assert shipped.fingerprint.hex() == "edb46cdd"
+    assert shipped.model.config == PRESETS["nano"]
+    assert shipped.model.config.state_width == 64
 
 
 @pytest.mark.parametrize("changes", [{"scales": (3,)}, {"transfer": False}, {"width": 0}, {"width": 1025}])
@@ -125,6 +124,21 @@ def test_the_state_is_the_sum_of_what_all_priors_wrote() -> None:
     assert float(state.abs().max()) > 0.1
     for pair, written in zip(seen.predicted[1:], expected, strict=True):
         torch.testing.assert_close(pair, written)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_smallest_lattices(size: tuple[int, int], batch: int) -> None:
+    """One position of s1 becomes four of s2, each with memory of its own, since the state is added to in place."""
+    x = torch.randn(batch, WIDTH, *size)
+    finer = StateBank(WIDTH).finer(x)
+    assert torch.equal(finer, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    finer.add_(torch.arange(finer.numel()).view_as(finer))
+    assert len(finer.unique()) > 4 * WIDTH * batch - 2
+    model = model_of(STATE)
+    y, z = latents_of(model, batch, size)
+    with torch.no_grad():
+        model.entropy(torch.full((batch,), 20.0), size, Recorder(y, z))
 
 
 def test_the_same_with_and_without_gradients_in_a_batch_and_alone() -> None:

@@ -19,7 +19,7 @@ from PIL import Image, features
 from PIL import __version__ as pillow_version
 
 from hpcmref._version import __version__
-from hpcmref.errors import ConfigError
+from hpcmref.errors import ConfigError, near
 
 Choices = range | tuple[str, ...]
 """The values that an option of a codec may have: whole numbers, or words."""
@@ -271,7 +271,8 @@ def codecs_of(names: Sequence[str], models: Sequence[str], device: str) -> list[
             where = _resolved(device)
             chosen += [replace(_hpcmref(model, where), effort=effort) for model in models]
         elif (codec := PILLOW_CODECS.get(name.lower())) is None:
-            raise ConfigError(f"there is no codec {name!r}; the codecs here are {', '.join(available())}")
+            hint = near(name, available())
+            raise ConfigError(f"there is no codec {name!r}; the codecs here are {', '.join(available())}{hint}")
         elif not _is_here(name.lower()):
             how = "pip install pillow-jxl-plugin" if name.lower() == "jxl" else "this build of Pillow lacks it"
             raise ConfigError(f"the codec {name} is not here: {how}")

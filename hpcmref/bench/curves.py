@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from hpcmref.bench.measure import Measurement
-from hpcmref.errors import ConfigError
+from hpcmref.errors import ConfigError, near
 
 CONVENTIONS = (
     "bpp is of the real files, averaged over the images; psnr is the mean of the per-image RGB PSNRs in dB (peak 255); "
@@ -140,7 +140,10 @@ def read(name: str) -> list[Curve]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"there are no results {name!r}: neither a file nor one of {', '.join(shipped())}") from None
+        known = list(shipped())
+        raise ConfigError(
+            f"there are no results {name!r}: neither a file nor one of {', '.join(known)}{near(name, known)}"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     try:

@@ -37,6 +37,7 @@ from PIL import Image
 from hpcmref.bench.codecs import numbers_of
 from hpcmref.errors import ConfigError, HpcmrefError
 from hpcmref.picture.images import open_image
+from hpcmref.runtime.signals import tidying
 
 Command = tuple[str, ...]
 """A program by its absolute path, and its arguments with placeholders."""
@@ -77,7 +78,7 @@ class ExternalCodec:
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
         """The bytes of {out}. Raises HpcmrefError for a command that fails, takes too long or leaves no file."""
-        with tempfile.TemporaryDirectory(prefix="hpcmref-") as temporary:
+        with tidying(), tempfile.TemporaryDirectory(prefix="hpcmref-") as temporary:
             paths = self._paths(Path(temporary))
             image.save(paths["in"], "PNG", compress_level=1)
             self._run(self.encoding, {**paths, "q": str(quality)})
@@ -85,7 +86,7 @@ class ExternalCodec:
 
     def decode(self, data: bytes) -> Image.Image:
         """The image in {png}. Raises as `encode`, and ImageError if that is no image."""
-        with tempfile.TemporaryDirectory(prefix="hpcmref-") as temporary:
+        with tidying(), tempfile.TemporaryDirectory(prefix="hpcmref-") as temporary:
             paths = self._paths(Path(temporary))
             Path(paths["out"] + self.suffix).write_bytes(data)
             self._run(self.decoding, paths)

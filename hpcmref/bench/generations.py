@@ -75,11 +75,13 @@ def run(
     jobs: int = 1,
     ray: str | None = None,
     listener: Callable[[str, Sequence[Failure]], None] = lambda image, failed: None,
+    threads: int | None = None,
 ) -> Losses:
     """Encode and decode every image `generations` times with every codec at its settings.
 
     settings: by codec name. optional: metrics besides PSNR. listener: called with the name of each image that is done
-    and its failures. Raises ConfigError and CheckpointError, which every image would meet.
+    and its failures. threads: of each process of `jobs`. Raises ConfigError and CheckpointError, which every image
+    would meet.
     """
     names = names_of(paths)
     losses = Losses()
@@ -95,7 +97,7 @@ def run(
                 continue
             yield _Work(Task(names[path], data, points, metrics=optional), generations)
 
-    for work, result in execute(_generations, tasks(), jobs, ray):
+    for work, result in execute(_generations, tasks(), jobs, ray, threads):
         if isinstance(result, CheckpointError | ConfigError):
             raise result
         if isinstance(result, Exception):

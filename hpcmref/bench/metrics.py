@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from hpcmref.errors import ConfigError
+from hpcmref.errors import ConfigError, near
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,8 +71,8 @@ def chosen(text: str | None) -> frozenset[str]:
     for name in asked:
         metric = next((metric for metric in METRICS if metric.option == name), None)
         if metric is None:
-            options = ", ".join(metric.option for metric in METRICS)
-            raise ConfigError(f"there is no metric {name!r}; the metrics are {options}")
+            options = [metric.option for metric in METRICS]
+            raise ConfigError(f"there is no metric {name!r}; the metrics are {', '.join(options)}{near(name, options)}")
         if name not in here:
             extra = "bench" if name == "ssimulacra2" else "bench-cvvdp"
             raise ConfigError(f"{metric.title} needs a package that is not here: pip install 'hpcmref[{extra}]'")

@@ -43,12 +43,13 @@ def run(
     journal: Path | None = None,
     listener: Listener = lambda measured, failed: None,
     metrics: frozenset[str] = frozenset({"ms-ssim"}),
+    threads: int | None = None,
 ) -> Outcome:
     """Measure every image with every codec at its settings.
 
     settings: by codec name. metrics: besides PSNR. journal: see above; None keeps none. listener: called for every
-    image that is done, with what came of it. Raises ConfigError and CheckpointError, which every image would meet;
-    anything else is a Failure.
+    image that is done, with what came of it. threads: of each process of `jobs`. Raises ConfigError and
+    CheckpointError, which every image would meet; anything else is a Failure.
     """
     names = names_of(images)
     outcome = Outcome()
@@ -79,18 +80,19 @@ def run(
                     listener(found, [])
 
         by_name = {codec.name: codec for codec in codecs}
-        for task, result in execute(measure, tasks(), jobs, ray):
-            if isinstance(result, CheckpointError | ConfigError):
-                raise result
-            if isinstance(result, Exception):
-                result = [], [Failure(task.image, None, None, describe(result))]
-            measured, failed = result
-            for each in measured:
-                setting = each.quality if each.target is None else Target(each.target)
-                known.add(keys.of(task.data, by_name[each.codec], setting), each)
-            outcome.measurements += measured
-            outcome.failures += failed
-            listener(measured, failed)
+        with contextlib.closing(execute(measure, tasks(), jobs, ray, threads)) as results:
+            for task, result in results:
+                if isinstance(result, CheckpointError | ConfigError):
+                    raise result
+                if isinstance(result, Exception):
+                    result = [], [Failure(task.image, None, None, describe(result))]
+                measured, failed = result
+                for each in measured:
+                    setting = each.quality if each.target is None else Target(each.target)
+                    known.add(keys.of(task.data, by_name[each.codec], setting), each)
+                outcome.measurements += measured
+                outcome.failures += failed
+                listener(measured, failed)
     place = {name: index for index, name in enumerate([*names.values()])}
     order = {codec.name: index for index, codec in enumerate(codecs)}
     outcome.measurements.sort(key=lambda each: (place[each.image], order[each.codec], each.target or 0, each.quality))

@@ -20,7 +20,9 @@ __all__ = ["COMMANDS", "app", "load"]
 COMMANDS = {
     "encode": "Encode images to small files.",
     "decode": "Decode files back to images.",
+    "verify": "Check encoded files: decode them, compare all checksums, name the bad ones, and write nothing.",
     "info": "Show what encoded files contain, without decoding them.",
+    "compare": "Compare two images of one size: PSNR, MS-SSIM and, where it is installed, SSIMULACRA2.",
     "bench": "Measure codecs side by side on your own images: size, quality, time, memory, BD-rate.",
     "train": "Train a model and export it: DIR/PRESET.safetensors, for use with -m.",
     "thumbnail": "Write a small PNG of an encoded file, as file managers ask for it.",

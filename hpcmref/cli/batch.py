@@ -1,255 +1,205 @@
-"""Which inputs become which outputs, and what happens when one of them fails?
+"""What happens to each input of a command, and when one of them fails?
 
-Every command that takes files is the same three steps: `expand` names the inputs, `plan` pairs each with an output, and
-`run` works through the pairs, reports each, and goes on when one fails. The commands add only the work on one pair.
+Every command that takes files is the same three steps: `hpcmref.cli.jobs.plan` pairs each input with an output,
+`run_spread` works through the pairs, reports each, and goes on when one fails, and at the end it says what came of all.
+The commands add only the work on one pair.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import json
+import signal
 import sys
+import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import typer
 
-from hpcmref.cli.failures import report
+from hpcmref.cli.failures import describe, report, tell
+from hpcmref.cli.jobs import Job, Outputs, Plan
 from hpcmref.errors import CheckpointError, ConfigError, HpcmrefError
-
-STREAM = "-"
-ENCODED_SUFFIX = ".bin"  # of files that are written
-ENCODED_SUFFIXES = (ENCODED_SUFFIX, ".hpcm")  # of files that a folder is searched for
+from hpcmref.runtime.signals import Stopped
 
 
 @dataclass(frozen=True)
-class Job:
-    """One input and its output. None is standard input, and standard output.
+class Style:
+    """How a command reports: only errors, one JSON object a file, or with the seconds of every stage."""
 
-    Arguments are strings until they get here, because a Path cannot tell `-` from `./-` nor `out` from `out/`.
-    """
-
-    source: Path | None
-    target: Path | None
-
-    @property
-    def name(self) -> str:
-        """The input, as messages call it."""
-        return "standard input" if self.source is None else str(self.source)
-
-    @property
-    def target_name(self) -> str:
-        """The output, as messages call it."""
-        return "standard output" if self.target is None else str(self.target)
-
-    @property
-    def is_stream(self) -> bool:
-        """The output is standard output, a pipe or a device: nothing that exists is lost by writing to it."""
-        return self.target is None or (self.target.exists() and not self.target.is_file())
-
-    def read(self) -> bytes:
-        """All bytes of the input."""
-        if self.source is not None:
-            return self.source.read_bytes()
-        if sys.stdin is None:
-            raise HpcmrefError("standard input is closed")
-        return sys.stdin.buffer.read()
-
-    def write(self, data: bytes) -> None:
-        """Write the output whole: a file appears complete or not at all."""
-        if self.target is None:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
-        else:
-            from hpcmref.runtime.files import atomic_write
-
-            atomic_write(self.target, data)
-
-    def make_room(self, force: bool) -> None:
-        """Fail before the work rather than after it if the output cannot be written; make its folder."""
-        if self.target is None:
-            if sys.stdout is None:
-                raise ConfigError("standard output is closed")
-            if sys.stdout.isatty():
-                raise ConfigError("standard output is a terminal: redirect it, or name a file with -o")
-            return
-        if self.is_stream:
-            return
-        if self.target.exists() and not force:
-            raise HpcmrefError(f"{self.target} exists already (--force replaces it)")
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-
-
-def expand(arguments: Sequence[str], suffixes: Collection[str]) -> list[Path | None]:
-    """The inputs that the arguments name: a folder stands for the files in it whose suffix is one of `suffixes`,
-    sorted by name; `-` stands for standard input (None).
-
-    Raises HpcmrefError for a folder without such a file.
-    """
-    inputs: list[Path | None] = []
-    for argument in arguments:
-        if argument == STREAM:
-            inputs.append(None)
-        elif os.path.isdir(argument):
-            inputs += _files_in(Path(argument), suffixes)
-        else:
-            inputs.append(Path(argument))
-    return inputs
-
-
-def _files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    # Hidden files too are images by their suffix on disks that macOS has written to ("._photo.jpg"), but never in fact.
-    found = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
-    )
-    if not found:
-        raise HpcmrefError(f"{folder}: no files here end with {', '.join(sorted(suffixes))}")
-    return found
-
-
-def plan(arguments: Sequence[str], output: str | None, suffixes: Collection[str], new_suffix: str) -> list[Job]:
-    """Pair every input with its output; nothing is written.
-
-    arguments, suffixes: see `expand`.
-    output: `-`, a file (for one input that is not a folder), a folder, or None: next to the one input.
-    new_suffix: of outputs that are named after their input.
-
-    Raises typer.BadParameter if the arguments contradict each other, HpcmrefError if what they stand for does.
-    """
-    sources = expand(arguments, suffixes)
-    several = len(arguments) > 1 or os.path.isdir(arguments[0])
-    if None in sources and several:
-        raise typer.BadParameter("standard input (-) must be the only input.")
-    if several and (output is None or output == STREAM or os.path.isfile(output)):
-        raise typer.BadParameter("several inputs need a folder to write to.", param_hint="-o")
-
-    if several or _is_folder(output):
-        assert output is not None
-        if sources == [None]:
-            raise typer.BadParameter("standard input has no name, so the output must be a file.", param_hint="-o")
-        jobs = [Job(source, Path(output, source.stem + new_suffix)) for source in sources if source is not None]
-    elif output is None:
-        jobs = [Job(source, source and source.parent / (source.stem + new_suffix)) for source in sources]
-    else:
-        jobs = [Job(source, None if output == STREAM else Path(output)) for source in sources]
-    _refuse_collisions(jobs)
-    return jobs
-
-
-def _is_folder(output: str | None) -> bool:
-    separators = tuple(filter(None, (os.sep, os.altsep)))
-    return output is not None and output != STREAM and (os.path.isdir(output) or output.endswith(separators))
-
-
-def _refuse_collisions(jobs: Sequence[Job]) -> None:
-    inputs = {job.source.resolve() for job in jobs if job.source is not None}
-    writers: dict[Path, Job] = {}
-    for job in jobs:
-        if job.target is None:
-            continue
-        if job.target.resolve() in inputs:
-            raise HpcmrefError(f"{job.target} is an input; name another output with -o")
-        other = writers.setdefault(job.target, job)
-        if other is not job:
-            raise HpcmrefError(f"{other.name} and {job.name} would both be written to {job.target}")
-
-
-def run(jobs: Sequence[Job], work: Callable[[Job], str | None], quiet: bool = False) -> None:
-    """Do `work` on every job and print what it returns; a failure is one line on stderr and the next job follows.
-
-    A bad model or setting fails every job alike: CheckpointError and ConfigError end the run.
-    Raises typer.Exit(1) after the last job if any failed.
-    """
-    failed = False
-    with _progress(len(jobs), quiet) as advance:
-        for job in jobs:
-
-            def done(job: Job = job) -> str | None:
-                with _warnings_as_lines(job, quiet):
-                    return work(job)
-
-            failed |= not _succeeds(job, done, quiet)
-            advance()
-    if failed:
-        raise typer.Exit(1)
-
-
-def _succeeds(job: Job, work: Callable[[], str | None], quiet: bool) -> bool:
-    """Do it and print what it returns; or print one line on stderr, unless the error ends the run."""
-    try:
-        outcome = work()
-    except (CheckpointError, ConfigError, BrokenPipeError):
-        raise
-    except Exception as error:
-        report(error, job.name)
-        return False
-    _print_outcome(job, outcome, quiet)
-    return True
+    quiet: bool = False
+    json: bool = False
+    verbose: bool = False
 
 
 @dataclass(frozen=True)
 class Made:
-    """What comes of one input: bytes to write, and what there is to say of them."""
+    """What comes of one input: bytes to write, what there is to say of them, and the seconds of every stage."""
 
     data: bytes
-    about: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a worker sends back: what it made, and the warnings on the way."""
+    """What a worker sends back: what it made, the size of its input in bytes, and the warnings on the way."""
 
     made: Made
+    size: int
     warnings: list[str]
 
 
+@dataclass(frozen=True)
+class Done:
+    """A job that is done: a line for people, facts for programs, and bytes read and written."""
+
+    line: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    size: int = 0
+
+
+@dataclass
+class _Totals:
+    """What has become of the jobs so far."""
+
+    files: int
+    started: float = field(default_factory=time.perf_counter)
+    done: int = 0
+    kept: int = 0
+    failed: int = 0
+    read: int = 0
+    written: int = 0
+
+    @property
+    def finished(self) -> int:
+        return self.done + self.kept + self.failed
+
+    def __str__(self) -> str:
+        parts = [f"{self.done} file{'s' * (self.done != 1)}"]
+        if self.written and self.read:
+            parts.append(f"{_bytes(self.read)} to {_bytes(self.written)} ({self.read / self.written:.1f}:1)")
+        parts.append(f"{time.perf_counter() - self.started:.1f} s")
+        if self.kept:
+            parts.append(f"{self.kept} kept")
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        return ", ".join(parts)
+
+
+def run(jobs: Sequence[Job], work: Callable[[Job], str | None], quiet: bool = False) -> None:
+    """Do `work` on every job in this process and print what it returns; see `run_spread`, which is for slower work."""
+    run_spread(
+        Plan(list(jobs)),
+        lambda job: b"",
+        lambda job, _: Made(b"", {"line": work(job)}),
+        lambda job, outcome: Done(outcome.made.facts["line"]),
+        Style(quiet),
+        totals=False,
+    )
+
+
 def run_spread(
-    jobs: Sequence[Job],
-    prepare: Callable[[Job], bytes],
+    planned: Plan,
+    prepare: Callable[[Job], bytes | None],
     work: Callable[[Job, bytes], Made],
-    finish: Callable[[Job, Made], str | None],
-    quiet: bool = False,
+    finish: Callable[[Job, Outcome], Done],
+    style: Style = Style(),
     processes: int = 1,
     ray: str | None = None,
+    threads: int | None = None,
+    totals: bool = True,
 ) -> None:
-    """`run` for work that other processes or machines can do: only bytes travel.
+    """Do every job and report it; a failure is one line on stderr and the next job follows. Only bytes travel.
 
-    prepare and finish read and write files in this process. `work` gets a job and the content of its input, in one of
-    `processes` or on a Ray cluster (see `hpcmref.runtime.executor.execute`); it must be picklable for that. Ends as
-    `run` does.
+    prepare and finish read and write files in this process; `prepare` returns None where there is nothing to do. `work`
+    gets a job and the content of its input, in one of `processes` or on a Ray cluster (see
+    `hpcmref.runtime.executor.execute`); it must be picklable for that.
+
+    A bad model or setting fails every job alike: CheckpointError and ConfigError end the run. So do signals: Stopped
+    says how far the work got. Raises typer.Exit(1) after the last job if any failed.
     """
     from hpcmref.runtime.executor import execute
 
-    failed = False
-    with _progress(len(jobs), quiet) as advance:
+    printer = _Printer(style, planned.to_stdout)
+    count = _Totals(len(planned.jobs) + len(planned.problems))
+    for problem in planned.problems:
+        printer.failure(problem, None)
+        count.failed += 1
+    try:
+        with _progress(len(planned.jobs), style) as advance:
 
-        def inputs() -> Iterator[tuple[Job, bytes]]:
-            nonlocal failed
-            for job in jobs:
-                try:
-                    yield job, prepare(job)
-                except (CheckpointError, ConfigError):
-                    raise
-                except Exception as error:
-                    report(error, job.name)
-                    failed = True
+            def contents() -> Iterator[tuple[Job, bytes]]:
+                for job in planned.jobs:
+                    try:
+                        content = prepare(job)
+                    except (CheckpointError, ConfigError):
+                        raise
+                    except Exception as error:
+                        printer.failure(error, job)
+                        count.failed += 1
+                        advance()
+                        continue
+                    if content is not None:
+                        yield job, content
+                    else:
+                        count.kept += 1
+                        advance()
+
+            processes = max(1, min(processes, len(planned.jobs)))
+            results = execute(_Worker(work), contents(), processes, ray, threads)
+            with contextlib.closing(results):
+                for (job, _), result in results:
+                    try:
+                        if isinstance(result, Exception):
+                            raise result
+                        printer.warnings(job, result.warnings)
+                        done = finish(job, result)
+                    except (CheckpointError, ConfigError):
+                        raise
+                    except Exception as error:
+                        printer.failure(error, job)
+                        count.failed += 1
+                    else:
+                        printer.done(job, done, result)
+                        count.done += 1
+                        count.read += result.size
+                        count.written += done.size
                     advance()
+    except (KeyboardInterrupt, Stopped) as error:
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        raise Stopped(number, f"after {count.finished} of {count.files} files" if count.files > 1 else "") from None
+    if planned.skipped and not style.quiet:
+        tell(f"hpcmref: {planned.skipped}", sys.stderr)
+    if totals and count.files > 1:
+        printer.say(str(count))
+    if count.failed:
+        raise typer.Exit(1)
 
-        for (job, _), result in execute(_Worker(work), inputs(), processes, ray):
 
-            def finished(job: Job = job, result: Outcome | Exception = result) -> str | None:
-                if isinstance(result, Exception):
-                    raise result
-                _print_warnings(job, result.warnings, quiet)
-                return finish(job, result.made)
-
-            failed |= not _succeeds(job, finished, quiet)
-            advance()
-    if failed:
+def dry_run(planned: Plan, outputs: Outputs, style: Style) -> None:
+    """Say what would be written where; nothing is. Raises typer.Exit(1) if some of it cannot be."""
+    printer = _Printer(style, to_stdout=False)
+    failures: list[tuple[Exception, Job | None]] = [(problem, None) for problem in planned.problems]
+    for job in planned.jobs:
+        try:
+            wanted = outputs.are_wanted(job)
+            action = "keep" if not wanted else "replace" if job.target_exists else "write"
+        except HpcmrefError as error:
+            failures.append((error, job))
+            continue
+        if style.json:
+            tell(json.dumps({"file": job.name, "output": job.target_name, "action": action}), sys.stdout)
+        else:
+            note = {"write": "", "keep": " (kept)", "replace": " (replaced)"}[action]
+            printer.say(f"{job.name} -> {job.target_name}{note}")
+    for failure, failed in failures:
+        printer.failure(failure, failed)
+    if planned.skipped and not style.quiet:
+        tell(f"hpcmref: {planned.skipped}", sys.stderr)
+    if failures:
         raise typer.Exit(1)
 
 
@@ -260,13 +210,45 @@ class _Worker:
     def __call__(self, item: tuple[Job, bytes]) -> Outcome:
         with warnings.catch_warnings(record=True) as caught:
             made = self.work(*item)
-        return Outcome(made, [str(warning.message) for warning in caught])
+        return Outcome(made, len(item[1]), [str(warning.message) for warning in caught])
+
+
+@dataclass(frozen=True)
+class _Printer:
+    """Says what became of each job: results on stdout, unless that is data; warnings and errors on stderr."""
+
+    style: Style
+    to_stdout: bool
+
+    def done(self, job: Job, done: Done, outcome: Outcome) -> None:
+        if self.style.verbose:
+            stages = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in outcome.made.stages.items())
+            tell(f"hpcmref: {job.name}: {stages}", sys.stderr)
+        if self.style.json:
+            facts = {"file": job.name, **done.facts, "warnings": outcome.warnings}
+            tell(json.dumps(facts), sys.stdout)
+        elif done.line:
+            self.say(done.line)
+
+    def say(self, line: str) -> None:
+        if not self.style.quiet and not self.style.json:
+            tell(line, sys.stderr if self.to_stdout else sys.stdout)
+
+    def warnings(self, job: Job, texts: Sequence[str]) -> None:
+        if not self.style.quiet:
+            for text in texts:
+                tell(f"hpcmref: {job.name}: {' '.join(text.split())}", sys.stderr)
+
+    def failure(self, error: Exception, job: Job | None) -> None:
+        report(error, None if job is None else job.name)
+        if self.style.json:
+            tell(json.dumps({"file": None if job is None else job.name, "error": describe(error)}), sys.stdout)
 
 
 @contextlib.contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
+def _progress(total: int, style: Style) -> Iterator[Callable[[], None]]:
     """A bar on stderr for several jobs on a terminal; yields what to call after each job."""
-    if quiet or total < 2 or sys.stderr is None or not sys.stderr.isatty():
+    if style.quiet or total < 2 or sys.stderr is None or not sys.stderr.isatty():
         yield lambda: None
         return
     from rich.console import Console
@@ -280,23 +262,9 @@ def _progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-@contextlib.contextmanager
-def _warnings_as_lines(job: Job, quiet: bool) -> Iterator[None]:
-    """Show Python warnings as sentences about the job, without the file and line that raised them."""
-    with warnings.catch_warnings(record=True) as caught:
-        try:
-            yield
-        finally:
-            _print_warnings(job, [str(warning.message) for warning in caught], quiet)
-
-
-def _print_warnings(job: Job, texts: Sequence[str], quiet: bool) -> None:
-    if not quiet:
-        for text in texts:
-            print(f"hpcmref: {job.name}: {' '.join(text.split())}", file=sys.stderr)
-
-
-def _print_outcome(job: Job, outcome: str | None, quiet: bool) -> None:
-    if outcome and not quiet:
-        # Where the output goes to stdout, that stream is data and nothing else.
-        print(outcome, file=sys.stderr if job.target is None else sys.stdout)
+def _bytes(count: int) -> str:
+    """A size for people, in decimal units."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"

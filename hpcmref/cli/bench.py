@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpcmref.cli.batch import expand
 from hpcmref.cli.encode import IMAGE_SUFFIXES
-from hpcmref.cli.options import Device, DeviceOption, QuietOption, RayOption
+from hpcmref.cli.jobs import inputs
+from hpcmref.cli.options import Device, DeviceOption, QuietOption, RayOption, ThreadsOption, parse_jobs, use_threads
 from hpcmref.errors import ConfigError, HpcmrefError
+from hpcmref.runtime.signals import Stopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,8 +146,14 @@ def bench(
     ] = 1,
     jobs: Annotated[
         int,
-        typer.Option("--jobs", min=1, metavar="N", help="Processes at work; with more than one, seconds are longer."),
+        typer.Option(
+            "--jobs",
+            parser=parse_jobs,
+            metavar="N|auto",
+            help="Processes at work; with more than one, seconds are longer.",
+        ),
     ] = 1,
+    threads: ThreadsOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="The first N images only.")] = None,
     resume: Annotated[
         Path | None,
@@ -190,9 +197,12 @@ def bench(
 ) -> None:
     """Measure codecs side by side on your own images: size, quality, time, memory, BD-rate."""
     _check_outputs(json_file, csv_file, report, generations)
+    if not 0 < time_limit <= 1e6:
+        raise typer.BadParameter("it must be a number of seconds, at most a million.", param_hint="--time-limit")
+    use_threads(threads)
     if profile:
-        for model in models.split(",") if models else [_default()]:
-            _profile(model, _images(folders or [])[:1], device.value, repeat)
+        for model in models.split(",") if models is not None else [_default()]:
+            _profile(model, _images(folders or [], quiet)[:1], device.value, repeat)
         return
     _need_extra()
     from hpcmref.bench import curves, output
@@ -209,8 +219,8 @@ def bench(
         raise typer.BadParameter("name a folder of images.")
     sources = dict.fromkeys([*(DATASETS[dataset][1] for dataset in asked), *(results or [])])
     fixed = {source: curves.read(source) for source in sources}
-    images = _images(folders)[:limit]
-    between = _range(limits) if limits else None
+    images = _images(folders, quiet)[:limit]
+    between = _range(limits) if limits is not None else None
     chosen = _codecs(codecs, models, encoder or [], qualities or [], time_limit, device.value)
     settings = _settings(qualities or [], target, chosen)
     optional = quality.chosen(metrics)
@@ -218,7 +228,7 @@ def bench(
     facts = output.settings(chosen, optional, repeat, jobs, ray)
     tables = None if quiet else console_for(stderr="-" in map(str, (json_file, csv_file)))
     if generations is not None:
-        losses = _generations(images, chosen, settings, generations, optional, jobs, ray, title, tables)
+        losses = _generations(images, chosen, settings, generations, optional, jobs, ray, threads, title, tables)
         _write(_as_text(lossy.as_json(losses, title, facts)), json_file)
         _write(lossy.as_csv(losses, _separator(csv_file)), csv_file)
         raise typer.Exit(1 if losses.failures else 0)
@@ -226,7 +236,7 @@ def bench(
     name = _find(anchor, [*(codec.name for codec in chosen), *(curve.name for curve in others)])
 
     with _progress(len(images), quiet) as listener:
-        outcome = run(images, chosen, settings, repeat, jobs, ray, resume, listener, optional)
+        outcome = run(images, chosen, settings, repeat, jobs, ray, resume, listener, optional, threads)
     measured, averaged = curves.averages(outcome.measurements)
     every = [*measured, *others]
     reference = next((curve for curve in every if curve.name == name), None)
@@ -258,6 +268,9 @@ def _check_outputs(json_file: Path | None, csv_file: Path | None, report: Path |
         raise typer.BadParameter("a report is a folder; it cannot go to standard output.", param_hint="--report")
     if str(json_file) == str(csv_file) == "-":
         raise typer.BadParameter("only one of --json and --csv can go to standard output.", param_hint="--csv")
+    for name, file in (("--json", json_file), ("--csv", csv_file)):
+        if file is not None and str(file) != "-" and (file.is_dir() or not file.absolute().parent.is_dir()):
+            raise typer.BadParameter(f"{file} is a folder, or in a folder that is not there.", param_hint=name)
     if report is not None and generations is not None:
         raise typer.BadParameter("--generations has no page; use --json or --csv.", param_hint="--report")
 
@@ -268,8 +281,8 @@ def _codecs(
     from hpcmref.bench import codecs
     from hpcmref.bench.external import externals
 
-    asked = names.split(",") if names else codecs.available()
-    ours = codecs.codecs_of(asked, models.split(",") if models else [_default()], device)
+    asked = names.split(",") if names is not None else codecs.available()
+    ours = codecs.codecs_of(asked, models.split(",") if models is not None else [_default()], device)
     return codecs.distinct([*ours, *externals(encoders, qualities, limit)])
 
 
@@ -302,11 +315,15 @@ def _default() -> str:
     return DEFAULT_MODEL
 
 
-def _images(folders: Sequence[str]) -> list[Path]:
-    images = [path for path in expand(folders, IMAGE_SUFFIXES) if path is not None]
+def _images(folders: Sequence[str], quiet: bool) -> list[Path]:
     if "-" in folders:
         raise typer.BadParameter("standard input is not a folder of images.")
-    return list(dict.fromkeys(images))
+    planned = inputs(folders, IMAGE_SUFFIXES)
+    if planned.problems:
+        raise planned.problems[0]
+    if planned.skipped and not quiet:
+        print(f"hpcmref: {planned.skipped}", file=sys.stderr)
+    return [job.source for job in planned.jobs if job.source is not None]
 
 
 def _range(text: str) -> tuple[float, float]:
@@ -358,18 +375,31 @@ def _find(anchor: str | None, names: Sequence[str]) -> str:
 def _progress(total: int, quiet: bool) -> Iterator[Listener]:
     """Yields what to call for every image; failures are lines on stderr, and on a terminal a bar has the averages."""
 
-    def complain(failed: Sequence[Failure]) -> None:
+    images: set[str] = set()
+
+    def note(measured: Sequence[Measurement], failed: Sequence[Failure]) -> None:
+        images.update(each.image for each in measured)
+        images.update(each.image for each in failed)
         for each in failed:
             print(f"hpcmref: {each}", file=sys.stderr)
 
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
-        yield lambda measured, failed: complain(failed)
-        return
+    try:
+        if quiet or sys.stderr is None or not sys.stderr.isatty():
+            yield note
+        else:
+            with _bar(total, images, note) as update:
+                yield update
+    except Stopped as stopped:
+        raise Stopped(stopped.number, f"after {len(images)} of {total} images") from None
+
+
+@contextlib.contextmanager
+def _bar(total: int, images: Collection[str], note: Listener) -> Iterator[Listener]:
+    """Yields what to call for every image: it calls `note`, and updates a bar with the averages."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     sums: dict[str, list[float]] = {}  # codec -> count, bpp, dB
-    images: set[str] = set()
     columns = (
         BarColumn(20),
         MofNCompleteColumn(),
@@ -380,13 +410,11 @@ def _progress(total: int, quiet: bool) -> Iterator[Listener]:
         task = progress.add_task("", total=total)
 
         def update(measured: Sequence[Measurement], failed: Sequence[Failure]) -> None:
-            complain(failed)
+            note(measured, failed)
             for each in measured:
                 line = sums.setdefault(each.codec, [0, 0, 0])
                 for index, value in enumerate((1, each.bpp, each.psnr)):
                     line[index] += value
-            images.update(each.image for each in measured)
-            images.update(each.image for each in failed)
             text = "  ".join(f"{codec} {bpp / n:.2f} bpp {psnr / n:.1f} dB" for codec, (n, bpp, psnr) in sums.items())
             progress.update(task, completed=len(images), description=text)
 
@@ -401,6 +429,7 @@ def _generations(
     optional: frozenset[str],
     jobs: int,
     ray: str | None,
+    threads: int | None,
     title: str,
     tables: Console | None,
 ) -> Losses:
@@ -409,7 +438,15 @@ def _generations(
 
     with _progress(len(images), tables is None) as listener:
         losses = lossy.run(
-            images, chosen, settings, generations, optional, jobs, ray, lambda image, failed: listener([], failed)
+            images,
+            chosen,
+            settings,
+            generations,
+            optional,
+            jobs,
+            ray,
+            lambda image, failed: listener([], failed),
+            threads,
         )
     if tables is not None:
         print_generations(losses, title, tables)

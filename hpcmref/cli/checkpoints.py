@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpcmref.cli.batch import Job, run
+from hpcmref.cli.batch import run
 from hpcmref.cli.failures import report
+from hpcmref.cli.jobs import Job
 from hpcmref.cli.options import ForceOption, names_of_added_models
 from hpcmref.errors import CheckpointError
 

@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
-import functools
+import time
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hpcmref import DEFAULT_MAX_PIXELS
-from hpcmref.cli.batch import ENCODED_SUFFIXES, Job, Made, plan, run_spread
-from hpcmref.cli.options import Device, DeviceOption, ForceOption, JobsOption, ModelOption, QuietOption
+from hpcmref.cli.batch import Done, Made, Outcome, Style, dry_run, run_spread
+from hpcmref.cli.codecs import Codecs
+from hpcmref.cli.jobs import ENCODED_SUFFIXES, Job, Outputs, plan
+from hpcmref.cli.options import (
+    Device,
+    DeviceOption,
+    DryRunOption,
+    ForceOption,
+    JobsOption,
+    JsonOption,
+    ModelOption,
+    PreserveOption,
+    QuietOption,
+    RayOption,
+    RecursiveOption,
+    ThreadsOption,
+    VerboseOption,
+    use_threads,
+)
+from hpcmref.cli.resume import is_decoded
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from hpcmref.codec import Codec
     from hpcmref.format.container import Container
+
+Colour = tuple[int, int, int]
 
 
 def decode(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILE", help="Encoded files, folders of .bin and .hpcm files, or - for standard input."),
+        typer.Argument(metavar="FILE", help="Encoded files, folders of .hpcm and .bin files, or - for standard input."),
     ],
     output: Annotated[
         str | None,
@@ -28,8 +51,31 @@ def decode(
             "-o",
             "--output",
             metavar="IMAGE|DIR|-",
-            help="An image for one file (the suffix says the format), a folder of PNGs for several (made if needed), "
-            "- for a PNG on standard output. By default a single file is written next to the input as PNG.",
+            help="An image for one file (the suffix says the format), a folder for several (made if needed), - for "
+            "standard output. By default a single file is written next to the input as PNG.",
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="Write png, jpeg, webp, avif, jxl, tiff, bmp, ppm or npy. By default what the suffix of -o says, or "
+            "else PNG.",
+        ),
+    ] = None,
+    output_quality: Annotated[
+        int | None,
+        typer.Option(
+            "--output-quality", min=1, max=100, metavar="1..100", help="Of JPEG, WebP, AVIF and JPEG XL outputs."
+        ),
+    ] = None,
+    background: Annotated[
+        str | None,
+        typer.Option(
+            "--background",
+            metavar="COLOUR",
+            help="What is behind transparent pixels in formats without transparency: a name, or #rrggbb.",
         ),
     ] = None,
     upto: Annotated[
@@ -41,67 +87,142 @@ def decode(
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Decode a truncated file as far as it goes.")
     ] = False,
+    allow_damaged: Annotated[
+        bool, typer.Option("--allow-damaged", help="Decode a damaged file as far as its checksums verify.")
+    ] = False,
     max_pixels: Annotated[
         int, typer.Option("--max-pixels", metavar="N", min=1, help="Refuse larger images.")
     ] = DEFAULT_MAX_PIXELS,
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     force: ForceOption = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip files whose image is there and whole.")] = False,
+    preserve: PreserveOption = False,
+    recursive: RecursiveOption = True,
     jobs: JobsOption = 1,
+    threads: ThreadsOption = None,
+    ray: RayOption = None,
+    dry: DryRunOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Decode files back to images."""
+    if force and resume:
+        raise typer.BadParameter("--force replaces what --resume keeps.")
+    from hpcmref.picture.images import FORMATS, format_of
+    from hpcmref.picture.render import check_writable
 
-    def prepare(job: Job) -> bytes:
-        from hpcmref.picture.images import format_of
+    asked = None if form is None else parse_format(form)
+    colour = None if background is None else parse_colour(background)
+    planned = plan(files, output, ENCODED_SUFFIXES, FORMATS[asked or "PNG"][0], recursive)
+    if as_json and planned.to_stdout:
+        raise typer.BadParameter("the image goes to standard output already; name a file with -o.", param_hint="--json")
 
-        job.make_room(force)
-        if job.target is not None and not job.is_stream:
-            format_of(job.target)  # refuses an unknown suffix now, and not after the decoding
-        return job.read()
+    def format_for(job: Job) -> str:
+        if asked is not None:
+            return asked
+        return "PNG" if job.target is None or job.is_stream else format_of(job.target)
 
-    def finish(job: Job, made: Made) -> str:
-        job.write(made.data)
-        return f"{job.name} -> {job.target_name}: {made.about}"
+    def is_there(job: Job) -> bool:
+        return job.target is not None and is_decoded(job.target, format_for(job), job.source)
 
-    work = _Decoder(model, device.value, upto, allow_partial, max_pixels)
-    run_spread(plan(files, output, ENCODED_SUFFIXES, ".png"), prepare, work, finish, quiet, jobs)
+    outputs = Outputs(force, preserve, is_there if resume else None)
+    style = Style(quiet, as_json, verbose)
+    if dry:
+        dry_run(planned, outputs, style)
+        return
+
+    def prepare(job: Job) -> bytes | None:
+        check_writable(
+            format_for(job), output_quality
+        )  # refuses what cannot be written now, and not after the decoding
+        return outputs.prepare(job)
+
+    def finish(job: Job, outcome: Outcome) -> Done:
+        job.write(outcome.made.data, preserve)
+        facts = {"output": job.target_name, **outcome.made.facts, "size": len(outcome.made.data)}
+        line = f"{job.name} -> {job.target_name}: {facts['width']}x{facts['height']} {facts['mode']}"
+        return Done(line, facts, len(outcome.made.data))
+
+    use_threads(threads)
+    decoder = _Decoder(
+        Codecs(model, device.value), upto, allow_partial, allow_damaged, max_pixels, asked, output_quality, colour
+    )
+    run_spread(planned, prepare, decoder, finish, style, jobs, ray, threads)
 
 
 @dataclass(frozen=True)
 class _Decoder:
     """What is done to every file; it can be sent to another process."""
 
-    model: str | None
-    device: str
+    codecs: Codecs
     upto: int
     allow_partial: bool
+    allow_damaged: bool
     max_pixels: int
+    form: str | None
+    quality: int | None
+    background: Colour | None
 
     def __call__(self, job: Job, content: bytes) -> Made:
         from hpcmref.format.container import parse
-        from hpcmref.lossless import decode as decode_lossless
+
+        file = parse(content, self.allow_partial, self.allow_damaged)
+        if file.damaged:
+            warnings.warn("the file is damaged, and shown as far as its checksums verify", stacklevel=2)
+        started = time.perf_counter()
+        codec = self.codecs.of(file)
+        loaded = time.perf_counter()
+        image = self._decoded(file, codec)
+        decoded = time.perf_counter()
+        data = self._rendered(image, job)
+        stages = {
+            "load the model": loaded - started,
+            "decode": decoded - loaded,
+            "write the image": time.perf_counter() - decoded,
+        }
+        facts = {"width": image.width, "height": image.height, "mode": image.mode, "seconds": stages["decode"]}
+        return Made(data, facts, stages)
+
+    def _decoded(self, file: Container, codec: Codec | None) -> Image.Image:
+        if codec is None:
+            from hpcmref import lossless
+
+            return lossless.decode(file, self.max_pixels)
+        return codec.decode(file, self.upto, max_pixels=self.max_pixels)
+
+    def _rendered(self, image: Image.Image, job: Job) -> bytes:
         from hpcmref.picture.images import rendered
         from hpcmref.picture.render import render
 
-        file = parse(content, self.allow_partial)
-        if file.learned is None:
-            image = decode_lossless(file, self.max_pixels)
-        else:
-            image = self._codec(file).decode(file, self.upto, max_pixels=self.max_pixels)
-        target = None if job.is_stream else job.target
-        data = render(image, "PNG") if target is None else rendered(image, target)
-        return Made(data, f"{image.width}x{image.height} {image.mode}")
+        if job.target is None or job.is_stream:
+            return render(image, self.form or "PNG", self.quality, self.background)
+        return rendered(image, job.target, self.form, self.quality, self.background)
 
-    def _codec(self, file: Container) -> Codec:
-        from hpcmref.codec import codec_for  # torch takes a second: not for a file that turns out to be damaged
 
-        assert file.learned is not None
-        fingerprint = file.learned.fingerprint
-        if fingerprint not in self._codecs:
-            self._codecs[fingerprint] = codec_for(file, self.device, self.model)
-        return self._codecs[fingerprint]
+def parse_format(text: str) -> str:
+    """The format that a name or a suffix stands for: "jpeg", "jpg", "TIFF". Raises typer.BadParameter."""
+    from hpcmref.errors import near
+    from hpcmref.picture.images import FORMATS
 
-    @functools.cached_property
-    def _codecs(self) -> dict[bytes, Codec]:
-        return {}
+    names = {suffix[1:]: form for form, suffixes in FORMATS.items() for suffix in suffixes}
+    names |= {form.lower(): form for form in FORMATS}
+    if (form := names.get(text.strip().lower().lstrip("."))) is None:
+        hint = near(text, names)
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(FORMATS).lower()}{hint}.", param_hint="--format")
+    return form
+
+
+def parse_colour(text: str) -> Colour:
+    """Red, green and blue of a name or #rrggbb. Raises typer.BadParameter."""
+    from PIL import ImageColor
+
+    from hpcmref.errors import near
+
+    try:
+        red, green, blue = ImageColor.getrgb(text)[:3]
+    except ValueError:
+        hint = near(text, ImageColor.colormap)
+        raise typer.BadParameter(f"{text!r} is no colour; write #ffffff{hint}.", param_hint="--background") from None
+    return red, green, blue

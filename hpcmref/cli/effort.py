@@ -102,9 +102,6 @@ class Effort:
                 warnings.warn("interrupted: this is the best file that the search had found", stacklevel=3)
 
 
-NO_EFFORT = Effort()
-
-
 @contextlib.contextmanager
 def _bar(shown: bool) -> Iterator[Callable[[float], None]]:
     """A bar with the time left on stderr; yields what to call with the part that is done."""

@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import math
 import re
+import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpcmref.cli.batch import ENCODED_SUFFIX, Job, Made, plan, run_spread
-from hpcmref.cli.effort import (
-    NO_EFFORT,
-    Effort,
-    EffortOption,
-    MaxSecondsOption,
-    MetricOption,
-    OnInterrupt,
-    OnInterruptOption,
+from hpcmref.cli.batch import Done, Made, Outcome, Style, dry_run, run_spread
+from hpcmref.cli.effort import Effort, EffortOption, MaxSecondsOption, MetricOption, OnInterrupt, OnInterruptOption
+from hpcmref.cli.jobs import ENCODED_SUFFIX, Job, Outputs, plan
+from hpcmref.cli.options import (
+    Device,
+    DeviceOption,
+    DryRunOption,
+    ForceOption,
+    JobsOption,
+    JsonOption,
+    ModelOption,
+    PreserveOption,
+    QuietOption,
+    RayOption,
+    RecursiveOption,
+    ThreadsOption,
+    VerboseOption,
+    use_threads,
 )
-from hpcmref.cli.options import Device, DeviceOption, ForceOption, JobsOption, ModelOption, QuietOption, RayOption
-from hpcmref.errors import ImageError
+from hpcmref.cli.resume import Wanted
+from hpcmref.errors import ImageError, near
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from hpcmref.codec import Codec
 
 # What a folder is searched for; a file named on its own may have any suffix that Pillow can read.
 IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
+    [
+        *(".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf"),
+        *(".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif"),
+        *(".tiff", ".webp"),
+    ]
 )
 
 
@@ -44,7 +64,7 @@ def encode(
             "--output",
             metavar="FILE|DIR|-",
             help="A file for one image, a folder for several (made if needed), - for standard output. "
-            "By default a single image is written next to the input with the suffix .bin.",
+            "By default a single image is written next to the input with the suffix .hpcm.",
         ),
     ] = None,
     quality: Annotated[
@@ -81,57 +101,75 @@ def encode(
         str | None,
         typer.Option("--strip-only", metavar="PARTS", help="Leave out some of: location,exif,xmp,icc."),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Decode each file with a second decoder before it is written, and compare.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Decode each file, and show its PSNR and, if installed, SSIMULACRA2.")
+    ] = False,
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     force: ForceOption = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip images whose output exists already.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Skip images whose output is there, whole, and of this model and quality."),
+    ] = False,
+    preserve: PreserveOption = False,
+    recursive: RecursiveOption = True,
     jobs: JobsOption = 1,
+    threads: ThreadsOption = None,
     ray: RayOption = None,
+    dry: DryRunOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Encode images to small files."""
     if force and resume:
         raise typer.BadParameter("--force replaces what --resume keeps.")
     parts = parse_parts(strip_only) if strip_only is not None else ()
-    target: dict[str, Any] = {"bpp": bpp, "size": size and parse_size(size), "psnr": psnr}
+    target: dict[str, Any] = {"bpp": bpp, "size": None if size is None else parse_size(size), "psnr": psnr}
     target = {name: value for name, value in target.items() if value is not None}
+    for name, value in target.items():
+        if not 0 < value < math.inf:
+            raise typer.BadParameter("it must be a number above 0.", param_hint=f"--{name}")
     if len(target) + (quality is not None) + lossless > 1:
         raise typer.BadParameter("only one of -q, --bpp, --size, --psnr and --lossless can decide the quality.")
+    planned = plan(images, output, IMAGE_SUFFIXES, ENCODED_SUFFIX, recursive)
+    if as_json and planned.to_stdout:
+        raise typer.BadParameter("the file goes to standard output already; name another with -o.", param_hint="--json")
 
-    def prepare(job: Job) -> bytes:
-        job.make_room(force)
+    wanted = Wanted(model, quality, target, lossless)
+    is_there = (lambda job: job.target is not None and wanted.is_there(job.target)) if resume else None
+    outputs = Outputs(force, preserve, is_there)
+    style = Style(quiet, as_json, verbose)
+    if dry:
+        dry_run(planned, outputs, style)
+        return
+
+    def prepare(job: Job) -> bytes | None:
         try:
-            return job.read()
+            return outputs.prepare(job)
         except OSError as error:
             raise ImageError(f"cannot read {job.name}: {error.strerror or error}") from error
 
-    def finish(job: Job, made: Made) -> str:
-        job.write(made.data)
-        return _summary(job, made.data)
+    def finish(job: Job, outcome: Outcome) -> Done:
+        job.write(outcome.made.data, preserve)
+        facts = _facts(job, outcome)
+        return Done(_summary(job, outcome, facts, alone=len(planned.jobs) == 1), facts, len(outcome.made.data))
 
-    planned = plan(images, output, IMAGE_SUFFIXES, ENCODED_SUFFIX)
-    if resume:  # what is there is whole, because files appear complete or not at all
-        planned = [job for job in planned if job.target is None or not job.target.is_file()]
+    use_threads(threads)
     if lossless and effort:
         raise typer.BadParameter("--lossless leaves nothing to search for.", param_hint="--effort")
     searching = Effort.of(
-        effort,
-        metric,
-        max_seconds,
-        on_interrupt,
-        spread=jobs > 1 or ray is not None,
-        alone=len(planned) == 1,
-        quiet=quiet,
-    )
-    run_spread(
-        planned,
-        prepare,
-        _Encoder(model, device.value, quality, target, strip, lossless, keep_invisible, frame, parts, searching),
-        finish,
-        quiet,
-        jobs,
-        ray,
-    )
+        effort, metric, max_seconds, on_interrupt, spread=jobs > 1 or ray is not None,
+        alone=len(planned.jobs) == 1, quiet=quiet or as_json,
+    )  # fmt: skip
+    encoder = _Encoder(
+        model=model, device=device.value, quality=quality, target=target, strip=strip, lossless=lossless,
+        keep_invisible=keep_invisible, frame=frame, strip_only=parts, verify=verify, measure=measure, effort=searching,
+    )  # fmt: skip
+    run_spread(planned, prepare, encoder, finish, style, jobs, ray, threads)
 
 
 @dataclass(frozen=True)
@@ -143,30 +181,74 @@ class _Encoder:
     quality: int | None
     target: dict[str, Any]
     strip: bool
-    lossless: bool = False
-    keep_invisible: bool = False
-    frame: int | None = None
-    strip_only: tuple[str, ...] = ()
-    effort: Effort = NO_EFFORT
+    lossless: bool
+    keep_invisible: bool
+    frame: int | None
+    strip_only: tuple[str, ...]
+    verify: bool
+    measure: bool
+    effort: Effort
 
     def __call__(self, job: Job, content: bytes) -> Made:
+        stages: dict[str, float] = {}
+        with _timed(stages, "open"):
+            image = self._opened(job, content)
+        if not self.lossless:
+            with _timed(stages, "load the model"):
+                self._codec  # noqa: B018
+        with _timed(stages, "encode and verify" if self.verify else "encode"):
+            data = self._encoded(image)
+        facts = {}
+        if self.measure:
+            with _timed(stages, "measure"):
+                facts = self._measured(image, data)
+        if len(data) > len(content):
+            warnings.warn(
+                f"the encoded file is larger than the input, {len(data)} against {len(content)} bytes", stacklevel=2
+            )
+        return Made(data, facts, stages)
+
+    def _opened(self, job: Job, content: bytes) -> Image.Image:
         from hpcmref.picture import images
 
         file = io.BytesIO(content)
         file.name = job.name
         image = images.open_image(file, self.frame or 1)
         if self.strip:
-            image = images.strip(image)
-        elif self.strip_only:
-            image = images.strip_only(image, self.strip_only)
-        if self.lossless:
-            from hpcmref.lossless import encode
+            return images.strip(image)
+        return images.strip_only(image, self.strip_only) if self.strip_only else image
 
-            return Made(encode(image))
-        with self.effort.options() as options:
+    def _encoded(self, image: Image.Image) -> bytes:
+        if self.lossless:
+            from hpcmref import lossless
+
+            data = lossless.encode(image)
+            if self.verify:
+                lossless.verify(data, image)
+            return data
+        options: dict[str, Any] = {"keep_invisible": self.keep_invisible}
+        if self.verify:
+            options["verify"] = True
+        with self.effort.options() as searching:
             if self.target:
-                return Made(self._codec.encode_to(image, **self.target, keep_invisible=self.keep_invisible, **options))
-            return Made(self._codec.encode(image, self.quality, keep_invisible=self.keep_invisible, **options))
+                return self._codec.encode_to(image, **self.target, **options, **searching)
+            return self._codec.encode(image, self.quality, **options, **searching)
+
+    def _measured(self, image: Image.Image, data: bytes) -> dict[str, float | None]:
+        """How close the decoded picture is: "psnr" in dB and, where it is installed, "ssimulacra2"."""
+        from hpcmref import lossless
+        from hpcmref.bench import metrics
+        from hpcmref.format.container import parse
+        from hpcmref.picture.images import picture_of
+
+        file = parse(data)
+        decoded = lossless.decode(file) if self.lossless else self._codec.decode(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the image loses has been said
+            original = picture_of(image, self.keep_invisible or self.lossless).pixels  # as it was coded
+            shown = picture_of(decoded, keep_invisible=True).pixels
+        found = metrics.measured(original, shown, metrics.chosen(None) & {"ssimulacra2"})
+        return {name: found[name] for name in ("psnr", "ssimulacra2") if found[name] is not None}
 
     @functools.cached_property
     def _codec(self) -> Codec:
@@ -175,37 +257,72 @@ class _Encoder:
         return load(self.model, self.device)
 
 
+@contextlib.contextmanager
+def _timed(stages: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    stages[name] = time.perf_counter() - started
+
+
 def parse_parts(text: str) -> tuple[str, ...]:
     """The parts of "location,xmp". Raises typer.BadParameter."""
     from hpcmref.picture.privacy import PARTS
 
     parts = tuple(part.strip() for part in text.split(","))
     if wrong := sorted(set(parts) - set(PARTS)):
-        raise typer.BadParameter(f"it takes {', '.join(PARTS)}, not {', '.join(wrong)}.", param_hint="--strip-only")
+        hint = near(wrong[0], PARTS)
+        raise typer.BadParameter(
+            f"it takes {', '.join(PARTS)}, not {', '.join(map(repr, wrong))}{hint}.", param_hint="--strip-only"
+        )
     return parts
 
 
 def parse_size(text: str) -> int:
     """Bytes of "40000", "40kB" or "1.5MB" (decimal units). Raises typer.BadParameter."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), re.IGNORECASE)
     if match is None:
         raise typer.BadParameter(f"{text!r} is not a size: 40000, 40kB or 1.5MB, say.", param_hint="--size")
     return int(float(match[1]) * 1000 ** " kmg".index(match[2].lower() or " "))
 
 
-def _summary(job: Job, data: bytes) -> str:
-    """What the file costs: bpp is bits per pixel of all its bytes, raw is one byte a pixel and channel."""
+def _facts(job: Job, outcome: Outcome) -> dict[str, Any]:
+    """What programs want to know of an encoded file. Sizes are in bytes, seconds without reading and writing."""
     from hpcmref.format.container import parse
 
+    data = outcome.made.data
     container = parse(data)
     pixels = container.width * container.height
-    raw = pixels * (1 if container.grey else 3)
-    size = len(data)
-    line = f"{job.name} -> {job.target_name}: {size} bytes, {8 * size / pixels:.3f} bpp, {raw / size:.1f}:1 to raw"
-    if container.learned is not None:
-        line += f", quality {container.learned.quality}"
-    else:
-        line += ", lossless"
+    return {
+        "output": job.target_name,
+        "width": container.width,
+        "height": container.height,
+        "channels": "grey" if container.grey else "colour",
+        "input_size": outcome.size,
+        "size": len(data),
+        "bits_per_pixel": 8 * len(data) / pixels,
+        "quality": None if container.learned is None else container.learned.quality,
+        "seconds": sum(seconds for name, seconds in outcome.made.stages.items() if name.startswith("encode")),
+        **{name: value if math.isfinite(value) else None for name, value in outcome.made.facts.items()},
+    }
+
+
+def _summary(job: Job, outcome: Outcome, facts: dict[str, Any], alone: bool) -> str:
+    """What the file costs: bpp is bits per pixel of all its bytes, raw is one byte a pixel and channel.
+
+    alone: say also how long one image has taken.
+    """
+    pixels, size, seconds = facts["width"] * facts["height"], facts["size"], facts["seconds"]
+    raw = pixels * (1 if facts["channels"] == "grey" else 3)
+    line = (
+        f"{job.name} -> {job.target_name}: {size} bytes, {facts['bits_per_pixel']:.3f} bpp, {raw / size:.1f}:1 to raw"
+    )
+    line += ", lossless" if facts["quality"] is None else f", quality {facts['quality']}"
     if job.source is not None:
-        line += f", {job.source.stat().st_size / size:.1f}:1 to the input file"
+        line += f", {outcome.size / size:.1f}:1 to the input file"
+    if "psnr" in facts:
+        line += f", PSNR {facts['psnr']:.2f} dB" if facts["psnr"] is not None else ", PSNR infinite"
+    if "ssimulacra2" in facts:
+        line += f", SSIMULACRA2 {facts['ssimulacra2']:.1f}"
+    if alone:
+        line += f", {seconds:.2f} s, {pixels / 1e6 / max(seconds, 1e-9):.2f} MP/s"
     return line

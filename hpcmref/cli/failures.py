@@ -1,25 +1,38 @@
-"""How does an error become one line on stderr and an exit code?
+"""How does an error become one line on stderr and an exit code? `exit_code` is the table; docs/exit-codes.md shows it.
 
-0: done. 1: could not do it, and stderr has one line a failure. 2: wrong usage, shown by Typer. 130: interrupted.
 A traceback is printed only if the environment variable HPCMREF_DEBUG is set.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import re
+import signal
 import sys
 import traceback
-from typing import Any
+from typing import Any, TextIO
 
 from typer.core import TyperGroup
 
-from hpcmref.errors import HpcmrefError
+from hpcmref.errors import ConfigError, HpcmrefError, near
+from hpcmref.runtime.signals import Stopped, stoppable
 
 OUT_OF_MEMORY = "not enough memory; try a smaller image"
 OUT_OF_GPU_MEMORY = "not enough memory on the GPU; try --device cpu"
+
+
+def exit_code(error: BaseException | None) -> int:
+    """What a run ends with: 0 done, 1 failed, 2 wrong usage, 128 + the number of the signal that stopped it.
+
+    error: what left the command; a run in which some files failed leaves typer.Exit(1), wrong options ClickException
+    of Typer, which has the code 2.
+    """
+    if error is None:
+        return 0
+    if isinstance(error, Stopped):
+        return error.exit_code
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def describe(error: BaseException) -> str:
@@ -45,7 +58,18 @@ def report(error: BaseException, subject: str | None = None) -> None:
     sentence = describe(error)
     if subject and not re.search(rf"(?<![\w./-]){re.escape(subject)}(?!\w)", sentence):
         sentence = f"{subject}: {sentence}"
-    print(f"hpcmref: {sentence}", file=sys.stderr)
+    tell(f"hpcmref: {sentence}", sys.stderr)
+
+
+def tell(line: str, stream: TextIO | None) -> None:
+    """Print a line at once. If nobody reads the stream any more, this and all that follows is dropped: text that nobody
+    wants is no error."""
+    if stream is None:
+        return
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        _silence(stream)
 
 
 class GuardedGroup(TyperGroup):
@@ -59,24 +83,59 @@ class GuardedGroup(TyperGroup):
         if sys.stderr is None:  # closed: print would write to stdout instead
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         try:
-            try:
-                return super().main(*args, **kwargs)
-            finally:
-                if sys.stdout is not None:
-                    sys.stdout.flush()  # here, because at interpreter exit a failure could only be "ignored"
-        except Exception as error:
-            # Typer answers EPIPE with a silent exit 1, so that `| head` is no error; the flush above does the same.
-            if not (isinstance(error, OSError) and error.errno == errno.EPIPE):
-                report(error)
+            with stoppable():
+                try:
+                    return super().main(*args, **kwargs)
+                finally:
+                    _flush()  # here, because at interpreter exit a failure could only be "ignored"
+        except Stopped as stopped:
+            tell(f"hpcmref: {stopped}", sys.stderr)
             _drop_stdout()
-            sys.exit(1)
+            sys.exit(exit_code(stopped))
+        except Exception as error:
+            report(error)
+            _drop_stdout()
+            sys.exit(exit_code(error))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As click's; for an unknown command a near name is suggested, which not every version of Typer does."""
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:  # a UsageError, of click or of the click in Typer
+            message = getattr(error, "message", None)
+            if isinstance(message, str) and "did you mean" not in message.lower():
+                error.message = message.rstrip(".") + near(args[0], self.list_commands(ctx)) + "."  # type: ignore[attr-defined]
+            raise
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command. What Typer would answer in its own way is answered here: a KeyboardInterrupt becomes Stopped,
+        and text that nobody reads is no error."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Stopped(signal.SIGINT) from None
+        except BrokenPipeError:
+            _flush()
+
+
+def _flush() -> None:
+    """Write out what is left of the text on stdout, unless nobody reads it."""
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _silence(sys.stdout)
 
 
 def _drop_stdout() -> None:
     """Point stdout at nothing if it cannot be written to, or the interpreter would complain while it shuts down."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except AttributeError:  # there is no stdout
-        pass
+        _silence(sys.stdout)
+
+
+def _silence(stream: TextIO) -> None:
+    """Point a stream at nothing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

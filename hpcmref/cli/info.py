@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hpcmref.cli.batch import ENCODED_SUFFIXES, Job, expand, run
+from hpcmref.cli.batch import Done, Made, run_spread
+from hpcmref.cli.jobs import ENCODED_SUFFIXES, Job, inputs
+from hpcmref.cli.options import RecursiveOption
 
 ARITHMETIC = {1: "exact integers"}
 
@@ -15,27 +17,33 @@ ARITHMETIC = {1: "exact integers"}
 def info(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILE", help="Encoded files, folders of .bin and .hpcm files, or - for standard input."),
+        typer.Argument(metavar="FILE", help="Encoded files, folders of .hpcm and .bin files, or - for standard input."),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array with one object a file.")] = False,
+    recursive: RecursiveOption = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON array with one object a file, on standard output.")
+    ] = False,
 ) -> None:
     """Show what encoded files contain, without decoding them."""
     described: list[dict[str, Any]] = []
 
-    def work(job: Job) -> None:
-        described.append(_facts(job))
+    def work(job: Job, content: bytes) -> Made:
+        described.append(_facts(job, content))
+        return Made(b"")
 
     try:
-        run([Job(source, None) for source in expand(files, ENCODED_SUFFIXES)], work, quiet=True)
+        run_spread(
+            inputs(files, ENCODED_SUFFIXES, recursive), Job.read, work, lambda job, outcome: Done(), totals=False
+        )
     finally:
         print(json.dumps(described, indent=2) if as_json else "\n".join(map(_text, described)))
 
 
-def _facts(job: Job) -> dict[str, Any]:
+def _facts(job: Job, data: bytes) -> dict[str, Any]:
     """Sizes are in bytes, bits per pixel are of the whole file."""
     from hpcmref.api import info as info_of
 
-    found = info_of(job.read())
+    found = info_of(data)
     facts: dict[str, Any] = {
         "file": job.name,
         "width": found.width,

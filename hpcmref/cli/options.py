@@ -30,6 +30,33 @@ def names_of_added_models() -> list[str]:
     return [path.stem for path in model_files()]
 
 
+def parse_jobs(text: str | int) -> int:
+    """The number of processes: "4", or "auto" for one for each core. Raises typer.BadParameter."""
+    from hpcmref.runtime.cores import available_cores
+
+    if text == "auto":
+        return available_cores()
+    try:
+        if (jobs := int(text)) >= 1:
+            return jobs
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"{text!r} is neither a number from 1 on nor auto.")
+
+
+def use_threads(threads: int | None) -> None:
+    """Compute with so many threads in this process; None: as many as OpenMP likes, within the limits of a container.
+
+    To be called before torch is imported.
+    """
+    from hpcmref.runtime.cores import compute_with, keep_to_limits
+
+    if threads is None:
+        keep_to_limits()
+    else:
+        compute_with(threads)
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -42,9 +69,30 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace outputs that exist already.")]
+PreserveOption = Annotated[
+    bool, typer.Option("--preserve", help="Give each output the time of modification of its input.")
+]
+RecursiveOption = Annotated[
+    bool, typer.Option("--recursive/--no-recursive", help="Whether the subfolders of folders are entered.")
+]
 JobsOption = Annotated[
     int,
-    typer.Option("--jobs", min=1, metavar="N", help="Processes at work: with many images, one for each core is best."),
+    typer.Option(
+        "--jobs",
+        parser=parse_jobs,
+        metavar="N|auto",
+        help="Processes at work: with many images, auto (one for each core) is best.",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        max=1024,
+        metavar="N",
+        help="Threads that each process computes with. By default the cores that hpcmref may use, shared by --jobs.",
+    ),
 ]
 RayOption = Annotated[
     str | None,
@@ -55,3 +103,10 @@ RayOption = Annotated[
     ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+VerboseOption = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Show how long each stage takes, on standard error.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object for each file on standard output, instead of text.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be written where, and write nothing.")]

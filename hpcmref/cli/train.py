@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpcmref.cli.options import QuietOption
+from hpcmref.cli.options import QuietOption, ThreadsOption, use_threads
 
 if TYPE_CHECKING:
     from hpcmref.training import Report, TrainingConfig
@@ -67,9 +67,11 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Train nothing; measure some steps and what the machine can do.")
     ] = False,
+    threads: ThreadsOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train a model and export it: DIR/PRESET.safetensors, for use with -m."""
+    use_threads(threads)  # before torch is imported
     from hpcmref import checkpoints
     from hpcmref.training import TrainingConfig, phases_of
     from hpcmref.training import train as run

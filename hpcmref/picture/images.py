@@ -35,7 +35,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from hpcmref.arguments import wrong_type
 from hpcmref.errors import ImageError
 from hpcmref.format.container import MAX_PIXELS, MAX_SIDE
-from hpcmref.picture import exif
+from hpcmref.picture import exif, plugins
 from hpcmref.picture.invisible import filled
 from hpcmref.picture.metadata import MAX_METADATA, Extras, info_of
 from hpcmref.picture.privacy import without
@@ -44,15 +44,19 @@ from hpcmref.picture.render import render
 from hpcmref.picture.transparency import keyed
 from hpcmref.runtime.files import atomic_write
 
-_FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".ppm": "PPM",
+FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+    "JXL": (".jxl",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "NPY": (".npy",),
 }
+"""Pillow's names of the formats that are written, and NPY for arrays of NumPy; the first suffix is the usual one."""
+
 ALLOWED = (
     "AVIF",
     "BMP",
@@ -110,6 +114,8 @@ def open_image(source: Path | BinaryIO, frame: int = 1) -> Image.Image:
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
+        if (form := _unknown_format(source)) is not None:
+            raise ImageError(f"cannot read {name}: {plugins.missing(form)}") from None
         raise ImageError(f"{name} is not an image of a kind that is read: {', '.join(_formats())}") from None
     except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -215,22 +221,28 @@ def strip(image: Image.Image) -> Image.Image:
 
 
 def format_of(path: Path) -> str:
-    """Pillow's name for the format that the suffix of `path` asks for; raises ImageError if none does."""
-    try:
-        return _FORMATS[path.suffix.lower()]
-    except KeyError:
-        known = ", ".join(_FORMATS)
-        raise ImageError(f"cannot tell the image format of {path}: its suffix must be one of {known}") from None
+    """The format of FORMATS that the suffix of `path` asks for; raises ImageError if none does."""
+    for form, suffixes in FORMATS.items():
+        if path.suffix.lower() in suffixes:
+            return form
+    known = ", ".join(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+    raise ImageError(f"cannot tell the image format of {path}: its suffix must be one of {known}")
 
 
-def rendered(image: Image.Image, path: Path) -> bytes:
-    """What a file of this name holds: the image in the format of the suffix; warns as `render`.
+def rendered(
+    image: Image.Image,
+    path: Path,
+    form: str | None = None,
+    quality: int | None = None,
+    background: tuple[int, int, int] | None = None,
+) -> bytes:
+    """What a file of this name holds: the image in a format, by default that of the suffix; see `render`.
 
-    Raises ImageError if the suffix is unknown or the format cannot hold the image.
+    Raises ImageError if the suffix is unknown or the format cannot hold the image, and ConfigError as `render` does.
     """
-    form = format_of(path)
+    form = form or format_of(path)
     try:
-        return render(image, form)
+        return render(image, form, quality, background)
     except ImageError as error:
         raise ImageError(f"cannot save {path} as {form}: {error}") from error
 
@@ -334,10 +346,19 @@ def _is_srgb(chromaticity: tuple[float, ...]) -> bool:
     return all(abs(a - b) < 0.002 for a, b in zip(chromaticity, srgb, strict=False))
 
 
+def _unknown_format(source: Path | BinaryIO) -> str | None:
+    """The format of a file that needs a plugin which is not installed."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return plugins.recognise(file.read(12))
+    source.seek(0)
+    return plugins.recognise(source.read(12))
+
+
 def _formats() -> list[str]:
     """Pillow's names of the formats that are read and that this Pillow knows."""
     Image.init()
-    return [name for name in ALLOWED if name in Image.OPEN]
+    return [name for name in ALLOWED if plugins.register(name) and name in Image.OPEN]
 
 
 def _load(image: Image.Image) -> None:

@@ -11,54 +11,91 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
-from hpcmref.errors import ImageError
-from hpcmref.picture import exif
+from hpcmref.errors import ConfigError, ImageError
+from hpcmref.picture import exif, plugins
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {"compress_level": 3},  # on photographs 1 to 3 % smaller than with the usual 6, in less than half the time
     "JPEG": {"quality": 95, "subsampling": "4:4:4"},
     "WEBP": {"lossless": True, "exact": True},  # exact: with the colours under transparent pixels
     "TIFF": {"compression": "tiff_lzw"},
+    "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+    "JXL": {"lossless": True},
 }
+WITH_QUALITY = ("JPEG", "WEBP", "AVIF", "JXL")
+"""The formats that can lose something, and have a quality from 1 to 100."""
+
 _MODES = {
     "PNG": {"1", "L", "LA", "I;16", "RGB", "RGBA"},
     "JPEG": {"L", "RGB", "CMYK"},
     "WEBP": {"RGB", "RGBA"},
     "TIFF": {"1", "L", "LA", "I;16", "RGB", "RGBA", "CMYK"},
     "PPM": {"1", "L", "I;16", "RGB"},
+    "BMP": {"1", "L", "RGB"},
+    "AVIF": {"RGB", "RGBA"},
+    "JXL": {"L", "LA", "RGB", "RGBA"},
+    "NPY": {"1", "L", "LA", "I;16", "RGB", "RGBA", "CMYK"},
 }
+_PLAIN = ("BMP", "NPY", "PPM")  # formats without metadata
 _NAMES = {"icc_profile": "ICC profile", "exif": "EXIF data", "xmp": "XMP data", "cicp": "cICP data"}
 _JPEG_SEGMENT = 65533
 _XMP_HEADER = 29
 
 
-def render(image: Image.Image, form: str) -> bytes:
-    """The bytes of an image file in Pillow's format `form`; all but JPEG (quality 95) are lossless.
+def render(
+    image: Image.Image, form: str, quality: int | None = None, background: tuple[int, int, int] | None = None
+) -> bytes:
+    """The bytes of an image file in Pillow's format `form`, or of a NumPy array of its pixels ("NPY").
 
-    Warns of what the format has no room for: alpha (white shines through), metadata. Raises ImageError if it cannot
-    hold the image.
+    quality: 1 to 100 for a format of WITH_QUALITY; None is lossless but for JPEG and AVIF, which then have 95.
+    background: the colour that shines through where the format has no transparency; None is white, with a warning.
+
+    Warns of metadata that the format has no room for. Raises ImageError if it cannot hold the image, and ConfigError
+    for a quality that it does not have.
     """
-    image = _fitting(image, form)
+    check_writable(form, quality)
+    options = dict(_OPTIONS.get(form, {}))
+    if quality is not None:
+        options["quality"] = quality
+        if "lossless" in options:
+            options["lossless"] = False
+    image = _fitting(image, form, background)
     items = _items(image, form)
+    if form == "NPY":
+        array = io.BytesIO()
+        np.save(array, np.asarray(image))
+        return array.getvalue()
     try:
-        return _saved(image, form, items)
+        return _saved(image, form, items, options)
     except Exception as error:  # damaged metadata makes Pillow raise whatever it leads to
         try:
-            data = _saved(image, form, {})
+            data = _saved(image, form, {}, options)
         except Exception:
             raise ImageError(str(error)) from error
     kept: dict[str, bytes] = {}
     for name, content in items.items():
         try:
-            data = _saved(image, form, {**kept, name: content})
+            data = _saved(image, form, {**kept, name: content}, options)
             kept[name] = content
         except Exception:
             _warn(f"its {_NAMES[name]} is damaged and cannot be written to {form}")
     return data
 
 
-def _fitting(image: Image.Image, form: str) -> Image.Image:
-    """The image in a mode that the format has; warns of transparency that it has not."""
+def check_writable(form: str, quality: int | None) -> None:
+    """Raise ImageError if a format cannot be written here, ConfigError if it has no quality or not this one."""
+    if not plugins.register(form):
+        raise ImageError(plugins.missing(form))
+    if quality is None:
+        return
+    if form not in WITH_QUALITY:
+        raise ConfigError(f"{form} is without loss and has no quality; {', '.join(WITH_QUALITY)} have one")
+    if not 1 <= quality <= 100:
+        raise ConfigError(f"the quality of {form} is {quality}, and must be 1 to 100")
+
+
+def _fitting(image: Image.Image, form: str, background: tuple[int, int, int] | None) -> Image.Image:
+    """The image in a mode that the format has; warns of transparency that it has not, unless there is a background."""
     modes, mode, info = _MODES[form], image.mode, image.info
     if mode in modes:
         return image
@@ -67,13 +104,19 @@ def _fitting(image: Image.Image, form: str) -> Image.Image:
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         if "RGBA" not in modes:
-            if image.getchannel("A").getextrema() != (255, 255):
+            if background is None and image.getchannel("A").getextrema() != (255, 255):
                 _warn(f"{form} has no transparency: the image is put on white")
-            image = Image.composite(image, Image.new("RGBA", image.size, "white"), image.getchannel("A"))
+            behind = Image.new("RGBA", image.size, (*(background or (255, 255, 255)), 255))
+            image = Image.composite(image, behind, image.getchannel("A"))
     if image.mode not in modes:
-        image = image.convert("L" if mode in ("1", "LA") and "L" in modes else "RGB")
+        grey = "L" in modes and (mode == "1" or (mode == "LA" and _is_grey(background)))
+        image = image.convert("L" if grey else "RGB")
     image.info = info
     return image
+
+
+def _is_grey(colour: tuple[int, int, int] | None) -> bool:
+    return colour is None or len(set(colour)) == 1
 
 
 def _items(image: Image.Image, form: str) -> dict[str, bytes]:
@@ -86,7 +129,7 @@ def _items(image: Image.Image, form: str) -> dict[str, bytes]:
 
 
 def _has_room(form: str, mode: str, name: str, content: bytes) -> bool:
-    if form == "PPM" or (name == "cicp" and form != "PNG") or (name == "icc_profile" and _is_foreign(content, mode)):
+    if form in _PLAIN or (name == "cicp" and form != "PNG") or (name == "icc_profile" and _is_foreign(content, mode)):
         return False
     limits = {"exif": _JPEG_SEGMENT, "xmp": _JPEG_SEGMENT - _XMP_HEADER}
     return form != "JPEG" or len(content) <= limits.get(name, len(content))
@@ -160,9 +203,9 @@ def _is_foreign(icc: bytes, mode: str) -> bool:
     return icc[16:20] in (b"CMYK", b"RGB ", b"GRAY", b"Lab ") and icc[16:20] not in own
 
 
-def _saved(image: Image.Image, form: str, items: dict[str, bytes]) -> bytes:
+def _saved(image: Image.Image, form: str, items: dict[str, bytes], options: dict[str, Any]) -> bytes:
     file = io.BytesIO()
-    image.save(file, form, **{**_OPTIONS.get(form, {}), **_metadata_options(form, items)})
+    image.save(file, form, **{**options, **_metadata_options(form, items)})
     return file.getvalue()
 
 

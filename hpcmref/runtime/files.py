@@ -1,31 +1,118 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all.
+
+`atomic_write` writes a temporary file in the same folder, flushes it to the disk, and renames it. What cannot be
+replaced by a renamed file (pipes, devices, open file descriptors) is written to directly.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import secrets
+import stat
 from pathlib import Path
 
 from hpcmref.errors import HpcmrefError
 
+_STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+_MAX_LINKS = 40  # as the kernel follows
 
-def atomic_write(path: Path, data: bytes) -> None:
+
+def atomic_write(path: Path, data: bytes, modified: int | None = None) -> None:
     """Write a file so that at every moment its old content or all of `data` is there, and never a part.
 
-    Links are followed; pipes and devices are written to, not replaced. Raises HpcmrefError if the folder is missing, is
-    full, or may not be written to; whatever ends the write early, no temporary file stays behind.
+    A new file has the permissions that the umask leaves; a replaced one keeps its permissions, and its owner where the
+    system allows it. Symbolic links are followed. A hard link is broken: its other names keep the old content.
+
+    modified: the time of modification that the file gets, in ns since 1970; None for now.
+
+    Raises HpcmrefError if the folder is missing, is full, or may not be written to; whatever ends the write early, no
+    temporary file stays behind.
     """
-    target = path.resolve()
-    temporary = target.with_name(f".hpcmref-{secrets.token_hex(8)}.tmp")
     try:
-        if target.exists() and not target.is_file():
-            target.write_bytes(data)
+        if (descriptor := descriptor_of(path)) is not None:
+            with open(os.dup(descriptor), "wb") as file:
+                file.write(data)
             return
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        target = path.resolve()
+        if is_special(target):
+            target.write_bytes(data)
+        else:
+            _replace(target, data, modified)
     except OSError as error:
         raise HpcmrefError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def descriptor_of(path: Path) -> int | None:
+    """The number of the open file that a path names (/dev/stdout, /dev/fd/3, or a link to one), or None.
+
+    Such a path must not be resolved: behind it may be a regular file, into which the shell has redirected the output.
+    """
+    name = os.path.abspath(path)
+    for _ in range(_MAX_LINKS):
+        if name in _STANDARD:
+            return _STANDARD[name]
+        if match := re.fullmatch(rf"(?:/dev|/proc/(?:self|{os.getpid()}))/fd/(\d+)", name):
+            return int(match[1])
+        try:
+            name = os.path.normpath(os.path.join(os.path.dirname(name), os.readlink(name)))
+        except (OSError, ValueError):
+            return None
+    return None
+
+
+def is_special(path: Path) -> bool:
+    """The path is a pipe, a device or an open file descriptor: nothing that exists is lost by writing to it."""
+    if descriptor_of(path) is not None:
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _replace(target: Path, data: bytes, modified: int | None) -> None:
+    """Write a regular file next to `target`, and give it that name."""
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    old = target.stat() if target.exists() else None
+    temporary = target.with_name(f".hpcmref-{secrets.token_hex(8)}.tmp")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        # Nobody may read a private file by its temporary name either.
+        with open(os.open(temporary, flags, 0o666 if old is None else 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            if old is not None:
+                _take_over(temporary, old)
+            os.fsync(file.fileno())
+        if modified is not None:
+            os.utime(temporary, ns=(modified, modified))
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _flush_folder(target.parent)
+
+
+def _take_over(path: Path, old: os.stat_result) -> None:
+    """Give a file the owner, where that is allowed, and the permissions of another."""
+    if hasattr(os, "chown"):
+        for owner in ((old.st_uid, -1), (-1, old.st_gid)):
+            with contextlib.suppress(OSError):
+                os.chown(path, *owner)
+    os.chmod(path, stat.S_IMODE(old.st_mode))
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the disk keep the names in a folder; Windows and some network file systems cannot be asked to."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

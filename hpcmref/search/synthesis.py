@@ -141,7 +141,7 @@ class SimilarPicture(Picture):
         if self._grey:
             shown = shown.mean(1, keepdim=True)
         x = self._wanted()
-        planes = []
+        planes: list[Tensor] = []
         for channel in range(shown.shape[1]):
             with torch.inference_mode(False), torch.enable_grad():
                 plane = shown[:, [channel]].clone().requires_grad_()

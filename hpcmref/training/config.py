@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hpcmref.arguments import METRICS
-from hpcmref.errors import ConfigError
+from hpcmref.errors import ConfigError, near
 from hpcmref.model import PRESETS, HPCMConfig
 from hpcmref.model.config import MEMORIES, QUALITIES
 from hpcmref.similarity import MS_SSIM_LEAST_SIDE
@@ -90,11 +90,16 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
-            raise ConfigError(f"There is no preset {self.preset!r}; there are {', '.join(PRESETS)}.")
+            raise ConfigError(
+                f"There is no preset {self.preset!r}; there are {', '.join(PRESETS)}{near(self.preset, PRESETS)}."
+            )
         if self.memory is not None and self.memory not in (NO_MEMORY, *MEMORIES):
-            raise ConfigError(f"There is no memory {self.memory!r}; there are {NO_MEMORY}, {', '.join(MEMORIES)}.")
+            names = (NO_MEMORY, *MEMORIES)
+            hint = near(self.memory, names)
+            raise ConfigError(f"There is no memory {self.memory!r}; there are {', '.join(names)}{hint}.")
         if self.schedule not in SCHEDULES:
-            raise ConfigError(f"There is no schedule {self.schedule!r}; there are {', '.join(SCHEDULES)}.")
+            hint = near(self.schedule, SCHEDULES)
+            raise ConfigError(f"There is no schedule {self.schedule!r}; there are {', '.join(SCHEDULES)}{hint}.")
         lambdas = self.model.lambdas
         if not lambdas:
             raise ConfigError(f"The preset {self.preset!r} has no rate anchors to train over.")
@@ -106,8 +111,14 @@ class TrainingConfig:
             raise ConfigError(f"The metric is {self.metric!r}; it must be {' or '.join(METRICS)}.")
         if self.steps is not None and self.steps < 1:
             raise ConfigError("A run has at least one step.")
-        if self.minutes <= 0 or (self.part_mb is not None and self.part_mb <= 0):
+        if not 0 < self.minutes < math.inf or not (self.part_mb is None or 0 < self.part_mb < math.inf):
             raise ConfigError("The budget and the size of a part must be positive.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"The learning rate is {self.learning_rate:g}; it must be a number above 0.")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError("A run reads at least one image.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"The seed is {self.seed}; it must be 0 to 2^32 - 1.")
         if not 0 < self.rescale <= 1:
             raise ConfigError("Crops are rescaled by a factor above 0 and at most 1.")
         self._check_phases()

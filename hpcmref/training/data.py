@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from hpcmref.errors import ConfigError, ImageError
@@ -130,7 +130,8 @@ def _files(sources: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     for source in sources:
         if source.is_dir():
             for path in sorted(source.rglob("*")):
-                if path.suffix.lower() in SUFFIXES:
+                hidden = any(part.startswith(".") for part in path.relative_to(source).parts)  # "._a.jpg" is no image
+                if path.suffix.lower() in SUFFIXES and not hidden:
                     yield path.name, path.read_bytes()
         elif source.suffix == ".tar":
             with tarfile.open(source) as archive:
@@ -154,6 +155,8 @@ def _decode(name: str, data: bytes) -> Tensor:
     try:
         with Image.open(io.BytesIO(data)) as image:
             pixels = np.array(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} is not an image.") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise ImageError(f"{name} cannot be read as an image: {error}.") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

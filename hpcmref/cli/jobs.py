@@ -1,0 +1,207 @@
+"""Which inputs become which outputs, and may they be written?
+
+`plan` pairs each input of a command line with an output; `hpcmref.cli.batch` works through the pairs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import typer
+
+from hpcmref.cli.folders import STREAM, find, name_outputs
+from hpcmref.errors import ConfigError, HpcmrefError
+from hpcmref.runtime.files import atomic_write, descriptor_of, is_special
+
+ENCODED_SUFFIX = ".hpcm"  # of files that are written
+ENCODED_SUFFIXES = (ENCODED_SUFFIX, ".bin")  # of files that a folder is searched for
+
+
+@dataclass(frozen=True)
+class Job:
+    """One input and its output. None is standard input, and standard output.
+
+    Arguments are strings until they get here, because a Path cannot tell `-` from `./-` nor `out` from `out/`.
+    """
+
+    source: Path | None
+    target: Path | None
+
+    @property
+    def name(self) -> str:
+        """The input, as messages call it."""
+        return "standard input" if self.source is None else str(self.source)
+
+    @property
+    def target_name(self) -> str:
+        """The output, as messages call it."""
+        return "standard output" if self.target is None else str(self.target)
+
+    @property
+    def is_stream(self) -> bool:
+        """The output is standard output, a pipe or a device: nothing that exists is lost by writing to it."""
+        return self.target is None or is_special(self.target)
+
+    @property
+    def target_exists(self) -> bool:
+        """The output is there, and is a file or folder. Raises HpcmrefError for a name that there cannot be."""
+        if self.target is None or self.is_stream:
+            return False
+        with _writing(self.target):
+            return self.target.exists()
+
+    def read(self) -> bytes:
+        """All bytes of the input."""
+        if self.source is not None:
+            return self.source.read_bytes()
+        if sys.stdin is None:
+            raise HpcmrefError("standard input is closed")
+        return sys.stdin.buffer.read()
+
+    def write(self, data: bytes, preserve: bool = False) -> None:
+        """Write the output whole: a file appears complete or not at all.
+
+        preserve: with the time of modification of the input.
+        """
+        if self.target is None:
+            try:
+                sys.stdout.buffer.write(data)
+                sys.stdout.buffer.flush()
+            except BrokenPipeError:  # of text it would be no error, but here data is lost
+                raise HpcmrefError("standard output was closed before everything was written") from None
+        else:
+            keep = preserve and self.source is not None and not is_special(self.source)
+            atomic_write(self.target, data, self.source.stat().st_mtime_ns if keep and self.source else None)
+
+    def check_room(self, force: bool) -> None:
+        """Fail before the work rather than after it if the output cannot be written."""
+        if self.target is None:
+            if sys.stdout is None:
+                raise ConfigError("standard output is closed")
+            if sys.stdout.isatty():
+                raise ConfigError("standard output is a terminal: redirect it, or name a file with -o")
+            return
+        if self.is_stream:
+            return
+        if not force and self.target_exists:
+            raise HpcmrefError(f"{self.target} exists already (--force replaces it)")
+
+    def make_room(self, force: bool) -> None:
+        """As `check_room`, and make the folder of the output."""
+        self.check_room(force)
+        self.make_folder()
+
+    def make_folder(self) -> None:
+        """Make the folder of the output."""
+        if self.target is not None and not self.is_stream:
+            with _writing(self.target):
+                self.target.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Say of what goes wrong that it is about an output."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise HpcmrefError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What happens to outputs that exist already, and what else a command does with outputs.
+
+    is_there: with --resume, whether the output of a job is there, whole and as it was asked for; raises HpcmrefError
+    for a file of another kind in its place. None without --resume.
+    """
+
+    force: bool = False
+    preserve: bool = False
+    is_there: Callable[[Job], bool] | None = None
+
+    def are_wanted(self, job: Job) -> bool:
+        """Whether there is anything to do for a job. Raises HpcmrefError if it cannot be done. Nothing is written."""
+        if self.is_there is None or not job.target_exists:
+            job.check_room(self.force)
+            return True
+        return not self.is_there(job)
+
+    def prepare(self, job: Job) -> bytes | None:
+        """The input, or None if there is nothing to do; makes the folder of the output. Raises as `are_wanted`."""
+        if not self.are_wanted(job):
+            return None
+        job.make_folder()
+        return job.read()
+
+
+@dataclass
+class Plan:
+    """What there is to do.
+
+    problems: what cannot be done, each a failure. skipped: what was left out, as a sentence. to_stdout: standard output
+    is data, and nothing else may be printed there.
+    """
+
+    jobs: list[Job]
+    problems: list[HpcmrefError] = field(default_factory=list)
+    skipped: str | None = None
+    to_stdout: bool = False
+
+
+def inputs(arguments: Sequence[str], suffixes: Collection[str], recursive: bool = True) -> Plan:
+    """A plan for commands that only read: see `folders.find`."""
+    found = find(arguments, suffixes, recursive)
+    return Plan([Job(source.path, None) for source in found.sources], found.problems, found.describe_skipped())
+
+
+def plan(
+    arguments: Sequence[str], output: str | None, suffixes: Collection[str], new_suffix: str, recursive: bool = True
+) -> Plan:
+    """Pair every input with its output; nothing is written.
+
+    arguments, suffixes, recursive: see `folders.find`.
+    output: `-`, a file (for one input that is not a folder), a folder, or None: next to the one input.
+    new_suffix: of outputs that are named after their input.
+
+    Raises typer.BadParameter if the arguments contradict each other.
+    """
+    if output is not None and descriptor_of(Path(output)) == 1:
+        output = STREAM
+    several = len(arguments) > 1 or os.path.isdir(arguments[0])
+    if STREAM in arguments and several:
+        raise typer.BadParameter("standard input (-) must be the only input.")
+    if several and (output is None or output == STREAM or (os.path.exists(output) and not os.path.isdir(output))):
+        raise typer.BadParameter("several inputs need a folder to write to.", param_hint="-o")
+    if arguments == [STREAM] and _is_folder(output):
+        raise typer.BadParameter("standard input has no name, so the output must be a file.", param_hint="-o")
+    if "" in arguments or output == "":
+        raise typer.BadParameter("the name of a file is empty.", param_hint="-o" if output == "" else None)
+
+    if several or _is_folder(output):
+        assert output is not None
+        found = find(arguments, suffixes, recursive, output)
+        named = name_outputs(found.sources, Path(output), new_suffix)
+        problems = [*found.problems, *(each for each in named.values() if isinstance(each, HpcmrefError))]
+        jobs = [Job(source.path, path) for source, path in named.items() if isinstance(path, Path)]
+        return Plan(jobs, problems, found.describe_skipped())
+    source = None if arguments[0] == STREAM else Path(arguments[0])
+    if output == STREAM or (output is None and source is None):
+        return Plan([Job(source, None)], to_stdout=True)
+    if output is not None:
+        target = Path(output)
+    else:
+        assert source is not None
+        target = source.parent / (source.stem + new_suffix)
+    if source is not None and not is_special(target) and target.resolve() == source.resolve():
+        return Plan([], [HpcmrefError(f"{target} is an input; name another output with -o")])
+    return Plan([Job(source, target)])
+
+
+def _is_folder(output: str | None) -> bool:
+    separators = tuple(filter(None, (os.sep, os.altsep)))
+    return output is not None and output != STREAM and (os.path.isdir(output) or output.endswith(separators))

@@ -1,0 +1,127 @@
+"""Is an output that exists whole, and the one that was asked for? What --resume wants to know."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcmref import DEFAULT_QUALITY
+from hpcmref.errors import FormatError, HpcmrefError, ImageError
+from hpcmref.format.container import MAGIC, Container, parse
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an encoded file should be: by which model, and of which quality, or within which target."""
+
+    model: str | None
+    quality: int | None
+    target: Mapping[str, Any]
+    lossless: bool
+
+    def is_there(self, path: Path) -> bool:
+        """Whether the file is whole and as it is wanted; if not, it is to be made again.
+
+        An empty file and one that begins as ours do are ours. Raises HpcmrefError for any other.
+        """
+        data = path.read_bytes()
+        if data[: len(MAGIC)] != MAGIC[: len(data)]:
+            raise HpcmrefError(f"{path} exists already and is no hpcmref file (--force replaces it)")
+        try:
+            file = parse(data)
+        except FormatError:
+            return False
+        if file.learned is None or self.lossless:
+            return file.learned is None and self.lossless
+        fingerprint, usual = self._model
+        if file.learned.fingerprint != fingerprint:
+            return False
+        if not self.target:
+            return file.learned.quality == (usual if self.quality is None else self.quality)
+        pixels = file.width * file.height
+        limit = self.target.get("size", self.target.get("bpp", float("inf")) * pixels / 8)
+        return len(data) <= limit
+
+    @functools.cached_property
+    def _model(self) -> tuple[bytes, int]:
+        """The fingerprint of the model, and the quality that it is used with by default."""
+        from hpcmref.checkpoints import find, info
+
+        found = info(find(self.model))
+        return found.fingerprint, DEFAULT_QUALITY if found.qualities > 1 else 0
+
+
+def is_decoded(path: Path, form: str, source: Path | None) -> bool:
+    """Whether an image file is whole and has the size of the encoded file `source`.
+
+    form: its format. An empty file, and a damaged one of this format, are to be made again. Raises HpcmrefError for any
+    other file.
+    """
+    from hpcmref.picture.images import open_image
+
+    data = path.read_bytes()
+    if data and not _begins_as(data, form):
+        raise HpcmrefError(f"{path} exists already and is no {form} file (--force replaces it)")
+    if not _is_complete(data, form):
+        return False
+    try:
+        size = _shape_of_npy(data) if form == "NPY" else open_image(_named(data, path)).size
+    except ImageError:
+        return False
+    return source is None or size == _size(source)
+
+
+def _size(source: Path) -> tuple[int, int] | None:
+    try:
+        file: Container = parse(source.read_bytes(), partial=True, damaged=True)
+    except (HpcmrefError, OSError):
+        return None  # decoding will say what is wrong with it
+    return file.width, file.height
+
+
+_BEGINNINGS = {
+    "AVIF": (b"\0\0\0",),
+    "BMP": (b"BM",),
+    "JPEG": (b"\xff\xd8\xff",),
+    "JXL": (b"\xff\x0a", b"\0\0\0\x0cJXL "),
+    "NPY": (b"\x93NUMPY",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "PPM": (b"P4", b"P5", b"P6"),
+    "TIFF": (b"II*\0", b"MM\0*"),
+    "WEBP": (b"RIFF",),
+}
+
+
+def _begins_as(data: bytes, form: str) -> bool:
+    return any(data[: len(magic)] == magic[: len(data)] for magic in _BEGINNINGS[form])
+
+
+def _is_complete(data: bytes, form: str) -> bool:
+    """Whether the end of the file is there, which Pillow does not ask if it has all pixels."""
+    if form == "PNG":
+        return data.endswith(b"IEND\xaeB`\x82")
+    if form == "JPEG":
+        return data.endswith(b"\xff\xd9")
+    if form == "WEBP":
+        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    return bool(data)
+
+
+def _shape_of_npy(data: bytes) -> tuple[int, int]:
+    import numpy as np
+
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ImageError(str(error)) from error
+    return array.shape[1], array.shape[0]
+
+
+def _named(data: bytes, path: Path) -> io.BytesIO:
+    file = io.BytesIO(data)
+    file.name = str(path)
+    return file

@@ -1,0 +1,50 @@
+"""Computing in a process that was forked from one that had torch.
+
+The threads of OpenMP do not exist in a forked child, and its first parallel region would wait for them for ever. One
+thread needs no others. CUDA cannot be used in a forked child at all. docs/processes.md says which way is right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+from hpcmref.errors import HpcmrefError
+
+_forked_with_torch = False
+
+
+def watch_forks() -> None:
+    """Have every child that is forked from now on remember whether its parent had imported torch."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_remember)
+
+
+def _remember() -> None:
+    global _forked_with_torch
+    _forked_with_torch |= "torch" in sys.modules
+
+
+@contextlib.contextmanager
+def safe_after_fork(device: str) -> Iterator[None]:
+    """Let torch compute with one thread within, in a child that was forked from a process with torch.
+
+    device: "cpu" or "cuda". Raises HpcmrefError for a GPU in such a child.
+    """
+    if not _forked_with_torch:
+        yield
+        return
+    import torch
+
+    if device == "cuda":
+        raise HpcmrefError(
+            "CUDA cannot be used in a forked process: start processes with multiprocessing.get_context('spawn')"
+        )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

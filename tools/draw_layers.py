@@ -1,0 +1,83 @@
+"""Draw the layers of the package, from its imports, into ARCHITECTURE.md.
+
+    python tools/draw_layers.py
+
+A room is a folder or a file directly in hpcmref. A room imports from rooms of lower layers alone;
+`tests/test_layers.py` checks that, and that the drawing is up to date.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hpcmref"
+DOCUMENT = ROOT / "ARCHITECTURE.md"
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors", "_version"),
+    ("arguments", "runtime", "similarity"),
+    ("format", "model"),
+    ("picture", "exact"),
+    ("latents", "checkpoints", "lossless"),
+    ("search",),
+    ("codec", "models", "training"),
+    ("plugin", "sources"),
+    ("many",),
+    ("api",),
+    ("bench",),
+    ("cli",),
+)
+"""Rooms from the bottom to the top. Rooms of one layer do not import each other."""
+
+
+def imports() -> dict[str, set[str]]:
+    """Which rooms each room imports, anywhere in its files, for types too."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] in ("__init__", "__main__"):
+            continue
+        room = parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                package, *rest = name.split(".")
+                if package == "hpcmref" and rest and rest[0] != room:
+                    found[room].add(rest[0])
+        found[room] |= set()
+    return dict(found)
+
+
+def layer_of(room: str) -> int:
+    """The number of a room's layer, from 0 at the bottom. Raises ValueError for an unknown room."""
+    return next((number for number, rooms in enumerate(LAYERS) if room in rooms), -1)
+
+
+def drawing() -> str:
+    """The layers as a Mermaid diagram, which GitHub renders: one box a layer, arrows to what is imported."""
+    lines = ["```mermaid", "flowchart TD"]
+    for number, rooms in reversed(list(enumerate(LAYERS))):
+        lines.append(f"    subgraph layer{number} [ ]")
+        lines += [f"        {room}" for room in rooms]
+        lines.append("    end")
+    skipped = {"errors", "_version", "arguments"}  # everything imports them
+    for room, targets in sorted(imports().items(), key=lambda each: (-layer_of(each[0]), each[0])):
+        lines += [f"    {room} --> {target}" for target in sorted(targets - skipped)]
+    return "\n".join([*lines, "```"])
+
+
+def with_drawing(text: str) -> str:
+    """The document with the present drawing in the place of its own."""
+    return re.sub(r"```mermaid\n.*?\n```", lambda _: drawing(), text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(with_drawing(DOCUMENT.read_text()))
