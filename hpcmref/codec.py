@@ -112,7 +112,7 @@ class Codec:
             y, z = self.model.latents(self.model.features(x, _to_unit), self._rate(quality))
             if effort:
                 goal = Goal(self.weight(quality, metric))
-                compressed = self._searched(frame, x, goal, y, z, quality, options)
+                compressed = self._searched(frame, x, goal, y, quality, options)
             else:
                 del x  # large images need the room
                 compressed = self.latents.compress(y, z, quality)
@@ -178,7 +178,7 @@ class Codec:
             quality, data = best
             if not effort:
                 return data
-            y, z = self.model.latents(features, self._rate(quality))
+            y, _ = self.model.latents(features, self._rate(quality))
             del features
             overhead = len(data) - len(container.parse(data).payload)
             goal = Goal(
@@ -186,16 +186,14 @@ class Codec:
                 most_bytes=None if limit is None else limit - overhead,
                 most_error=None if psnr is None else 255**2 * frame.width * frame.height / 10 ** (psnr / 10),
             )
-            compressed = self._searched(frame, x, goal, y, z, quality, options)
+            compressed = self._searched(frame, x, goal, y, quality, options)
             return self._written(frame, compressed, quality, verify, effort)
 
-    def _searched(
-        self, frame: _Frame, x: Tensor, goal: Goal, y: Tensor, z: Tensor, quality: int, options: Options
-    ) -> Compressed:
-        """The best that a search finds for the picture x (1, 3, H', W') uint8 from y and z on."""
+    def _searched(self, frame: _Frame, x: Tensor, goal: Goal, y: Tensor, quality: int, options: Options) -> Compressed:
+        """The best that a search finds for the picture x (1, 3, H', W') uint8 from y on."""
         kind = SimilarPicture if options.metric == "ms-ssim" else Picture
         picture = kind(self.model, self._rate(quality), x, (frame.height, frame.width), frame.grey)
-        return search(self.latents, picture, goal, y, z, quality, options)
+        return search(self.latents, picture, goal, y, self.model.hyper_latents, quality, options)
 
     def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[_Frame, Tensor]:
         """The header fields of an image, and its pixels (1, 3, H', W') uint8, padded to multiples of 64."""

@@ -103,7 +103,11 @@ class HPCM(nn.Module):
     def latents(self, features: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, M, h, w), quality (B,) -> y (B, M, h, w) and z (B, N, h/4, w/4), before quantisation."""
         y = features if self.log_gain is None else features * self.log_gain(quality).exp()
-        return y, in_strips(self.h_a, y, halo=hyper_halo(self.config), unit=4)
+        return y, self.hyper_latents(y)
+
+    def hyper_latents(self, y: Tensor) -> Tensor:
+        """h_a: y (B, M, h, w) -> z (B, N, h/4, w/4)."""
+        return in_strips(self.h_a, y, halo=hyper_halo(self.config), unit=4)
 
     def analyse(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Image x (B, 3, H, W) in 0..1, quality (B,) -> y (B, M, H/16, W/16), z (B, N, H/64, W/64), not quantised."""

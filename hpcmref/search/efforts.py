@@ -14,6 +14,8 @@ from hpcmref.model.coders import Part
 from hpcmref.search.anneal import Annealer, Schedule, predictions
 from hpcmref.search.synthesis import Picture
 
+ZOf = Callable[[Tensor], Tensor]
+
 Watch = Callable[[float], bool | None]
 """Is told the part of the search that is done, 0 to 1, after every iteration; ends the search by returning True."""
 
@@ -58,7 +60,7 @@ RATE, COLD = 0.015, 0.05
 STAGES = (
     Stage(2, 5, RATE, (0.5, COLD)),
     *(
-        Stage(rounds, iterations, RATE, (0.3, COLD))
+        Stage(rounds, iterations, RATE, (0.25, COLD))
         for rounds, iterations in ((2, 10), (3, 20), (5, 18), (7, 20), (10, 24), (16, 28), (20, 35), (30, 40))
     ),
 )
@@ -115,9 +117,9 @@ class _Best:
 class _Search:
     """One search under way."""
 
-    def __init__(self, latents: LatentCodec, picture: Picture, goal: Goal, y: Tensor, z: Tensor, quality: int) -> None:
+    def __init__(self, latents: LatentCodec, picture: Picture, goal: Goal, y: Tensor, z_of: ZOf, quality: int) -> None:
         self._latents, self._picture, self._goal = latents, picture, goal
-        self._z, self._quality = z, quality
+        self._z_of, self._quality = z_of, quality
         self.annealer = Annealer(picture, goal.weight, y)
         compressed, self._parts = self._coded()
         error = picture.error(compressed.y_hat)
@@ -147,7 +149,8 @@ class _Search:
         self._last = size, error
 
     def _coded(self) -> tuple[Compressed, list[Part]]:
-        compressed, parts = self._latents.compress_and_predict(self.annealer.y, self._z, self._quality)
+        y = self.annealer.y
+        compressed, parts = self._latents.compress_and_predict(y, self._z_of(y), self._quality)
         self._y_hat = compressed.y_hat
         return compressed, parts
 
@@ -157,13 +160,16 @@ def search(
     picture: Picture,
     goal: Goal,
     y: Tensor,
-    z: Tensor,
+    z_of: ZOf,
     quality: int,
     options: Options,
 ) -> Compressed:
-    """The best file found from y (1, M, 4h, 4w) and z (1, N, h, w) on, in real bytes and pixels; that of y at worst."""
+    """The best file found from y (1, M, h, w) on, in real bytes and pixels; that of y at worst.
+
+    z_of: h_a, which gives z anew whenever y is coded.
+    """
     started = time.monotonic()
-    found = _Search(latents, picture, goal, y, z, quality)
+    found = _Search(latents, picture, goal, y, z_of, quality)
     for done in found.run(STAGES[: options.effort]):
         late = options.max_seconds is not None and time.monotonic() - started > options.max_seconds
         if (options.watch is not None and options.watch(done)) or late:
