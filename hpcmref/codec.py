@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -155,39 +155,45 @@ class Codec:
         frame, x = self._framed(image, keep_invisible)
         _check_sides(frame, metric)
         limit = size if bpp is None else bpp * frame.width * frame.height / 8
-        low, high = 0, self.model.config.qualities - 1
-        best: tuple[int, bytes] | None = None
+
+        def reached(compressed: Compressed, quality: int) -> bool:
+            if limit is not None:
+                return len(self._written(frame, compressed, quality, False, 0)) <= limit
+            assert psnr is not None
+            return _psnr(self._pixels(compressed.y_hat, quality, frame), _cropped(x, frame)) >= psnr
+
         with self._inference():
             features = self.model.features(x, _to_unit)
-            while low <= high:
-                quality = (low + high) // 2
-                compressed = self.latents.compress(*self.model.latents(features, self._rate(quality)), quality)
-                data = self._written(frame, compressed, quality, verify, 0)
-                if limit is not None:  # the largest file within the limit
-                    reached = len(data) <= limit
-                    low, high = (quality + 1, high) if reached else (low, quality - 1)
-                else:  # the smallest file that is good enough
-                    assert psnr is not None
-                    shown = self._pixels(compressed.y_hat, quality, frame)
-                    reached = _psnr(shown, _cropped(x, frame)) >= psnr
-                    low, high = (low, quality - 1) if reached else (quality + 1, high)
-                best = (quality, data) if reached else best
-            if best is None:
+            nearest = self._nearest(features, reached, limit is not None)
+            if nearest is None:
                 wanted = f"{psnr} dB" if psnr is not None else f"{limit:.0f} bytes"
                 raise HpcmrefError(f"no quality of the model {self.name} reaches {wanted} with this image")
-            quality, data = best
-            if not effort:
-                return data
-            y, _ = self.model.latents(features, self._rate(quality))
-            del features
-            overhead = len(data) - len(container.parse(data).payload)
-            goal = Goal(
-                self.weight(quality, metric),
-                most_bytes=None if limit is None else limit - overhead,
-                most_error=None if psnr is None else 255**2 * frame.width * frame.height / 10 ** (psnr / 10),
-            )
-            compressed = self._searched(frame, x, goal, y, quality, options)
+            quality, compressed = nearest
+            if effort:
+                y, _ = self.model.latents(features, self._rate(quality))
+                del features
+                overhead = len(self._written(frame, compressed, quality, False, 0)) - len(compressed.payloads[0])
+                goal = Goal(
+                    self.weight(quality, metric),
+                    most_bytes=None if limit is None else limit - overhead,
+                    most_error=None if psnr is None else 255**2 * frame.width * frame.height / 10 ** (psnr / 10),
+                )
+                compressed = self._searched(frame, x, goal, y, quality, options)
             return self._written(frame, compressed, quality, verify, effort)
+
+    def _nearest(
+        self, features: Tensor, reached: Callable[[Compressed, int], bool], highest: bool
+    ) -> tuple[int, Compressed] | None:
+        """The highest (or lowest) quality whose coded latents reach a target, and these latents; None if none does."""
+        low, high = 0, self.model.config.qualities - 1
+        best: tuple[int, Compressed] | None = None
+        while low <= high:
+            quality = (low + high) // 2
+            compressed = self.latents.compress(*self.model.latents(features, self._rate(quality)), quality)
+            if is_one := reached(compressed, quality):
+                best = quality, compressed
+            low, high = (quality + 1, high) if is_one == highest else (low, quality - 1)
+        return best
 
     def _searched(self, frame: _Frame, x: Tensor, goal: Goal, y: Tensor, quality: int, options: Options) -> Compressed:
         """The best that a search finds for the picture x (1, 3, H', W') uint8 from y on."""
