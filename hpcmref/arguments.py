@@ -90,6 +90,8 @@ def device(value: object) -> str:
     """One of DEVICES."""
     if not isinstance(value, str):
         raise wrong_type("device", value, _DEVICES)
+    if value.partition(":")[0] == "mps":
+        raise ConfigError("Apple's GPUs (mps) have no float64, which the exact arithmetic needs: use the device cpu")
     if value not in DEVICES:
         raise ConfigError(f"the device is {value!r}, and must be {_DEVICES}")
     return value

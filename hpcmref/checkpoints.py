@@ -58,17 +58,22 @@ class CheckpointInfo:
     qualities: int
 
 
+def shipped() -> list[CheckpointInfo]:
+    """The models that ship with the package, the default first. Raises CheckpointError if one of them is damaged."""
+    found = [info(path) for path in sorted(_WEIGHTS.glob("*.safetensors"))]
+    return sorted(found, key=lambda each: not each.default)
+
+
 def available() -> list[CheckpointInfo]:
     """The models that ship with the package, the default first, and then those in the user's folder (`models_folder`).
 
     Files there that are no models are left out: they must not keep anyone from decoding.
     """
-    shipped = [info(path) for path in sorted(_WEIGHTS.glob("*.safetensors"))]
     own = []
     for path in model_files():
         with contextlib.suppress(CheckpointError):
             own.append(info(path))
-    return [*sorted(shipped, key=lambda each: not each.default), *own]
+    return [*shipped(), *own]
 
 
 def with_fingerprint(fingerprint: bytes) -> CheckpointInfo | None:
@@ -112,7 +117,7 @@ def info(path: Path) -> CheckpointInfo:
             name=path.stem,
             preset=metadata["config"]["preset"],
             path=path,
-            fingerprint=bytes.fromhex(metadata["fingerprint"]),
+            fingerprint=_fingerprint_in(metadata),
             parameters=int(metadata["parameters"]),
             size=path.stat().st_size,
             default=path.resolve().parent == _WEIGHTS.resolve() and path.stem == DEFAULT_MODEL,
@@ -131,6 +136,14 @@ def _metadata(file: TensorFile) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{file.path} is not a checkpoint of hpcmref.")
     return metadata
+
+
+def _fingerprint_in(metadata: Mapping[str, Any]) -> bytes:
+    """The 4 bytes of the fingerprint that a file states. Raises KeyError, TypeError, ValueError."""
+    fingerprint = bytes.fromhex(metadata["fingerprint"])
+    if len(fingerprint) != 4:
+        raise ValueError(f"its fingerprint has {len(fingerprint)} bytes, not 4")
+    return fingerprint
 
 
 def save(
@@ -238,7 +251,7 @@ def calibrated(model: HPCM) -> Grids:
     def run() -> None:
         for image in images:
             for quality in sorted({part * (model.config.qualities - 1) // 3 for part in range(4)}):
-                model(image, torch.tensor([float(quality)]))
+                model(image, torch.tensor([float(quality)], dtype=torch.float32, device="cpu"))
 
     return calibrate(model.entropy, run)
 
@@ -269,7 +282,7 @@ def _loaded(file: TensorFile, any_file: bool = False) -> tuple[Checkpoint, dict[
     sealed = "sha256" in metadata
     try:
         config = HPCMConfig.from_dict(metadata["config"])
-        fingerprint, rule = bytes.fromhex(metadata["fingerprint"]), metadata.get("fingerprint_rule", 1)
+        fingerprint, rule = _fingerprint_in(metadata), metadata.get("fingerprint_rule", 1)
         if rule not in (1, 2) or (rule == 2 and not sealed):
             raise CheckpointError(f"{path} has a fingerprint of a rule that this hpcmref does not know.")
         with torch.device("meta"):

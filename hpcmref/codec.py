@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from hpcmref.errors import (
     ModelMismatchError,
     UnsupportedError,
 )
-from hpcmref.exact import attach
+from hpcmref.exact import attach, repeatably
 from hpcmref.format import container
 from hpcmref.format.container import Container, Encoder, Learned
 from hpcmref.latents import ARITHMETIC, SCALES, Compressed, LatentCodec
@@ -40,6 +41,7 @@ from hpcmref.picture import images
 from hpcmref.picture.metadata import extras_of
 from hpcmref.runtime.folders import models_folder
 from hpcmref.runtime.forks import safe_after_fork
+from hpcmref.runtime.torch_names import has_bfloat16_units
 from hpcmref.search import Goal, Options, Watch, search
 from hpcmref.search.synthesis import Picture, SimilarPicture
 from hpcmref.similarity import MS_SSIM_LEAST_SIDE, lambda_of_ms_ssim
@@ -69,7 +71,7 @@ class Codec:
         self.model = checkpoint.model.eval()
         self.model.entropy = attach(self.model.entropy, checkpoint.grids)
         self.model.to(device)
-        if _has_bfloat16(device):
+        if device.type == "cpu" and has_bfloat16_units():
             for network in (self.model.g_a, self.model.h_a, self.model.g_s):
                 in_bfloat16(network)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -252,9 +254,9 @@ class Codec:
             raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
         if file.learned is None:
             return decode_lossless(file, max_pixels)
-        learned = self._learned(file)
+        y_hat = self.y_hat(file, upto)
         with self._inference():
-            shown = self._pixels(self._y_hat(file, learned, upto), learned.quality, file)
+            shown = self._pixels(y_hat, self._learned(file).quality, file)
         return images.image_of(shown.cpu().numpy(), file.grey, extras_of(file))
 
     def verify(self, data: bytes | Container) -> None:
@@ -263,10 +265,20 @@ class Codec:
         Raises as `decode` does.
         """
         file = data if isinstance(data, Container) else container.parse(data)
-        learned = self._learned(file)
-        with self._inference():
-            self._y_hat(file, learned, SCALES)
+        self.y_hat(file)
         extras_of(file)
+
+    def y_hat(self, file: Container, upto: int = SCALES) -> Tensor:
+        """The latents (1, M, h, w) float32 up to a scale: `upto`, or of a damaged file the last intact one.
+
+        The same bits on every machine, but for the sign of zeros. Raises as `decode` does.
+        """
+        learned = self._learned(file)
+        size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
+        with self._inference():
+            if file.truncated or file.damaged:
+                return self.latents.decompress_intact(file.payload, learned.checksums, size, learned.quality, upto)[0]
+            return self.latents.decompress([file.payload], [learned.checksums], size, learned.quality, upto)
 
     def _learned(self, file: Container) -> Learned:
         """The header of a file's learned payload, if this codec can decode it; raises as `decode` does."""
@@ -281,13 +293,6 @@ class Codec:
             raise DecodeError(f"the file has quality {learned.quality}, which the model {self.name} does not")
         return learned
 
-    def _y_hat(self, file: Container, learned: Learned, upto: int) -> Tensor:
-        """y_hat (1, M, h, w) up to a scale: `upto`, or in a truncated or damaged file the last that is intact."""
-        size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
-        if file.truncated or file.damaged:
-            return self.latents.decompress_intact(file.payload, learned.checksums, size, learned.quality, upto)[0]
-        return self.latents.decompress([file.payload], [learned.checksums], size, learned.quality, upto)
-
     def _pixels(self, y_hat: Tensor, quality: int, frame: _Frame | Container) -> Tensor:
         """What is seen of y_hat: (H, W, 3) uint8."""
         return _cropped(self.model.picture(y_hat, self._rate(quality)), frame).contiguous()
@@ -299,6 +304,7 @@ class Codec:
             safe_after_fork(self.device.type),
             torch.inference_mode(),
             torch.autocast(self.device.type, enabled=False),
+            repeatably(self.device),
         ):
             yield
 
@@ -326,7 +332,8 @@ class Codec:
         return lambda_of_ms_ssim(found) if metric == "ms-ssim" else found
 
     def _rate(self, quality: int) -> Tensor:
-        return torch.tensor([float(quality)], device=self.device)
+        # Filled and not copied from the host, which would have to wait for a GPU.
+        return torch.full((1,), float(quality), dtype=torch.float32, device=self.device)
 
 
 _ENCODER = Encoder(*map(int, __version__.split(".")[:2]))
@@ -343,18 +350,20 @@ def load(model: str | os.PathLike[str] | None = None, device: str = "auto") -> C
     """
     arguments.model(model)
     with _loading:  # threads that ask for a codec at once get the same one
-        return _kept(checkpoints.find(model), device_of(device).type)
+        return _kept(checkpoints.find(model), device_of(device))
 
 
 def fresh(model: str | os.PathLike[str] | None = None, device: str = "auto") -> Codec:
     """As `load`, but a codec of the caller's own, which is not kept."""
-    path = checkpoints.find(model)
-    where = device_of(device)
-    with safe_after_fork(where.type):
-        return Codec(checkpoints.load(path), path.stem, where)
+    return _made(checkpoints.find(model), device_of(device))
 
 
-_kept = lru_cache(maxsize=2)(fresh)
+def _made(path: Path, device: torch.device) -> Codec:
+    with safe_after_fork(device.type):
+        return Codec(checkpoints.load(path), path.stem, device)
+
+
+_kept = lru_cache(maxsize=2)(_made)
 
 
 def codec_for(file: Container, device: str = "auto", model: str | os.PathLike[str] | None = None) -> Codec:
@@ -385,17 +394,16 @@ def _mismatch(wanted: bytes, name: str, found: bytes) -> str:
 
 
 def device_of(name: str) -> torch.device:
-    if arguments.device(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device here")
-    return torch.device(name)
+    """The device of "auto", "cpu" or "cuda"; of several GPUs the present one, by its number. Raises ConfigError.
 
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """The processor has instructions for bfloat16, without which it would be slower than float32."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so they may go
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+    With the number a codec stays on its GPU when the caller makes another one the present one.
+    """
+    if arguments.device(name) == "cpu" or not torch.cuda.is_available():
+        if name == "cuda":
+            raise ConfigError("there is no CUDA device here")
+        return torch.device("cpu")
+    with safe_after_fork("cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
 
 
 def _padded(pixels: np.ndarray, device: torch.device) -> Tensor:

@@ -113,20 +113,20 @@ class LatentCodec:
         raise DecodeError("the file is damaged or ends before its first scale does: nothing of it can be shown")
 
     def verify(self, compressed: Compressed, size: tuple[int, int], quality: int) -> None:
-        """Decode what `compress` returned with a copy of the entropy path that no earlier call has used.
+        """Decode what `compress` returned with a copy of the entropy path that no earlier call has used, on the CPU.
 
         Raises ModelChangedError if the copy, this object or the latents differ.
         """
         self.unchanged.check_all()
         with torch.inference_mode(False):  # for the version counters of the copy
-            other = LatentCodec(copy.deepcopy(self.entropy), self.device)
+            other = LatentCodec(copy.deepcopy(self.entropy).to("cpu"), torch.device("cpu"))
         if other.unchanged.digest != self.unchanged.digest:
             raise ModelChangedError("a copy of the model differs from the model: nothing was returned")
         try:
             y_hat = other.decompress(compressed.payloads, compressed.checksums, size, quality)
         except (DecodeError, FormatError) as error:
             raise ModelChangedError(f"a second decoder cannot read what was encoded: {error}") from error
-        if not torch.equal(y_hat, compressed.y_hat):
+        if not torch.equal(y_hat, compressed.y_hat.cpu()):
             raise ModelChangedError("a second decoder reads other latents than were encoded: nothing was returned")
         other.unchanged.check_all()
 

@@ -76,10 +76,9 @@ def _in_a_process(request: dict[str, Any]) -> dict[str, Any]:
 
 def work() -> None:
     """What the process of a measurement does: a request on stdin, seconds and bytes on stdout."""
-    from hpcmref.bench.measure import peak_memory
     from hpcmref.bench.profile import photograph
     from hpcmref.codec import load
-    from hpcmref.runtime.heap import keep_memory
+    from hpcmref.runtime.heap import keep_memory, peak_memory
 
     keep_memory()
     request = json.load(sys.stdin)

@@ -132,6 +132,21 @@ def test_a_damaged_synthesis_is_refused(saved: CheckpointInfo, tmp_path: Path) -
         checkpoints.load(path)
 
 
+@pytest.mark.parametrize("digits", ["", "ab", "ab" * 5, "ab" * 10**5, 7, None, ["ab"]])
+def test_a_fingerprint_of_another_length_is_refused(saved: CheckpointInfo, tmp_path: Path, digits: Any) -> None:
+    """That of an old file is believed, as the checksum covers it; but files have room for 4 bytes."""
+
+    def change(tensors: dict[str, torch.Tensor], metadata: Parts) -> None:
+        metadata.update(fingerprint=digits, fingerprint_rule=1)
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        metadata["sha256"] = checkpoints._checksum(metadata, arrays)
+
+    path = changed(saved.path, tmp_path / "length.safetensors", change)
+    for read in (checkpoints.info, checkpoints.load):
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            read(path)
+
+
 def resealed(path: Path) -> Path:
     """The file with checksum and fingerprint that fit."""
     with tensorfile.opened(path) as file:
@@ -174,6 +189,8 @@ def test_a_hostile_model_with_a_valid_checksum_is_refused(
         (2**31).to_bytes(8, "little") + b"{}",
         (2**63).to_bytes(8, "little"),
         b"[" * 100_000,
+        b'{"__metadata__":' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"__metadata__":{"hpcmref":"{}"},"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}',
@@ -193,11 +210,22 @@ def test_a_hostile_header_is_refused(tmp_path: Path, header: bytes) -> None:
         checkpoints.load(path)
 
 
+def nested(levels: int) -> Any:
+    """A list in a list, so many levels deep."""
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"M": 10**9}, {"N": 2**40}, {"stages": [[48, 10**6]]}, {"hyper_blocks": 10**6}, {"M": 32.0}, {"N": True},
      {"prior_s3": [1, 10**6]}, {"heads": -1}, {"windows": [4, 8, 10**6]}, {"lambdas": [0.0, 1.0]}, {"ratio": 10**6},
-     {"preset": "x" * 1000}, {"lambdas": list(range(1, 1000))}],
+     {"preset": "x" * 1000}, {"lambdas": list(range(1, 1000))}, {"memory": {"mode": "cross", "max_refs": [10**9] * 3}},
+     {"memory": {"mode": "full", "value_resolution": 10**6}}, {"memory": [["mode", "light"]]}, {"memory": "light"},
+     {"memory": {"mode": "light", "scales": 3}}, {"windows": [32, 32, 32], "heads": 64}, {"lambdas": [10**400, 1]},
+     {"displaced_s2": "no"}, {"transform": ["dct"]}, {"N": nested(900)}, {"windows": nested(40)}],
 )  # fmt: skip
 def test_a_configuration_over_the_limits_costs_nothing(
     saved: CheckpointInfo, tmp_path: Path, settings: dict[str, Any]

@@ -26,6 +26,7 @@ from typer.testing import CliRunner, Result
 
 from hpcmref import DEFAULT_QUALITY
 from hpcmref.cli import app
+from hpcmref.cli.failures import OUT_OF_GPU_MEMORY, describe
 from hpcmref.errors import CheckpointError, ImageError, ModelMismatchError
 from hpcmref.format.container import Container, parse, write
 
@@ -268,6 +269,17 @@ class TestRun:
     def test_out_of_memory(self, loads: list[object], colour: tuple[int, int, int], sentence: str) -> None:
         result = call("encode", picture("a.png", colour))
         assert (result.exit_code, result.stderr) == (1, sentence)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        ],
+    )
+    def test_a_full_gpu_by_any_name(self, text: str) -> None:
+        assert describe(RuntimeError(text)) == OUT_OF_GPU_MEMORY
 
     def test_a_bad_model_ends_the_run(self, loads: list[object]) -> None:
         result = call("encode", picture("a.png"), picture("b.png"), "-o", "out", "-m", "nowhere", "--device", "cpu")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch import Tensor
 
 import hpcmref
 from hpcmref import checkpoints
-from hpcmref.codec import Codec, codec_for, load
+from hpcmref.codec import Codec, codec_for, device_of, fresh, load
 from hpcmref.errors import (
     CheckpointError,
     ConfigError,
@@ -207,6 +209,79 @@ def test_the_caller_s_settings_are_left_alone(codec: Codec, small: Image.Image) 
         assert torch.is_autocast_enabled("cpu")
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _default_device(name: str) -> Iterator[None]:
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    **{
+        f"default dtype {name}": partial(_default_dtype, getattr(torch, name))
+        for name in ("float64", "float16", "bfloat16")
+    },
+    "default device": partial(_default_device, "meta"),
+    "a device context": partial(torch.device, "meta"),
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "gradients": torch.enable_grad,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+    "deterministic algorithms": _deterministic,
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_callers_settings_change_no_byte(
+    name: str, codec: Codec, small: Image.Image, one_rate: Path, tmp_path: Path
+) -> None:
+    """Of a codec that was there before, of one that is made under them, and of a model that is saved under them."""
+    expected = codec.encode(small, 32)
+    image = codec.decode(expected).tobytes()
+    with SETTINGS[name]():
+        inside = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+        made = fresh(device="cpu")
+        for each in (codec, made):
+            assert each.encode(small, 32, verify=True) == expected
+            assert each.decode(expected).tobytes() == image
+            assert each.encode_to(small, psnr=25)
+        checkpoints.verify(one_rate)
+        checkpoints.convert(one_rate, tmp_path / "again.safetensors")
+        assert (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()) == inside
+    assert (tmp_path / "again.safetensors").read_bytes() == one_rate.read_bytes()
+    assert made.encode(small, 32) == expected
+
+
+@pytest.mark.parametrize("name", ["default dtype float64", "default dtype bfloat16", "default device"])
+def test_a_model_is_saved_under_the_callers_settings(name: str, tmp_path: Path) -> None:
+    model = model_of()
+    checkpoints.save(model, tmp_path / "one.safetensors", "one", {})
+    with SETTINGS[name]():
+        checkpoints.save(model, tmp_path / "other.safetensors", "one", {})
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "other.safetensors").read_bytes()
+
+
 # --- what cannot be encoded ----------------------------------------------------------------------------------------
 
 
@@ -214,6 +289,14 @@ def test_the_caller_s_settings_are_left_alone(codec: Codec, small: Image.Image) 
 def test_a_quality_out_of_range(codec: Codec, small: Image.Image, quality: int) -> None:
     with pytest.raises(ConfigError, match=f"{quality}.*0 to 63"):
         codec.encode(small, quality)
+
+
+def test_of_several_gpus_a_codec_stays_on_the_one_of_its_making(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a number, tensors would follow the present GPU, and the model would not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert device_of("auto") == device_of("cuda") == torch.device("cuda", 1)
+    assert device_of("cpu") == torch.device("cpu")
 
 
 def test_an_unknown_device() -> None:

@@ -6,6 +6,7 @@ and nothing in it can overflow or round.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from hpcmref import checkpoints
 from hpcmref.codec import Codec
 from hpcmref.errors import CheckpointError, UnsupportedError
-from hpcmref.exact import attach, calibrate, exactly, guard, words
+from hpcmref.exact import attach, calibrate, exactly, guard, repeatably, words
 from hpcmref.exact.convert import BYTES, FLOATS, WORDS, Bits, Grids, _attention_grids, _convolution_grids
 from hpcmref.exact.layers import (
     BOUNDS,
@@ -138,8 +139,8 @@ def random_layer(kind: str) -> tuple[Convolution, Tensor, Tensor]:
 def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Words are multiplied in units for bytes, and where there are none in float32."""
     if request.param == "float32":
-        monkeypatch.setattr(words, "_is_fast", lambda device: False)
-    elif not words._is_fast("cpu"):
+        monkeypatch.setattr(words, "has_units", lambda device: False)
+    elif not words.has_units("cpu"):
         pytest.skip("there are no units for bytes here")
 
 
@@ -273,7 +274,7 @@ def test_units_that_saturate_are_not_used(monkeypatch: pytest.MonkeyPatch) -> No
     assert not words._multiplies_bytes.__wrapped__()
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not words._is_fast("cpu")
+    assert not words.has_units("cpu")
 
 
 @EVERY_LAYER
@@ -791,6 +792,36 @@ def test_threads_do_not_put_settings_back_too_early() -> None:
     assert inside["nnpack"] is False
     assert inside.get("mkldnn.matmul") in (None, "ieee")
     assert settings() == before
+
+
+@pytest.mark.parametrize("entered", [exactly, repeatably])
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_deterministic_algorithms_do_not_forbid_exact_products(
+    entered: Callable[[torch.device], contextlib.AbstractContextManager[None]], warn_only: bool
+) -> None:
+    """Where the caller wants them, PyTorch refuses cuBLAS; exact sums need no such refusal."""
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        with entered(CPU if entered is exactly else torch.device("cuda")):
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_transforms_on_a_gpu_take_repeatable_kernels() -> None:
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.benchmark = True
+    try:
+        with repeatably(torch.device("cuda")), repeatably(torch.device("cuda")):
+            assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
+        assert (cudnn.deterministic, cudnn.benchmark) == (before[0], True)
+        with repeatably(CPU):
+            assert cudnn.benchmark
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def test_a_failed_check_puts_settings_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from hpcmref.errors import ConfigError
 from hpcmref.exact import attach
 from hpcmref.exact.memory import ExactGridMean, ExactLinearAttend, ExactPool, ExactRecall, ExactSigmoid, _root
 from hpcmref.format import container
+from hpcmref.latents import thresholds
 from hpcmref.model import HPCM, PRESETS, HPCMConfig, context, memory
 from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.config import MEMORIES, MemoryConfig
@@ -117,7 +118,44 @@ def test_a_bad_memory_is_refused(changes: dict[str, Any]) -> None:
         dataclasses.replace(TINY, memory=dataclasses.replace(BANKS["light"], **changes))
 
 
-@pytest.mark.parametrize("values", [{"mode": "light", "depth": 3}, {}, "light", {"mode": "light", "topk": 2}, 7])
+_LIGHT = {"mode": "light"}
+HOSTILE: list[Any] = [
+    {},
+    7,
+    [],
+    "light",
+    [["mode", "light"]],
+    {"mode": 1},
+    {"mode": ["light"]},
+    {"mode": "light" * 10_000},
+    _LIGHT | {"depth": 3},
+    *(_LIGHT | {"scales": value} for value in (3, "123", [1, "2"], [True], [3.0], [[3]], [1] * 10_000, {"3": 1})),
+    *(_LIGHT | {name: 1} for name in ("transfer", "before_prior", "per_position")),
+    *(_LIGHT | {"before_prior": value} for value in ("no", None, [], 0)),
+    *(_LIGHT | {"max_refs": value} for value in (2, [4, 4], [4, 4, "4"], [4, 4, 4.5], [4, 4, True], [4, 4, 10**9])),
+    *(_LIGHT | {"topk": value} for value in (2, None, [1, 1, -1], [[1], 1, 1])),
+    *(_LIGHT | {"temperature": value} for value in ("1", None, True, [0.1], 10**400, -0.1)),
+    *({"mode": "linear", "num_heads": value} for value in (0, -8, 10**9, 8.0, True, "8", None, 512)),
+    *(_LIGHT | {"compress_ratio": value} for value in (10**9, 4.0, "4", None, False)),
+    *({"mode": "full", "value_resolution": value} for value in (10**9, 8.0, "8", None, True)),
+    *({"mode": "linear", "feature_map": value} for value in (1, None, ["elu"])),
+    *({"mode": "state", "scales": [1, 2, 3], "transfer": True, "width": value} for value in (10**9, 8.5, "8", True)),
+]
+
+
+def test_attention_that_takes_too_much_at_a_time_is_refused() -> None:
+    """A window's scores: 32 references of 32 x 32 tokens and 256 heads would be 70 GB, in a small file."""
+    wide = {"windows": (32, 32, 32)}
+    with pytest.raises(ConfigError, match="window"):
+        dataclasses.replace(TINY, **wide, heads=64)
+    cross = dataclasses.replace(BANKS["cross"], max_refs=(16, 16, 16), topk=(1, 1, 1), num_heads=16, compress_ratio=1)
+    with pytest.raises(ConfigError, match="window"):
+        dataclasses.replace(TINY, **wide, heads=0, memory=cross)
+    for preset in PRESETS.values():
+        assert HPCMConfig.from_dict(preset.to_dict()) == preset
+
+
+@pytest.mark.parametrize("values", HOSTILE, ids=lambda values: str(values)[:50])
 def test_a_bad_dictionary_is_refused(values: Any) -> None:
     with pytest.raises(ConfigError):
         HPCMConfig.from_dict({**TINY.to_dict(), "memory": values})
@@ -189,6 +227,20 @@ def test_nothing_leaves_the_device_inside_a_pass(name: str) -> None:
     with torch.no_grad(), Operations() as recorded:
         model(x, quality)
     assert "aten::avg_pool2d" in recorded.names
+    assert not recorded.names & SYNCHRONISING
+
+
+@pytest.mark.parametrize("name", [*BANKS, None])
+def test_nothing_leaves_the_device_while_encoding(name: str | None) -> None:
+    """The same of exact arithmetic: the host hears of the symbols after the last step."""
+    model = model_of() if name is None else opened(name)
+    exact = attach(model.entropy, calibrated(model, SIZE))
+    y, z = latents_of(model, 1, SIZE)
+    there_and_back(exact, y, z)  # what is checked once a process
+    writer = SymbolWriter(y, z, thresholds(), [])
+    with torch.inference_mode(), Operations() as recorded:
+        exact(torch.full((1,), 20.0), SIZE, writer)
+    assert {"aten::bucketize", "aten::round_"} <= recorded.names
     assert not recorded.names & SYNCHRONISING
 
 
@@ -322,6 +374,16 @@ def test_every_bank_decodes_what_it_encoded(name: str, codec: Codec) -> None:
         rate = torch.full((2,), 20.0)
         approximate = model.entropy(rate, SIZE, SymbolWriter(y, z, torch.empty(0), []))
     assert (written - approximate).abs().mean() < 0.03
+
+
+@EVERY_BANK
+def test_every_bank_codes_the_smallest_pictures(name: str) -> None:
+    """s1 is one position, where a reshaped tensor can be a view, and an expanded one contiguous."""
+    model = opened(name)
+    exact = attach(model.entropy, calibrated(model, (1, 1))).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for batch in (1, 2):
+        _, written, read = there_and_back(exact, *latents_of(model, batch, (1, 1)))
+        assert torch.equal(written.view(torch.int32), read.view(torch.int32))
 
 
 @pytest.mark.parametrize("name", ["light everywhere", "full", "linear", "global", "cross everywhere"])

@@ -129,6 +129,7 @@ SYNCHRONISING = {
     "aten::nonzero",  # which indexing with a boolean mask calls
     "aten::equal",
     "aten::_unique2",
+    "aten::lift_fresh",  # of torch.tensor, which copies from the host
 }
 
 
@@ -146,6 +147,7 @@ def test_the_profiler_would_notice() -> None:
     x = torch.rand(4, 4)
     assert "aten::nonzero" in operations(lambda: x[x > 0.5])
     assert "aten::item" in operations(lambda: float(x.sum()))
+    assert "aten::lift_fresh" in operations(lambda: torch.tensor([1.0, 2.0]))
 
 
 def test_the_last_attention_is_not_computed() -> None:

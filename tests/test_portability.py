@@ -20,7 +20,7 @@ from models import TINY, latents_of, model_of
 from PIL import Image
 from test_exact import calibrated, there_and_back
 
-from hpcmref.codec import Codec, load
+from hpcmref.codec import Codec
 from hpcmref.errors import DecodeError, TruncatedError
 from hpcmref.exact import attach
 from hpcmref.exact.unchanged import Unchanged
@@ -250,28 +250,3 @@ def test_the_matrix_tries_what_it_should() -> None:
 
 def test_a_process_that_fails_is_told(tmp_path: Path) -> None:
     assert "No such file" in str(run(CONFIGURATIONS[0], [tmp_path / "missing.bin"], None))
-
-
-# --- a GPU ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("tf32", [False, True])
-def test_a_gpu_and_a_cpu_decode_what_the_other_encoded(
-    tf32: bool, codec: Codec, sample: Image.Image, files: list[bytes], expected: list[Latents]
-) -> None:
-    other = load(device="cuda")
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.benchmark = tf32
-    try:
-        assert decode(other, files) == expected
-        assert decode(other, files, "batch") == expected
-        there = [other.encode(image, 44) for image in pictures(sample).values()]
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.benchmark = False
-    assert decode(codec, there) == decode(other, there)
-    assert [symbols for symbols, _ in decode(codec, there)] == [
-        latent_checksum_of(container.parse(data)) for data in there
-    ]

@@ -367,21 +367,23 @@ def test_the_libraries_were_built_from_the_source_that_is_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("system", "machine", "library"),
+    ("system", "machine", "build", "library"),
     [
-        ("Linux", "x86_64", "linux-x86_64.so"),
-        ("Linux", "aarch64", "linux-aarch64.so"),
-        ("Darwin", "arm64", "darwin-arm64.dylib"),
-        ("Darwin", "x86_64", "darwin-x86_64.dylib"),
-        ("Windows", "AMD64", "windows-amd64.dll"),
-        ("Windows", "ARM64", "windows-arm64.dll"),
+        ("Linux", "x86_64", "linux-x86_64", "linux-x86_64.so"),
+        ("Linux", "aarch64", "linux-aarch64", "linux-aarch64.so"),
+        ("Darwin", "arm64", "macosx-11.0-universal2", "darwin-arm64.dylib"),
+        ("Darwin", "x86_64", "macosx-11.0-universal2", "darwin-x86_64.dylib"),
+        ("Windows", "AMD64", "win-amd64", "windows-amd64.dll"),
+        ("Windows", "ARM64", "win-arm64", "windows-arm64.dll"),
+        ("Windows", "ARM64", "win-amd64", "windows-amd64.dll"),  # emulated
     ],
 )
 def test_each_platform_has_its_library(
-    system: str, machine: str, library: str, monkeypatch: pytest.MonkeyPatch
+    system: str, machine: str, build: str, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("platform.system", lambda: system)
     monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("sysconfig.get_platform", lambda: build)
     assert rans_builtin.library_path().name == library
     assert rans_builtin.library_path().is_file()
 

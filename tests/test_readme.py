@@ -1,4 +1,4 @@
-"""Is every output in README.md what the command above it prints? `python tests/test_readme.py` writes them anew."""
+"""Is every output in the documents what the command above it prints? `python tests/test_readme.py` writes them anew."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 README = Path(__file__).parent.parent / "README.md"
+SHOWN = (README, README.parent / "docs" / "guide.md")
+"""Documents with console blocks."""
 SAMPLE = Path(__file__).parent / "data" / "sample.png"
 
 TOLERANCE = 0.02
@@ -20,7 +22,7 @@ TOLERANCE = 0.02
 
 
 def with_outputs(text: str) -> str:
-    """README.md with its console blocks run in the current folder, in order."""
+    """A document with its console blocks run in the current folder, in order."""
     from hpcmref.cli import app
 
     def run(block: re.Match[str]) -> str:
@@ -41,12 +43,13 @@ def tokens(text: str) -> list[str]:
     return re.findall(r"\b[0-9a-f]{8}\b|\d+(?:\.\d+)?|[^\s\d]+", text)
 
 
-def test_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("document", SHOWN, ids=lambda path: path.name)
+def test_outputs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(SAMPLE, "sample.png")
-    text = README.read_text()
+    text = document.read_text()
     expected, found = tokens(text), tokens(with_outputs(text))
-    assert text.count("```console") >= 4
+    assert "```console" in text
     assert len(found) == len(expected)
     units = [*expected[1:], ""]
     for one, other, unit in zip(found, expected, units, strict=True):
@@ -87,10 +90,10 @@ def test_there_are_two_set_up_commands() -> None:
 
 
 if __name__ == "__main__":
-    written = README.read_text()
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(SAMPLE, folder)
-        os.chdir(folder)
-        written = with_outputs(written)
-        os.chdir(README.parent)
-    README.write_text(written)
+    for document in SHOWN:
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(SAMPLE, folder)
+            os.chdir(folder)
+            written = with_outputs(document.read_text())
+            os.chdir(README.parent)
+        document.write_text(written)

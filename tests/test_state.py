@@ -68,6 +68,27 @@ def test_a_bad_state_is_refused(changes: dict[str, Any]) -> None:
     assert MemoryConfig("state", scales=(1, 2, 3), transfer=True) == MEMORIES["state"]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 1)])
+def test_the_finer_state_has_memory_of_its_own(batch: int, size: tuple[int, int]) -> None:
+    """It is added to in place. Where s1 is one position, reshaped values were a view: one place for all four."""
+    state = torch.randn(batch, WIDTH, *size).to(memory_format=torch.channels_last)
+    before = state.clone()
+    finer = StateBank(WIDTH).finer(state)
+    assert torch.equal(finer, state.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+    finer.add_(torch.arange(finer.numel()).view(finer.shape))
+    assert torch.equal(state, before)
+    assert len(finer.unique()) == finer.numel()
+
+
+@pytest.mark.parametrize("side", [1, 33, 64])
+def test_the_smallest_pictures(side: int, sample: Image.Image, tmp_path: Path) -> None:
+    """s1 is one position."""
+    checkpoints.save(model_of(STATE), tmp_path / "state.safetensors", "a state", {})
+    codec = Codec(checkpoints.load(tmp_path / "state.safetensors"), "state", torch.device("cpu"))
+    assert codec.decode(codec.encode(sample.crop((0, 0, side, side)), 30, verify=True)).size == (side, side)
+
+
 # --- one pass ------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,12 @@ def test_no_byte_units_where_torch_does_not_tell(monkeypatch: pytest.MonkeyPatch
     assert not torch_names.has_byte_units()
 
 
+def test_no_bfloat16_where_torch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert not torch_names.has_bfloat16_units()
+
+
 @pytest.mark.parametrize("missing", [False, True])
 def test_averages(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing:
@@ -51,7 +57,7 @@ def test_full_precision_with_the_old_setting(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_private_names_are_used_nowhere_else() -> None:
-    private = re.compile(r"torch\.(cpu\.)?_(?!_|dynamo)\w+|fp32_precision")
+    private = re.compile(r"torch\.(cpu\.)?_(?!_|dynamo)\w+|fp32_precision|_is_\w+_supported")
     folder = Path(hpcmref.__file__).parent
     users = {path.name for path in folder.rglob("*.py") if private.search(path.read_text(encoding="utf-8"))}
     assert users == {"torch_names.py"}

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("latents", "checkpoints", "lossless"),
     ("search",),
     ("codec", "models", "training"),
-    ("plugin", "sources"),
+    ("plugin", "sources", "selftest"),
     ("many",),
     ("api",),
     ("bench",),

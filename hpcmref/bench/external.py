@@ -217,12 +217,19 @@ def _run_to_its_end(arguments: Sequence[str], seconds: float, folder: str) -> No
         except subprocess.TimeoutExpired:
             raise HpcmrefError(f"{name} took longer than {seconds:g} s") from None
         finally:
-            # The command may have started others: all of them end with it, on a time-out and on Ctrl-C too.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
         if code:
             raise HpcmrefError(f"{name} ended with exit code {code}{_last_line(said)}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a command and what it has started, on a time-out and on Ctrl-C too; on Windows the command alone."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
 
 
 def _last_line(said: IO[bytes]) -> str:

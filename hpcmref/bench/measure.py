@@ -16,7 +16,6 @@ import contextlib
 import ctypes
 import io
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from hpcmref.bench.external import PROCESS
 from hpcmref.bench.search import nearest
 from hpcmref.errors import CheckpointError, ConfigError, HpcmrefError
 from hpcmref.picture import images
+from hpcmref.runtime.heap import resident
 
 T = TypeVar("T")
 
@@ -224,7 +224,7 @@ class PeakMemory:
             _return_free_memory()
             try:
                 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-                self._before = _resident("VmRSS")
+                self._before = resident("VmRSS")
             except OSError:
                 self._before = None
         return self
@@ -237,26 +237,8 @@ class PeakMemory:
 
             peak = torch.cuda.max_memory_allocated()
         else:
-            peak = _resident("VmHWM")
+            peak = resident("VmHWM")
         self.bytes = max(0, peak - self._before)
-
-
-def peak_memory() -> int:
-    """Bytes of the most that the process ever held, with Python, torch and the weights."""
-    try:
-        return _resident("VmHWM")
-    except OSError:  # not Linux, whose ru_maxrss begins with what the parent held
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 def _return_free_memory() -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "Compare two images of one size: PSNR, MS-SSIM and, where it is installed, SSIMULACRA2.",
     "bench": "Measure codecs side by side on your own images: size, quality, time, memory, BD-rate.",
     "train": "Train a model and export it: DIR/PRESET.safetensors, for use with -m.",
+    "selftest": "Check with known files whether this machine codes as it should.",
     "thumbnail": "Write a small PNG of an encoded file, as file managers ask for it.",
     "checkpoints": "List, add, remove and convert models.",
 }
@@ -63,16 +64,22 @@ for _name, _help in COMMANDS.items():
     app.command(_name, help=_help)(lambda: None)  # takes the place of the command in lists of commands
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(context: typer.Context, wanted: bool) -> None:
     if wanted:
-        print(f"hpcmref {__version__}")
+        from hpcmref.cli.versions import described
+
+        print(described() if context.params.get("verbose") else f"hpcmref {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, help="Print the version and exit.")
+    ] = False,
+    # Eager, so that it is known when --version prints.
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", is_eager=True, help="With --version: what hpcmref runs on as well.")
     ] = False,
 ) -> None:
     """A learned image codec: small files that decode to the same pixels on every machine."""

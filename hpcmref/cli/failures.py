@@ -20,6 +20,8 @@ from hpcmref.runtime.signals import Stopped, stoppable
 
 OUT_OF_MEMORY = "not enough memory; try a smaller image"
 OUT_OF_GPU_MEMORY = "not enough memory on the GPU; try --device cpu"
+_OF_A_FULL_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""What torch says where not its own allocator, but CUDA or a library of it found no room."""
 
 
 def exit_code(error: BaseException | None) -> int:
@@ -41,7 +43,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, HpcmrefError):
         return text
     # torch has its own class for a GPU and a bare RuntimeError for a CPU; neither is worth importing torch for.
-    if type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError" or any(part in text for part in _OF_A_FULL_GPU):
         return OUT_OF_GPU_MEMORY
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return OUT_OF_MEMORY

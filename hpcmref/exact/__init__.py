@@ -61,6 +61,6 @@ What might still differ, and why it does not:
 """
 
 from hpcmref.exact.convert import attach, calibrate
-from hpcmref.exact.guard import exactly
+from hpcmref.exact.guard import exactly, repeatably
 
-__all__ = ["attach", "calibrate", "exactly"]
+__all__ = ["attach", "calibrate", "exactly", "repeatably"]

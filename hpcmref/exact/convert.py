@@ -178,10 +178,10 @@ def _convolution_grids(layer: Convolution, ranges: Tensor, bits: Bits) -> dict[s
     terms = max(1.0, float((output_sums(layer, even) / output_peaks(layer, even).clamp(min=1e-12)).max()))
     levels = bits.levels or min((bits.bound * FINENESS / terms) ** 0.5, WORD_LEVELS)
     spread = float((ranges * torch.exp2(-shift)).max())
-    finest = int(torch.floor(torch.log2(torch.tensor(levels / spread))))
+    finest = int(torch.floor(torch.log2(torch.tensor(levels / spread, dtype=torch.float32, device="cpu"))))
     inputs, limit = _whole(finest - shift), int(spread * 2.0**finest) + 1
     # Every output channel gets the finest weights with which its sums stay in their bound: first estimated, then tried.
-    unscaled, bias = integer_weights(layer, inputs, torch.full((layer.out_channels,), EXPONENTS))
+    unscaled, bias = integer_weights(layer, inputs, torch.full((layer.out_channels,), EXPONENTS, device="cpu"))
     room = (bits.bound / _magnitudes(layer, unscaled, bias, limit)).log2()
     if in_bytes:
         room = room.minimum((words.WEIGHT_LIMIT / output_peaks(layer, unscaled).clamp(min=1)).log2())
@@ -190,7 +190,7 @@ def _convolution_grids(layer: Convolution, ranges: Tensor, bits: Bits) -> dict[s
         if outputs[over].min() <= -EXPONENTS:
             raise CheckpointError("The weights are too large for exact arithmetic.")
         outputs = outputs - over.to(torch.int8)
-    return {"input": inputs, "output": outputs, "limit": torch.tensor(limit, dtype=torch.int32)}
+    return {"input": inputs, "output": outputs, "limit": torch.tensor(limit, dtype=torch.int32, device="cpu")}
 
 
 def _over(layer: Convolution, weight: Tensor, bias: Tensor, limit: int, bound: int) -> Tensor:
@@ -212,7 +212,7 @@ def _attention_grids(cell: CrossAttentionCell, query: Tensor, key: Tensor, value
         "query": _whole(of_query.flatten()),
         "key": _whole((scores - of_query).flatten()),
         "value": _whole(of_value.flatten()),
-        "limits": torch.tensor([limit, value_limit], dtype=torch.int32),
+        "limits": torch.tensor([limit, value_limit], dtype=torch.int32, device="cpu"),
     }
 
 

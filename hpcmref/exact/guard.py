@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -20,27 +20,40 @@ from hpcmref.runtime.torch_names import use_full_precision
 def exactly(device: torch.device) -> Iterator[None]:
     """Run float32 convolutions and products as such, whatever the caller has set; restores the caller's settings.
 
-    Off: autocast, TF32 and bfloat16 modes, cuDNN and NNPACK (which may choose Winograd or FFT). May be nested, and
+    Off: autocast, TF32 and bfloat16 modes, cuDNN and NNPACK (which may choose Winograd or FFT), and the refusal of
+    cuBLAS by `torch.use_deterministic_algorithms`, as every order of exact sums gives the same. May be nested, and
     entered by several threads at once. Raises UnsupportedError if the process computes something else all the same.
     """
-    with torch.autocast(device.type, enabled=False), _SWITCHES.off():
-        check(device.type)
+    with torch.autocast(device.type, enabled=False), _EXACT.entered():
+        check(str(device))
         yield
 
 
-class _Switches:
-    """The switches that belong to the whole process: off while any thread wants it, then as they were before."""
+def repeatably(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Run the transforms on a GPU with kernels that give the same result each time; restores the caller's settings.
 
-    def __init__(self) -> None:
+    cuDNN's transposed convolutions may add up in an order that changes from run to run. On a CPU nothing is switched.
+    """
+    return _REPEATABLE.entered() if device.type == "cuda" else contextlib.nullcontext()
+
+
+class _Switches:
+    """Switches that belong to the whole process: set while any thread wants it, then as they were before."""
+
+    def __init__(self, switch: Callable[[contextlib.ExitStack], None]) -> None:
+        """switch: sets them, and tells the stack how to set them back."""
+        self._switch = switch
         self._lock = threading.Lock()
         self._users = 0
         self._undo = contextlib.ExitStack()
 
     @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
+    def entered(self) -> Iterator[None]:
         with self._lock:
             if self._users == 0:
-                self._undo = _switched_off()
+                with contextlib.ExitStack() as undo:
+                    self._switch(undo)
+                    self._undo = undo.pop_all()
             self._users += 1
         try:
             yield
@@ -51,18 +64,32 @@ class _Switches:
                     self._undo.close()
 
 
-_SWITCHES = _Switches()
-
-
-def _switched_off() -> contextlib.ExitStack:
-    """Turns the switches off; closing the result turns them back."""
+def _make_exact(undo: contextlib.ExitStack) -> None:
     backends: Any = torch.backends
-    with contextlib.ExitStack() as undo:
-        undo.callback(setattr, backends.cudnn, "enabled", backends.cudnn.enabled)
-        backends.cudnn.enabled = False
-        undo.callback(backends.nnpack.set_flags, *backends.nnpack.set_flags(False))
-        use_full_precision(undo)
-        return undo.pop_all()
+    undo.callback(setattr, backends.cudnn, "enabled", backends.cudnn.enabled)
+    backends.cudnn.enabled = False
+    undo.callback(backends.nnpack.set_flags, *backends.nnpack.set_flags(False))
+    use_full_precision(undo)
+    _allow_cublas(undo)
+
+
+def _make_repeatable(undo: contextlib.ExitStack) -> None:
+    cudnn: Any = torch.backends.cudnn
+    for name, value in (("deterministic", True), ("benchmark", False)):
+        undo.callback(setattr, cudnn, name, getattr(cudnn, name))
+        setattr(cudnn, name, value)
+    _allow_cublas(undo)
+
+
+def _allow_cublas(undo: contextlib.ExitStack) -> None:
+    """Deterministic algorithms, if the caller wants them, refuse products of matrices on a GPU."""
+    if torch.are_deterministic_algorithms_enabled():
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        undo.callback(torch.use_deterministic_algorithms, True, warn_only=warn_only)
+        torch.use_deterministic_algorithms(False)
+
+
+_EXACT, _REPEATABLE = _Switches(_make_exact), _Switches(_make_repeatable)
 
 
 @lru_cache(maxsize=4)

@@ -97,7 +97,7 @@ class ExactConv(nn.Module):
         if is_pointwise(layer) and words.fits(weight, bias, self.limit).all():
             self.register_buffer("weight", weight[:, :, 0, 0].T.to(torch.int8).contiguous())
             self.register_buffer("bias", bias.to(torch.int32))
-            output_scale = torch.ones(layer.out_channels)
+            output_scale = torch.ones(layer.out_channels, dtype=torch.float32, device="cpu")
         else:
             dtype = container(magnitude, name)
             self.register_buffer("weight", weight.to(dtype))
@@ -249,9 +249,11 @@ class ExactAttend(nn.Module):
             if container(magnitude, name) != torch.float32:
                 raise CheckpointError(f"{name} cannot be computed exactly: its sums reach {magnitude}, over 2^24.")
         # One multiplication by a float32 number, correctly rounded: scores to table steps, with the 1/sqrt(channels).
-        step = power_of_two(-score[:, 0]) * torch.tensor(EXP_STEPS / math.sqrt(per_head), dtype=torch.float32)
+        step = power_of_two(-score[:, 0]) * torch.tensor(
+            EXP_STEPS / math.sqrt(per_head), dtype=torch.float32, device="cpu"
+        )
         self.register_buffer("step", step.view(heads, 1, 1))
-        self.register_buffer("table", torch.tensor(list(EXP_TABLE), dtype=torch.float32))
+        self.register_buffer("table", torch.tensor(list(EXP_TABLE), dtype=torch.float32, device="cpu"))
         self.register_buffer("value_scale", power_of_two(-value).view(heads, 1, per_head))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:

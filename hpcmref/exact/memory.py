@@ -47,7 +47,7 @@ class _WithTable(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("table", torch.tensor(list(EXP_TABLE), dtype=torch.float32))
+        self.register_buffer("table", torch.tensor(list(EXP_TABLE), dtype=torch.float32, device="cpu"))
 
     def _exponential(self, below: Tensor) -> Tensor:
         """round(255 exp(-below / EXP_STEPS)), float32; below: any shape, 0 or more."""

@@ -6,6 +6,7 @@ other processes could not decode them. So the codec asks before it returns a fil
 
 import hashlib
 
+import torch
 from torch import Tensor, nn
 
 from hpcmref.errors import ModelChangedError
@@ -50,7 +51,7 @@ def digest(network: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in _tensors(network).items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

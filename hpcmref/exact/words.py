@@ -46,7 +46,7 @@ def product(x: Tensor, weight: Tensor, limit: int, narrow: bool = False) -> Tens
 
     narrow: all of them, with the bias that follows, are below 2^24. Only then may they come as float32, else as int32.
     """
-    fast = _is_fast(x.device.type)
+    fast = has_units(x.device.type)
     if narrow and not fast:
         return _in_float32(x, weight)
     multiply = int_mm if fast else _in_float32
@@ -61,8 +61,8 @@ def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
     return pointwise(rows, weight.T.float()[:, :, None, None], None)[0, :, 0].T
 
 
-def _is_fast(device: str) -> bool:
-    """Bytes are multiplied in units of their own, and exactly."""
+def has_units(device: str) -> bool:
+    """Whether this device multiplies bytes in units of their own, and exactly; device: "cpu" or "cuda"."""
     return device == "cpu" and bool(torch.backends.mkldnn.enabled) and _multiplies_bytes()
 
 
@@ -75,7 +75,7 @@ def _multiplies_bytes() -> bool:
     for rows, inputs, outputs in ((1, 64, 40), (77, 200, 129), (256, 1920, 64)):
         x, w = (random.choice([-128, -127, 127, 3], size) for size in ((rows, inputs), (inputs, outputs)))
         x[0], w[:, 0] = 127, 127  # sums that saturate 16 bits
-        found = int_mm(torch.tensor(x, dtype=torch.int8), torch.tensor(w, dtype=torch.int8))
+        found = int_mm(*(torch.from_numpy(each.astype(np.int8)) for each in (x, w)))
         if not np.array_equal(found.numpy(), x @ w):
             return False
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+import sysconfig
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -116,6 +117,8 @@ def name() -> str:
 def library_path() -> Path:
     """Where the compiled coder of this platform would be."""
     system, machine = platform.system().lower(), platform.machine().lower()
+    if system == "windows":  # whose platform.machine() may name the processor where Python itself is emulated
+        machine = sysconfig.get_platform().removeprefix("win-")
     machine = _MACHINES.get((system, machine), machine)
     return Path(__file__).parent / "librans" / f"{system}-{machine}{_SUFFIXES.get(system, '.so')}"
 

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,9 @@ MAX_HEADER = 2**22
 
 MAX_FILE = 2**30
 """Bytes of the whole file. The largest preset in float32 has 0.4 * 2^30."""
+
+MAX_LEVELS = 16
+"""Levels of arrays and objects within each other in the JSON."""
 
 DTYPES = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "F16": "<f2", "F32": "<f4"}
 """Names of element types in the header -> NumPy's names. Model files hold no other types."""
@@ -126,11 +129,27 @@ def _described(path: Path, stream: Any) -> TensorFile:
 
 
 def strict_json(text: bytes | str) -> Any:
-    """Parse JSON (UTF-8). Raises ValueError also for repeated names, NaN, infinity and too many levels."""
+    """Parse JSON (UTF-8). Raises ValueError also for repeated names, NaN, infinity and more than MAX_LEVELS levels."""
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_not_a_number)
-    except RecursionError as error:
-        raise ValueError("its JSON has too many levels") from error
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=_not_a_number, parse_float=_finite)
+    except RecursionError:
+        value = None
+    level = [value]
+    for _ in range(MAX_LEVELS):
+        level = [inner for outer in level for inner in _inside(outer)]
+    if level or value is None:
+        raise ValueError("its JSON has too many levels, or is null")
+    return value
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """What an array or object holds."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _not_a_number(number)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -141,7 +160,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _not_a_number(name: str) -> Any:
-    raise ValueError(f"its JSON holds {name}")
+    raise ValueError(f"its JSON holds {name:.40}")
 
 
 def _parsed(header: Any, size: int) -> tuple[dict[str, str], dict[str, Entry]]:

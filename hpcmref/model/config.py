@@ -11,6 +11,12 @@ MAX_CHANNELS, MAX_BLOCKS, MAX_FACTOR, MAX_HEADS, MAX_WINDOW, MAX_ANCHORS = 4096,
 """Limits of a configuration: channels (M and N: a fourth), residual blocks in a row, factors by which blocks
 widen, attention heads, sides of windows, rate anchors. A model file over them is refused before networks are made."""
 
+MAX_SCORES = 2**25
+"""Scores of one window of attention, a float32 each: heads x queries x keys. (The largest preset has 2^17.)"""
+
+MAX_REFERENCES, MAX_RESOLUTION, MAX_STATE = 16, 32, 1024
+"""Limits of a memory: references kept, side of the grid of values, channels of a state (see docs/limits.md)."""
+
 QUALITIES = 64
 """Quality settings of a variable-rate model: 0 (smallest file) to 63 (best picture)."""
 
@@ -43,32 +49,46 @@ class MemoryConfig:
     width: int = 64
 
     def __post_init__(self) -> None:
+        self._check_limits()
         if self.mode not in ("state", "light", "full", "linear", "global", "cross"):
-            raise ConfigError(f"The memory is {self.mode!r}; it must be state, light, full, linear, global or cross.")
+            raise ConfigError(
+                f"The memory is {self.mode!r:.40}; it must be state, light, full, linear, global or cross."
+            )
         if not self.scales or list(self.scales) != sorted(set(self.scales)) or not {1, 2, 3} >= set(self.scales):
             raise ConfigError(f"The memory's scales are {self.scales}; they must be of 1, 2 and 3, ascending.")
         if self.before_prior and 1 in self.scales:
             raise ConfigError("There is nothing to read before the prior of s1: it has one.")
         if self.mode == "state" and (self.scales, self.transfer) != ((1, 2, 3), True):
             raise ConfigError("A state runs through all scales: they are 1, 2 and 3, with transfer.")
-        if not 1 <= self.width <= 1024:
-            raise ConfigError(f"The state has {self.width} channels; it must have 1 to 1024.")
         if self.transfer and (self.mode == "cross" or self.scales not in ((1, 2, 3), (2, 3), (1, 2))):
             raise ConfigError("Transfer is between scales that follow each other, and not with the mode cross.")
-        if (len(self.max_refs), len(self.topk)) != (3, 3):
-            raise ConfigError("max_refs and topk are three numbers: of s1, s2 and s3.")
-        for value in (*self.max_refs, *self.topk, self.compress_ratio, self.num_heads, self.value_resolution):
-            _check_whole("a number of the memory", value, 0, MAX_CHANNELS)
-        if min(*self.max_refs, *self.topk, self.compress_ratio, self.num_heads) < 1 or max(self.max_refs) > 16:
-            raise ConfigError("The memory's numbers must be positive, and max_refs at most 16.")
         if any(topk > max_refs for topk, max_refs in zip(self.topk, self.max_refs, strict=True)):
             raise ConfigError(f"topk {self.topk} is more than max_refs {self.max_refs}.")
-        if not 0.001 <= self.temperature <= 1000:
-            raise ConfigError(f"The memory's temperature is {self.temperature}; it must be within 0.001 to 1000.")
-        if not 1 <= self.value_resolution <= 32:
-            raise ConfigError(f"value_resolution is {self.value_resolution}; it must be within 1 to 32.")
         if self.feature_map not in ("elu", "relu"):
-            raise ConfigError(f"The feature map is {self.feature_map!r}; it must be 'elu' or 'relu'.")
+            raise ConfigError(f"The feature map is {self.feature_map!r:.40}; it must be 'elu' or 'relu'.")
+
+    def _check_limits(self) -> None:
+        """Types and ranges, as the values may come from a file."""
+        for name in ("transfer", "before_prior", "per_position"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"The memory's {name} must be true or false.")
+        if not isinstance(self.scales, tuple) or len(self.scales) > 3:
+            raise ConfigError("The memory's scales must be some of 1, 2 and 3.")
+        for value in self.scales:
+            _check_whole("a scale of the memory", value, 1, 3)
+        for name in ("max_refs", "topk"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or len(values) != 3:
+                raise ConfigError("max_refs and topk are three numbers: of s1, s2 and s3.")
+            for value in values:
+                _check_whole(name, value, 1, MAX_REFERENCES)
+        for name, high in (
+            ("compress_ratio", MAX_CHANNELS), ("num_heads", MAX_HEADS), ("value_resolution", MAX_RESOLUTION),
+            ("width", MAX_STATE),
+        ):  # fmt: skip
+            _check_whole(f"The memory's {name}", getattr(self, name), 1, high)
+        if type(self.temperature) not in (int, float) or not 0.001 <= self.temperature <= 1000:
+            raise ConfigError(f"The memory's temperature is {self.temperature!r:.40}; it must be within 0.001 to 1000.")
 
 
 _YOUNGER = ("width",)
@@ -106,7 +126,7 @@ class HPCMConfig:
     def __post_init__(self) -> None:
         self._check_limits()
         if self.transform not in ("conv", "dct"):
-            raise ConfigError(f"The transform is {self.transform!r}; it must be 'conv' or 'dct'.")
+            raise ConfigError(f"The transform is {self.transform!r:.40}; it must be 'conv' or 'dct'.")
         if self.transform == "dct" and (len(self.stages), len(self.synthesis)) != (1, 1):
             raise ConfigError("The dct transform has exactly one stage.")
         if min(self.M, self.N, self.context_width, self.ratio, self.hyper_ratio) < 1:
@@ -115,6 +135,8 @@ class HPCMConfig:
             raise ConfigError(f"M = {self.M} must be a multiple of 8: s3 codes 8 channel groups.")
         if self.heads and (2 * self.M) % self.heads:
             raise ConfigError(f"{self.heads} heads do not divide the 2 M = {2 * self.M} context channels.")
+        for window in self.windows:
+            _check_scores(self.heads, window, 1)
         if len(self.lambdas) == 1 or list(self.lambdas) != sorted(set(self.lambdas)):
             raise ConfigError("Rate anchors must be two or more, ascending.")
         if self.memory is not None:
@@ -165,6 +187,9 @@ class HPCMConfig:
             raise ConfigError(f"compress_ratio {memory.compress_ratio} does not divide the {2 * self.M} channels.")
         if memory.mode in ("linear", "global", "cross") and narrow % memory.num_heads:
             raise ConfigError(f"num_heads {memory.num_heads} does not divide the {narrow} channels of keys.")
+        if memory.mode == "cross":
+            for scale in memory.scales:
+                _check_scores(memory.num_heads, self.windows[scale - 1], memory.max_refs[scale - 1])
 
     @property
     def anchors(self) -> int:
@@ -199,7 +224,7 @@ class HPCMConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "HPCMConfig":
         """The configuration that `to_dict` wrote. Raises ConfigError on unknown or missing names."""
-        if values.get("memory") is not None:
+        if isinstance(values, dict) and values.get("memory") is not None:
             values = {**values, "memory": _made(MemoryConfig, values["memory"])}
         return _made(cls, values)
 
@@ -210,11 +235,18 @@ def _check_whole(name: str, value: Any, low: int, high: int) -> None:
         raise ConfigError(f"{name} is {value!r:.40}; it must be an integer from {low} to {high}.")
 
 
-def _made(cls: type[T], values: dict[str, Any]) -> T:
+def _check_scores(heads: int, window: int, contexts: int) -> None:
+    if (scores := heads * window**4 * contexts) > MAX_SCORES:
+        raise ConfigError(f"A window of attention has {scores} scores; it may have {MAX_SCORES}.")
+
+
+def _made(cls: type[T], values: Any) -> T:
     """A configuration from its names and JSON values. Raises ConfigError."""
+    if not isinstance(values, dict):
+        raise ConfigError("Not a model configuration: it must be names with their values.")
     try:
         if unknown := sorted(set(values) - set(cls.__dataclass_fields__)):
-            raise ConfigError(f"Unknown model settings: {', '.join(unknown)}.")
+            raise ConfigError(f"Unknown model settings: {', '.join(unknown):.100}.")
         return cls(**{name: _tuples(value) for name, value in values.items()})
     except TypeError as error:
         raise ConfigError(f"Not a model configuration: {error}.") from error

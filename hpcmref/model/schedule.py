@@ -14,6 +14,7 @@ In every step each position of the step's lattice codes exactly one channel grou
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -56,7 +57,6 @@ class Lattice:
         batch, channels, height, width = values.shape
         return self.put(_zeros(values, batch, channels, 2 * height, 2 * width), values)
 
-
     def _taken(self, cells: Tensor) -> Tensor:
         """Which values of cells (..., C) are the lattice's: (2, 1, 2, C) bool."""
         return _phase_mask(self.phases, cells.shape[-1], cells.device)
@@ -75,8 +75,16 @@ class Step:
     tile: tuple[tuple[int, ...], ...]
 
     def table(self, height: int, width: int, device: torch.device) -> Tensor:
-        """The coded group of every position: (height, width) int64."""
-        return _table(self.tile, height, width, device)
+        """The coded group of every position: (height, width) int64.
+
+        Groups are below 8, so the up to 16 of a tile fit into one number, 3 bits each. A kernel takes a number along;
+        a tensor made of a list would be copied to a GPU, which waits until the GPU has caught up.
+        """
+        side = len(self.tile)
+        packed = sum(group << 3 * place for place, group in enumerate(chain.from_iterable(self.tile)))
+        places = torch.arange(side * side, device=device)
+        tile = (torch.full_like(places, packed) >> 3 * places).bitwise_and_(7).view(side, side)
+        return tile.repeat(-(-height // side), -(-width // side))[:height, :width]
 
     def select(self, x: Tensor) -> Tensor:
         """What this step codes of x (B, C, h, w): (B, C/G, h, w)."""
@@ -108,27 +116,18 @@ class Step:
 
 
 @lru_cache(maxsize=64)
-def _table(tile: tuple[tuple[int, ...], ...], height: int, width: int, device: torch.device) -> Tensor:
-    """See `Step.table`. Kept, so that a training step copies nothing from the host; nobody writes to it."""
-    with torch.inference_mode(False):  # training could not use an inference tensor
-        side = len(tile)
-        repeated = torch.tensor(tile, device=device).repeat(-(-height // side), -(-width // side))
-        return repeated[:height, :width]
-
-
-@lru_cache(maxsize=64)
 def _group_mask(
     tile: tuple[tuple[int, ...], ...], height: int, width: int, groups: int, device: torch.device
 ) -> Tensor:
-    """See `Step._mask`. Kept, as `_table` is."""
-    with torch.inference_mode(False):
-        table = _table(tile, height, width, device)
+    """See `Step._mask`. Kept, so that a training step makes it once; nobody writes to it."""
+    with torch.inference_mode(False):  # training could not use an inference tensor
+        table = Step(0, groups, tile).table(height, width, device)
         return (table[:, :, None] == torch.arange(groups, device=device))[..., None]
 
 
 @lru_cache(maxsize=64)
 def _phase_mask(phases: tuple[tuple[int, int], ...], channels: int, device: torch.device) -> Tensor:
-    """See `Lattice._taken`. Kept, as `_table` is."""
+    """See `Lattice._taken`. Kept, as `_group_mask` is."""
     with torch.inference_mode(False):
         rows, columns = torch.tensor(phases, device=device).repeat_interleave(channels // len(phases), 0).T
         side = torch.arange(2, device=device)

@@ -1,7 +1,8 @@
-"""What does the process do with memory between two uses of it? Keeps it, for the next network to use again."""
+"""What does the process do with memory between two uses of it, and how much of it did it hold?"""
 
 import ctypes
 import sys
+from pathlib import Path
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
@@ -20,3 +21,23 @@ def keep_memory() -> None:
     if set_option is not None:
         for option, size in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**29), (_TOP_PAD, 2**24)):
             set_option(option, size)
+
+
+def peak_memory() -> int | None:
+    """Bytes of the most that the process ever held, with Python, torch and the weights; None on Windows."""
+    try:
+        return resident("VmHWM")
+    except OSError:  # not Linux, whose ru_maxrss begins with what the parent held
+        try:
+            import resource
+        except ImportError:
+            return None
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status. Raises OSError where there is none: only Linux has it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")

@@ -19,6 +19,15 @@ def has_byte_units() -> bool:
     return supported is not None and bool(supported()) and hasattr(torch, "_int_mm")
 
 
+def has_bfloat16_units() -> bool:
+    """Whether torch says that this CPU has instructions for bfloat16, without which it is slower than float32.
+
+    Uses torch.cpu._is_avx512_bf16_supported and _is_amx_tile_supported; False where both are missing.
+    """
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
 def int_mm(x: Tensor, weight: Tensor) -> Tensor:
     """The product, int32 (n, C_out), of int8 (n, C_in) and int8 (C_in, C_out).
 
@@ -53,7 +62,7 @@ def use_full_precision(undo: ExitStack) -> None:
         torch.set_float32_matmul_precision("highest")
         return
     for mode in modes:
-        if mode.fp32_precision in ("tf32", "bf16"):
+        if mode.fp32_precision not in ("none", "ieee"):
             undo.callback(_set_precision, mode, mode.fp32_precision)
             mode.fp32_precision = "ieee"
 

@@ -1,7 +1,5 @@
 """Where does the time of a training step go, and how much of what the machine can do is used?"""
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +11,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as trace
 
 from hpcmref.model.cost import macs_per_pixel
+from hpcmref.runtime.heap import peak_memory
 from hpcmref.training.config import Phase, TrainingConfig
 from hpcmref.training.data import Tiles
 from hpcmref.training.loop import Trainer
@@ -26,15 +25,16 @@ class Profile:
     """A training step of one phase, on average.
 
     images and pixels: per second. seconds: of each part of a step. memory: the most that was in use, of the GPU or of
-    this process, in bytes. flops: floating-point operations per second of the networks' convolutions and attention,
-    the backward pass counted as two forward passes. kernels: what took most of the time, with its part of it.
+    this process, in bytes; None where the system does not tell. flops: floating-point operations per second of the
+    networks' convolutions and attention, the backward pass counted as two forward passes. kernels: what took most of
+    the time, with its part of it.
     """
 
     phase: Phase
     images: float
     pixels: float
     seconds: dict[str, float]
-    memory: int
+    memory: int | None
     flops: float
     kernels: list[tuple[str, float]]
 
@@ -128,11 +128,8 @@ def _kernels(trainer: Trainer, tiles: Tiles, count: int = 8) -> list[tuple[str, 
     return [(name, spent / total) for name, spent in times[:count]]
 
 
-def _memory(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    # Linux counts in 1024 bytes, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _memory(device: str) -> int | None:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
 
 
 def now(device: str) -> float:

@@ -1,0 +1,254 @@
+"""Can this machine be trusted? Decodes a small set of files with known answers, and codes their pictures again.
+
+    conformance/set.json    for each case the file, what its latents are, and the picture that it shows
+    conformance/*.hpcm      files of every shipped model, and one without loss
+    conformance/*.png       the pictures, decoded in float32
+
+Latents must have the expected bits, and pixels be within `tolerance` levels. tools/build_conformance.py makes the set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+
+from hpcmref import __version__, checkpoints, lossless
+from hpcmref.checkpoints import CheckpointInfo
+from hpcmref.codec import Codec, device_of, fresh
+from hpcmref.errors import HpcmrefError
+from hpcmref.exact import words
+from hpcmref.format import container, rangecoder
+from hpcmref.format.container import Container
+from hpcmref.runtime.torch_names import has_bfloat16_units
+
+FOLDER = Path(__file__).parent / "conformance"
+
+CODED_AGAIN = 1.0
+"""How much further from its source, in levels on average, a picture may be that was coded here and not by us."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decoding whose result is known.
+
+    model: the registry name, or None for a file without loss, whose pixels are exact. upto: the last scale that is
+    read. length: bytes of the file that are there, or None for all. latents: see `latents_of`. error: mean absolute
+    difference, in levels, between the picture and what is decoded after it is encoded again; None if it is not.
+    """
+
+    name: str
+    file: str
+    picture: str
+    model: str | None = None
+    upto: int = 3
+    length: int | None = None
+    latents: str | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class ConformanceSet:
+    """The cases, and how far pixels may be from their pictures (levels of 255)."""
+
+    tolerance: int
+    cases: tuple[Case, ...]
+
+
+@dataclass
+class Report:
+    """What a self-test found. decoded and coded: good cases of all; worst: levels by which pixels differ at most."""
+
+    versions: dict[str, str]
+    kernels: dict[str, str]
+    models: dict[str, str] = field(default_factory=dict)
+    tolerance: int = 0
+    worst: int = 0
+    decoded: list[int] = field(default_factory=lambda: [0, 0])
+    coded: list[int] = field(default_factory=lambda: [0, 0])
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed, and something was tried."""
+        return not self.failures and self.decoded[1] > 0 and self.coded[1] > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {"passed": self.passed, **asdict(self)}
+
+
+def run(device: str = "auto", folder: Path = FOLDER) -> Report:
+    """Test this machine; takes some seconds. Raises ConfigError if there is no such device.
+
+    What is wrong with the machine, a model or the set is in the report's `failures`, a sentence each.
+    """
+    where = device_of(device)
+    report = Report(versions(), kernels(where))
+    try:
+        known = read_set(folder)
+    except HpcmrefError as error:
+        report.failures.append(str(error))
+        return report
+    report.tolerance = known.tolerance
+    for case in known.cases:
+        if case.model is None:
+            _check(report, case, folder, [])
+    try:
+        shipped = checkpoints.shipped()
+    except HpcmrefError as error:
+        report.failures.append(str(error))
+        return report
+    for info in shipped:
+        report.models[info.name] = info.fingerprint.hex()
+        try:
+            _check_model(report, known, folder, info, where.type)
+        except HpcmrefError as error:
+            report.failures.append(f"{info.name}: {error}")
+    return report
+
+
+def _check_model(report: Report, known: ConformanceSet, folder: Path, info: CheckpointInfo, device: str) -> None:
+    """Try all cases of a model. Raises HpcmrefError if there are none, or the model cannot be loaded or changes."""
+    cases = [case for case in known.cases if case.model == info.name]
+    if not cases:
+        raise HpcmrefError("the conformance set has no file of this model")
+    codecs = [fresh(info.path, each) for each in dict.fromkeys((device, "cpu"))]
+    for case in cases:
+        _check(report, case, folder, codecs)
+    for codec in codecs:
+        codec.latents.unchanged.check_all()
+
+
+def read_set(folder: Path) -> ConformanceSet:
+    """The set in a folder. Raises HpcmrefError if it is missing or damaged."""
+    try:
+        content = json.loads((folder / "set.json").read_text(encoding="utf-8"))
+        cases = tuple(Case(**case) for case in content["cases"])
+        return ConformanceSet(int(content["tolerance"]), cases)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HpcmrefError(f"the conformance set of this installation is missing or damaged: {error}") from error
+
+
+def container_of(case: Case, folder: Path) -> Container:
+    """The file of a case, as much of it as is there. Raises HpcmrefError."""
+    try:
+        data = (folder / case.file).read_bytes()
+    except OSError as error:
+        raise HpcmrefError(f"{case.file} cannot be read: {error.strerror}") from error
+    return container.parse(data[: case.length], partial=case.length is not None)
+
+
+def latents_of(codec: Codec, file: Container, upto: int = 3) -> str:
+    """The first 16 digits of the SHA-256 of the latents that a file decodes to. Raises HpcmrefError."""
+    y_hat = codec.y_hat(file, upto).cpu().contiguous() + 0.0  # no negative zeros
+    return hashlib.sha256(y_hat.numpy().astype("<f4").tobytes()).hexdigest()[:16]
+
+
+def difference(one: Image.Image, other: Image.Image) -> np.ndarray:
+    """Absolute differences of two pictures of one size and mode, int16. Raises HpcmrefError if these differ."""
+    if (one.size, one.mode) != (other.size, other.mode):
+        raise HpcmrefError(f"the picture is {one.size} {one.mode}, and should be {other.size} {other.mode}")
+    return np.abs(np.asarray(one).astype(np.int16) - np.asarray(other).astype(np.int16))
+
+
+def _check(report: Report, case: Case, folder: Path, codecs: list[Codec]) -> None:
+    """Try one case and count it. codecs: that of the device, and of the CPU; none for a file without loss."""
+    for counts, step in ((report.decoded, _decode), (report.coded, _code_again)):
+        if step is _code_again and case.error is None:
+            continue
+        counts[1] += 1
+        try:
+            wrong = list(step(report, case, folder, codecs))
+        except HpcmrefError as error:
+            wrong = [str(error)]
+        counts[0] += not wrong
+        report.failures += [f"{case.name}: {sentence}" for sentence in wrong]
+
+
+def _decode(report: Report, case: Case, folder: Path, codecs: list[Codec]) -> Iterator[str]:
+    """What is wrong with the latents and pixels of a file, a sentence each."""
+    file = container_of(case, folder)
+    expected = _picture(case, folder)
+    if case.model is None:
+        if difference(lossless.decode(file), expected).any():
+            yield "its pixels differ, and should be exact"
+        return
+    codec = codecs[0]
+    if latents_of(codec, file, case.upto) != case.latents:
+        yield "its latents are not the expected ones"
+    worst = int(difference(codec.decode(file, case.upto), expected).max())
+    report.worst = max(report.worst, worst)
+    if worst > report.tolerance:
+        yield f"its pixels differ by up to {worst} levels; {report.tolerance} are allowed"
+
+
+def _code_again(report: Report, case: Case, folder: Path, codecs: list[Codec]) -> Iterator[str]:
+    """What is wrong when the picture of a case is encoded and decoded here, a sentence each."""
+    assert case.error is not None
+    source = _picture(case, folder)
+    learned = container_of(case, folder).learned
+    codec = codecs[0]
+    variable = learned is not None and codec.model.config.qualities > 1
+    data = codec.encode(source, learned.quality if learned and variable else None, verify=True)
+    file = container.parse(data)
+    if len({latents_of(each, file) for each in codecs}) > 1:
+        yield "encoded here, its latents are others on the CPU"
+    error = float(difference(codec.decode(data), source).mean())
+    if error > case.error + CODED_AGAIN:
+        yield f"encoded here, it differs by {error:.1f} levels on average, and should by {case.error:.1f}"
+
+
+def _picture(case: Case, folder: Path) -> Image.Image:
+    try:
+        with Image.open(folder / case.picture, formats=["PNG"]) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, SyntaxError) as error:
+        raise HpcmrefError(f"{case.picture} cannot be read: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of what takes part in coding."""
+    return {
+        "hpcmref": __version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "NumPy": np.__version__,
+        "Pillow": PIL.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def kernels(device: torch.device) -> dict[str, str]:
+    """What computes on a device: its name, and which kernels each kind of operation gets there."""
+    coder = rangecoder.implementation()
+    if device.type == "cuda":
+        cudnn: Any = torch.backends.cudnn
+        precision = "TF32" if cudnn.allow_tf32 else "float32"
+        return {
+            "device": torch.cuda.get_device_name(device),
+            "exact sums": f"float32 and float64 of CUDA {torch.version.cuda}",
+            "transforms": f"{precision} of cuDNN {cudnn.version()}" if cudnn.is_available() else "float32 of CUDA",
+            "range coder": coder,
+        }
+    onednn: Any = torch.backends.mkldnn
+    present = onednn.is_available() and onednn.enabled
+    units = "units for products of bytes" if words.has_units("cpu") else "float32, without units for bytes"
+    return {
+        "device": f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of "
+        f"{os.cpu_count()} processors",
+        "exact sums": f"{units}; {'oneDNN' if present else 'PyTorch without oneDNN'}",
+        "transforms": "bfloat16 and float32" if device.type == "cpu" and has_bfloat16_units() else "float32",
+        "range coder": coder,
+    }

@@ -1,0 +1,69 @@
+"""Does tools/matrix.py keep its table, and does the table have every corner?"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOUND = {
+    "python": "3.11.7",
+    "torch": "2.13.0",
+    "numpy": "2.0.0",
+    "pillow": "13.0.0",
+    "coder": "builtin (C)",
+    "golden": 5,
+    "entropy": "01234567",
+    "files": {"a.bin": "00000000", "b.bin": "11111111"},
+    "megabytes": {"torch": 700.0, "numpy": 50.0, "pip": 15.0, "hpcmref": 13.0, "rich": 2.0},
+    "seen": {"torch and numpy": 800.0, "everything": 850.0},
+}
+
+
+@pytest.fixture(scope="module")
+def matrix() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("matrix", ROOT / "tools" / "matrix.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["matrix"] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_are_added_and_replaced(matrix: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "platforms.md"
+    table.write_text("a\n<!-- corners -->\n<!-- end of corners -->\nb\n<!-- sizes -->\n<!-- end of sizes -->\nc\n")
+    monkeypatch.setattr(matrix, "TABLE", table)
+    matrix.write_table([{"name": "one", **FOUND}, {"name": "two", "error": "no such Python"}])
+    matrix.write_table([{"name": "two", **FOUND, "entropy": "89abcdef"}])
+    lines = table.read_text().splitlines()
+    assert [line[:6] for line in lines if line.startswith("|")] == ["| one ", "| two ", "| one ", "| two "]
+    assert "01234567 | 2 of 2" in lines[2]
+    assert "89abcdef" in lines[3]
+    assert lines[7] == "| one | 800 | 50 | hpcmref 13, rich 2 |"
+    assert (lines[0], lines[-1]) == ("a", "c")
+
+
+def test_the_requirements_of_a_wheel_are_those_of_no_extra(matrix: ModuleType, tmp_path: Path) -> None:
+    wheel = tmp_path / "x.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        said = "Name: x\nRequires-Dist: torch>=2.6\nRequires-Dist: ray; extra == 'ray'\n"
+        archive.writestr("x-1.dist-info/METADATA", said)
+    assert matrix._requirements(wheel) == ["torch>=2.6"]
+
+
+def test_a_command_that_fails_is_told(matrix: ModuleType) -> None:
+    with pytest.raises(matrix.CornerError, match="it / fails"):
+        matrix._run([sys.executable, "-c", "raise SystemExit('first\\nit | fails')"])
+
+
+def test_the_document_has_every_corner(matrix: ModuleType) -> None:
+    text = (ROOT / "docs" / "platforms.md").read_text(encoding="utf-8")
+    names = {each.name for corner in matrix.CORNERS for each in (corner, *corner.variants)}
+    assert {name for name in names if f"| {name} |" not in text} == set()

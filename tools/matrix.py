@@ -1,0 +1,292 @@
+"""Does the wheel work in every corner: Python, torch, numpy, Pillow, range coder, instruction set, locale?
+
+    python tools/matrix.py                                       all corners
+    python tools/matrix.py "Python 3.11" "lowest packages"       these, compared with the first of them
+    python tools/matrix.py --python 3.14=/opt/python3.14/bin/python3 "Python 3.14"
+    python tools/matrix.py --pictures FOLDER --table             more pictures; writes the rows into docs/platforms.md
+
+Builds sdist and wheel, and for each corner makes a fresh environment, installs the wheel alone and runs
+`corner_check.py`. Equal latents must give equal bytes in all corners, and each corner decodes the files of the first,
+which decodes those of all others. Exit code 1 if anything fails or differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "docs" / "platforms.md"
+MOST_BYTES = 20_000_000
+"""Of the wheel."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another process in the same environment."""
+
+    name: str
+    environment: dict[str, str] = field(default_factory=dict)
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class Corner:
+    """A fresh environment: a Python, pins of packages, and processes to run in it besides the plain one."""
+
+    name: str
+    python: str
+    pins: tuple[str, ...] = ()
+    compressai: bool = True
+    variants: tuple[Variant, ...] = ()
+
+
+LOWEST = ("numpy==1.24.4", "pillow==11.3.0", "rich==13.0.0", "safetensors==0.4.3", "typer==0.16.0")
+VARIANTS = (
+    Variant("HPCMREF_RANGECODER=builtin", {"HPCMREF_RANGECODER": "builtin"}),
+    Variant("HPCMREF_RANGECODER=compressai", {"HPCMREF_RANGECODER": "compressai"}),
+    Variant("ATEN_CPU_CAPABILITY=default", {"ATEN_CPU_CAPABILITY": "default"}),
+    Variant("ATEN_CPU_CAPABILITY=avx2", {"ATEN_CPU_CAPABILITY": "avx2"}),
+    Variant("ONEDNN_MAX_CPU_ISA=AVX2", {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
+    Variant(
+        "AVX2 everywhere",
+        {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    ),
+    Variant("python -O", {"PYTHONOPTIMIZE": "1"}),
+    Variant(
+        "LANG=C without UTF-8",
+        {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ),
+    Variant("read-only home and packages", read_only=True),
+)
+CORNERS = (
+    Corner("Python 3.11", "3.11", ("torch==2.13.0",), variants=VARIANTS),
+    Corner("without compressai", "3.11", ("torch==2.13.0",), compressai=False),
+    Corner("lowest packages", "3.11", ("torch==2.13.0", *LOWEST)),
+    Corner("lowest Pillow, newest numpy", "3.11", ("torch==2.13.0", "pillow==11.3.0"), compressai=False),
+    Corner("Python 3.10, everything lowest", "3.10", ("torch==2.6.0", *LOWEST)),
+    Corner("Python 3.12, torch 2.10", "3.12", ("torch==2.10.0",)),
+    Corner("Python 3.13, newest torch", "3.13"),
+    Corner("Python 3.14, newest torch", "3.14"),
+)
+
+
+class CornerError(Exception):
+    """A corner failed; the last line of what it said."""
+
+
+def build(folder: Path) -> Path:
+    """Build sdist and wheel, look at both, and return the path of the wheel."""
+    python = _environment(sys.executable, folder / "builder")
+    _run([python, "-m", "pip", "install", "-q", "build", "twine"])
+    _run([python, "-m", "build", "--outdir", folder / "dist", ROOT])
+    (wheel,) = (folder / "dist").glob("*.whl")
+    _run([python, "-m", "twine", "check", "--strict", *(folder / "dist").iterdir()])
+    with zipfile.ZipFile(wheel) as archive:
+        strangers = {name for name in archive.namelist() if not re.match(r"hpcmref(-[\d.]+\.(dist-info|data))?/", name)}
+    if strangers:
+        raise CornerError(f"the wheel holds {sorted(strangers)}")
+    size = wheel.stat().st_size
+    print(f"{wheel.name}: {size / 1e6:.1f} MB{'' if size <= MOST_BYTES else ', MORE THAN ALLOWED'}")
+    return wheel
+
+
+def install(corner: Corner, interpreter: str, wheel: Path, folder: Path) -> tuple[Path, dict[str, float]]:
+    """Make the environment of a corner; returns its Python and the megabytes of torch with numpy, and of everything."""
+    python = _environment(interpreter, folder)
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(corner.pins) + "\n")
+    pip = [python, "-m", "pip", "install", "-q", "-c", constraints]
+    megabytes = {}
+    # numpy below 2 where compressai needs it: torch alone would bring another one first.
+    _run([*pip, "torch", "numpy<2" if corner.compressai and corner.python < "3.13" else "numpy"])
+    megabytes["torch and numpy"] = _megabytes(folder)
+    if corner.compressai:
+        _run([*pip, wheel])
+    else:
+        _run([*pip, "--no-deps", wheel])
+        _run([*pip, *(each for each in _requirements(wheel) if not each.startswith("compressai"))])
+    megabytes["everything"] = _megabytes(folder)
+    return python, megabytes
+
+
+def check(python: Path, work: Path, name: str, others: Sequence[str], variant: Variant | None = None) -> dict[str, Any]:
+    """What `corner_check.py` found in an environment."""
+    command: list[Any] = [python, work / "checks" / "corner_check.py", work, name, *others]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HPCMREF"))}
+    environment["PYTHONPATH"] = str(work / "checks" / "tests")
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are slow where others work as well
+    if variant is not None:
+        environment |= variant.environment
+        if variant.read_only:
+            home = work / "home"
+            home.mkdir(exist_ok=True)
+            environment["HOME"] = str(home)
+            command = [*_read_only(python.parents[1], home), *command]
+    return dict(json.loads(_run(command, environment, work).splitlines()[-1]))
+
+
+def run(corners: Sequence[Corner], pictures: Path | None, interpreters: dict[str, str]) -> tuple[list[dict], bool]:
+    """All rows of the table, and whether everything went well. All are compared with the first corner."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        wheel = build(work)
+        _prepare(work, pictures)
+        first: Path | None = None
+        for number, corner in enumerate(corners):
+            folder = work / f"environment-{number}"
+            try:
+                python, megabytes = install(corner, _interpreter(corner.python, interpreters), wheel, folder)
+                for variant in (None, *corner.variants):
+                    row = {"name": variant.name if variant else corner.name}
+                    try:
+                        name = f"{number}-{len(rows)}" if rows else "first"
+                        row |= check(python, work, name, ["first"] if rows else [], variant)
+                        row["seen"] = megabytes if variant is None else {}
+                    except CornerError as error:
+                        row["error"] = str(error)
+                    rows.append(row)
+                    print(_line(row, rows[0]), flush=True)
+                first = first or python
+            except CornerError as error:
+                rows.append({"name": corner.name, "error": str(error)})
+                print(_line(rows[-1], rows[0]), flush=True)
+            if number:
+                shutil.rmtree(folder, ignore_errors=True)
+        if first is not None and len(rows) > 1:
+            count = check(first, work, "first", sorted(path.name for path in (work / "files").iterdir()))["decoded"]
+            print(f"{rows[0]['name']} decodes all {count} files of all corners")
+    return rows, all("error" not in row and row["entropy"] == rows[0]["entropy"] for row in rows)
+
+
+def _prepare(work: Path, pictures: Path | None) -> None:
+    """The checks without the package, and the pictures."""
+    unwanted = shutil.ignore_patterns("__pycache__", ".*")
+    for name in ("tests", "research"):
+        shutil.copytree(ROOT / name, work / "checks" / name, ignore=unwanted)
+    shutil.copy(ROOT / "tools" / "corner_check.py", work / "checks")
+    (work / "pictures").mkdir()
+    for picture in sorted(pictures.glob("*.png"))[:4] if pictures else []:
+        shutil.copy(picture, work / "pictures")
+
+
+def _line(row: dict[str, Any], first: dict[str, Any]) -> str:
+    """The row of a corner in the table."""
+    if "error" in row:
+        return f"| {row['name']} | failed: {row['error']} |"
+    same = sum(row["files"].get(name) == crc for name, crc in first["files"].items())
+    cells = [row["name"], row["python"], row["torch"], row["numpy"], row["pillow"], row["coder"]]
+    cells += [f"{row['golden']} of {row['golden']}", row["entropy"], f"{same} of {len(first['files'])}"]
+    return f"| {' | '.join([*cells, datetime.date.today().isoformat()])} |"
+
+
+def _sizes(row: dict[str, Any]) -> str:
+    """The row of a corner in the table of sizes."""
+    seen, packages = row["seen"], row["megabytes"]
+    ours = {name: size for name, size in packages.items() if name not in ("torch", "numpy", "pip", "setuptools")}
+    largest = sorted(ours.items(), key=lambda each: -each[1])[:6]
+    added = seen["everything"] - seen["torch and numpy"]
+    parts = ", ".join(f"{name} {size:.0f}" for name, size in largest)
+    return f"| {row['name']} | {seen['torch and numpy']:.0f} | {added:.0f} | {parts} |"
+
+
+def write_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Replace the rows of these corners in docs/platforms.md, or add them."""
+    text = TABLE.read_text()
+    for marker, lines in (
+        ("corners", [_line(row, rows[0]) for row in rows]),
+        ("sizes", [_sizes(row) for row in rows if row.get("seen")]),
+    ):
+        start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
+        head, _, rest = text.partition(start)
+        before, _, tail = rest.partition(end)
+        table = {line.split("|")[1]: line for line in (*before.splitlines(), *lines)}
+        text = "".join([head, start, *(f"{line}\n" for line in table.values()), end, tail])
+    TABLE.write_text(text)
+
+
+def _interpreter(version: str, known: dict[str, str]) -> str:
+    """The path of a Python: one that was named, in PATH, or of pyenv."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    of_pyenv = sorted((root / "versions").glob(f"{version}.*/bin/python3"))
+    found = known.get(version) or (str(of_pyenv[-1]) if of_pyenv else shutil.which(f"python{version}"))
+    if found is None:
+        raise CornerError(f"there is no Python {version} here")
+    return found
+
+
+def _environment(interpreter: str, folder: Path) -> Path:
+    _run([interpreter, "-m", "venv", folder])
+    return folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+
+
+def _requirements(wheel: Path) -> list[str]:
+    """What the wheel asks for, extras apart."""
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(metadata).decode().splitlines()
+    found = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    return [line for line in found if "extra ==" not in line]
+
+
+def _read_only(*folders: Path) -> list[str]:
+    """A prefix that makes folders read-only for a command: needs root and Linux, whose mounts bind root as well."""
+    if not (sys.platform.startswith("linux") and os.geteuid() == 0 and shutil.which("unshare")):
+        raise CornerError("not run: read-only folders need root on Linux")
+    mounts = [f'mount --bind "{each}" "{each}" && mount -o remount,bind,ro "{each}"' for each in folders]
+    return ["unshare", "-m", "sh", "-c", " && ".join([*mounts, 'exec "$@"']), "sh"]
+
+
+def _run(command: Sequence[Any], environment: dict[str, str] | None = None, folder: Path | None = None) -> str:
+    """What a command printed; raises CornerError with its last line if it failed."""
+    done = subprocess.run([*map(str, command)], env=environment, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit code {done.returncode}"]
+        raise CornerError(lines[-1].replace("|", "/"))
+    return done.stdout
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()) / 1e6
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corners", nargs="*", help="all by default; the first is the one to compare with")
+    parser.add_argument("--list", action="store_true", help="print the names of the corners")
+    parser.add_argument("--pictures", type=Path, help="a folder of PNG files, of which 4 are taken")
+    parser.add_argument("--python", action="append", default=[], metavar="VERSION=PATH")
+    parser.add_argument("--table", action="store_true", help="write the rows into docs/platforms.md")
+    arguments = parser.parse_args()
+    known = {corner.name: corner for corner in CORNERS}
+    if arguments.list:
+        print("\n".join(known))
+        return
+    unknown = set(arguments.corners) - set(known)
+    if unknown:
+        parser.error(f"no such corner: {', '.join(sorted(unknown))}")
+    chosen = [known[name] for name in arguments.corners] or list(CORNERS)
+    interpreters = dict(each.split("=", 1) for each in arguments.python)
+    rows, passed = run(chosen, arguments.pictures, interpreters)
+    if arguments.table:
+        write_table(rows)
+    print("all corners agree" if passed else "SOMETHING FAILED OR DIFFERS")
+    sys.exit(not passed)
+
+
+if __name__ == "__main__":
+    main()
