@@ -6,8 +6,8 @@
     data = hpcmref.encode(Image.open("photo.png"), quality=32)
     image = hpcmref.decode(data)
 
-`encode_many` and `decode_many` take many, `info` says what a file holds, and `load` gives a codec to keep. torch is
-imported on first use, so that importing hpcmref is cheap.
+`encode_many` and `decode_many` take many, `thumbnail` gives a small picture, `info` says what a file holds, and `load`
+gives a codec to keep. torch is imported on first use, so that importing hpcmref is cheap.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from hpcmref.plugin import register as _register
 from hpcmref.runtime.forks import watch_forks as _watch_forks
 
 if TYPE_CHECKING:
-    from hpcmref.api import FileInfo, decode, decode_many, encode, encode_many, info
+    from hpcmref.api import FileInfo, decode, decode_many, encode, encode_many, info, thumbnail
     from hpcmref.codec import Codec, load
 
 DEFAULT_QUALITY = 32
@@ -42,6 +42,7 @@ __all__ = [
     "encode_many",
     "info",
     "load",
+    "thumbnail",
 ]
 
 

@@ -6,13 +6,12 @@ decode:  container -> LatentCodec.decompress -> y_hat -> g_s -> pixels -> image
 
 from __future__ import annotations
 
-import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, __version__, arguments, checkpoints
+from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, __version__, arguments, checkpoints, lossless
 from hpcmref.checkpoints import Checkpoint
+from hpcmref.choice import Choice, Trial, is_flat, min_size, psnr_of, rate_of, visible, visible_pixels
 from hpcmref.errors import (
     ConfigError,
     DecodeError,
@@ -32,18 +32,20 @@ from hpcmref.errors import (
 )
 from hpcmref.exact import attach, repeatably
 from hpcmref.format import container
-from hpcmref.format.container import Container, Encoder, Learned
+from hpcmref.format.container import METADATA, Container, Encoder, Learned, Tag
 from hpcmref.latents import ARITHMETIC, SCALES, Compressed, LatentCodec
-from hpcmref.lossless import decode as decode_lossless
-from hpcmref.model.hpcm import STRIDE
-from hpcmref.model.layers import anchor_weights, in_bfloat16
+from hpcmref.model.hpcm import STRIDE, to_bytes
+from hpcmref.model.layers import in_bfloat16
+from hpcmref.model.transforms import BLOCK
 from hpcmref.picture import images
+from hpcmref.picture.images import Picture
 from hpcmref.picture.metadata import extras_of
+from hpcmref.preview import FEW_STEPS, LinearSynthesis
 from hpcmref.runtime.folders import models_folder
 from hpcmref.runtime.forks import safe_after_fork
 from hpcmref.runtime.torch_names import has_bfloat16_units
 from hpcmref.search import Goal, Options, Watch, search
-from hpcmref.search.synthesis import Picture, SimilarPicture
+from hpcmref.search.synthesis import SimilarTarget, Target
 from hpcmref.similarity import MS_SSIM_LEAST_SIDE, lambda_of_ms_ssim
 
 
@@ -86,6 +88,7 @@ class Codec:
         *,
         verify: bool = False,
         keep_invisible: bool = False,
+        choose: bool = False,
         effort: int = 0,
         metric: str = "mse",
         max_seconds: float | None = None,
@@ -97,7 +100,8 @@ class Codec:
         verify: decode the latents with a second decoder and compare, before anything is returned.
         keep_invisible: code the colours of pixels whose alpha is 0, which are otherwise replaced by a smooth
             continuation of the visible ones.
-        effort: 0 (fast) to 9: how long to search for a better file, one of fewer bits + lambda * error.
+        choose: take a lossless stream instead where it is better (`hpcmref.choice`), as `hpcmref.encode` does.
+        effort: 0 (fast) to 9: how long to search for a better learned stream, one of fewer bits + lambda * error.
         metric: what a search takes for the error, "mse" or "ms-ssim" (which needs sides of 161 pixels).
         max_seconds: end the search after them, with what it has found. watch: see `hpcmref.search.Watch`.
 
@@ -108,17 +112,24 @@ class Codec:
         arguments.flag("verify", verify)
         options = Options(effort, metric, max_seconds, watch)
         self._check_search(options)
-        frame, x = self._framed(image, keep_invisible)
+        picture, frame = self._framed(image, keep_invisible)
         _check_sides(frame, metric)
+        if arguments.flag("choose", choose) and is_flat(picture):
+            return _without_loss(picture, verify)
         with self._inference():
-            y, z = self.model.latents(self.model.features(x, _to_unit), self._rate(quality))
+            x = self.model.features(_padded(picture.pixels, self.device), _to_unit)
+            y, z = self.model.latents(x, self._rate(quality))
+            del x  # large images need the room
+            data, y_hat = self._encoded(frame, y, z, quality, verify and not effort)
+            if choose:
+                made = self._choice(picture, frame, {quality: (data, y_hat)})
+                if made.is_lossless(quality, _stream_size(data)):
+                    return _without_loss(picture, verify, made)
             if effort:
-                goal = Goal(self.weight(quality, metric))
-                compressed = self._searched(frame, x, goal, y, quality, options)
-            else:
-                del x  # large images need the room
-                compressed = self.latents.compress(y, z, quality)
-            return self._written(frame, compressed, quality, verify, effort)
+                del y_hat
+                compressed = self._searched(picture, Goal(self.weight(quality, metric)), y, quality, options)
+                data = self._written(frame, compressed, quality, verify, effort)
+        return data
 
     def encode_to(
         self,
@@ -129,6 +140,7 @@ class Codec:
         psnr: float | None = None,
         verify: bool = False,
         keep_invisible: bool = False,
+        choose: bool = False,
         effort: int = 0,
         metric: str = "mse",
         max_seconds: float | None = None,
@@ -136,11 +148,12 @@ class Codec:
     ) -> bytes:
         """The file of an image at the quality that comes closest to one target, in at most seven trials.
 
-        size: bytes, or bpp: bits per pixel, that the file does not exceed; psnr: dB of RGB that the picture has at
-        least. Rate and PSNR rise with quality, so the trials halve the range of qualities; g_a runs once. With an
-        effort, the search then makes that file better (size and bpp: the picture; psnr: the file), and keeps to the
-        target. Raises ConfigError unless there is exactly one target, HpcmrefError if no quality reaches it, and as
-        `encode` does.
+        size: bytes, or bpp: bits per pixel, that the file does not exceed, metadata included; psnr: dB of RGB that the
+        picture has at least, over all pixels whose alpha is above 0. Rate and PSNR rise with quality, so the trials
+        halve the range of qualities; g_a runs once. choose: take a lossless stream where it reaches the target, and is
+        no larger than the learned one if the target is a PSNR. With an effort, a search then makes the learned stream
+        better (size and bpp: the picture; psnr: the file), and keeps to the target. Raises ConfigError unless there is
+        exactly one target, HpcmrefError if no quality reaches it, and as `encode` does.
         """
         if sum(target is not None for target in (size, bpp, psnr)) != 1:
             raise ConfigError("exactly one of size, bits per pixel and PSNR can be the target")
@@ -154,61 +167,96 @@ class Codec:
         arguments.flag("verify", verify)
         options = Options(effort, metric, max_seconds, watch)
         self._check_search(options)
-        frame, x = self._framed(image, keep_invisible)
+        picture, frame = self._framed(image, keep_invisible)
         _check_sides(frame, metric)
         limit = size if bpp is None else bpp * frame.width * frame.height / 8
-
-        def reached(compressed: Compressed, quality: int) -> bool:
-            if limit is not None:
-                return len(self._written(frame, compressed, quality, False, 0)) <= limit
-            assert psnr is not None
-            return _psnr(self._pixels(compressed.y_hat, quality, frame), _cropped(x, frame)) >= psnr
-
-        with self._inference():
-            features = self.model.features(x, _to_unit)
-            nearest = self._nearest(features, reached, limit is not None)
-            if nearest is None:
-                wanted = f"{psnr} dB" if psnr is not None else f"{limit:.0f} bytes"
-                raise HpcmrefError(f"no quality of the model {self.name} reaches {wanted} with this image")
-            quality, compressed = nearest
-            if effort:
-                y, _ = self.model.latents(features, self._rate(quality))
-                del features
-                overhead = len(self._written(frame, compressed, quality, False, 0)) - len(compressed.payloads[0])
-                goal = Goal(
-                    self.weight(quality, metric),
-                    most_bytes=None if limit is None else limit - overhead,
-                    most_error=None if psnr is None else 255**2 * frame.width * frame.height / 10 ** (psnr / 10),
-                )
-                compressed = self._searched(frame, x, goal, y, quality, options)
-            return self._written(frame, compressed, quality, verify, effort)
-
-    def _nearest(
-        self, features: Tensor, reached: Callable[[Compressed, int], bool], highest: bool
-    ) -> tuple[int, Compressed] | None:
-        """The highest (or lowest) quality whose coded latents reach a target, and these latents; None if none does."""
+        if arguments.flag("choose", choose) and (is_flat(picture) or (limit and min_size(picture) <= limit)):
+            data = _without_loss(picture, verify)
+            if limit is None or len(data) <= limit:
+                return data
         low, high = 0, self.model.config.qualities - 1
-        best: tuple[int, Compressed] | None = None
-        while low <= high:
-            quality = (low + high) // 2
-            compressed = self.latents.compress(*self.model.latents(features, self._rate(quality)), quality)
-            if is_one := reached(compressed, quality):
-                best = quality, compressed
-            low, high = (quality + 1, high) if is_one == highest else (low, quality - 1)
-        return best
+        best: bytes | None = None
+        chosen = 0
+        with self._inference():
+            features = self.model.features(_padded(picture.pixels, self.device), _to_unit)
+            while low <= high:
+                quality = (low + high) // 2
+                y, z = self.model.latents(features, self._rate(quality))
+                data, y_hat = self._encoded(frame, y, z, quality, verify)
+                if limit is not None:  # the largest file within the limit
+                    reached = len(data) <= limit
+                    low, high = (quality + 1, high) if reached else (low, quality - 1)
+                else:  # the smallest file that is good enough
+                    assert psnr is not None
+                    reached = psnr_of(self._error(y_hat, quality, picture), 3 * visible_pixels(picture)) >= psnr
+                    low, high = (low, quality - 1) if reached else (quality + 1, high)
+                best, chosen = (data, quality) if reached else (best, chosen)
+        if choose and limit is None and (best is None or min_size(picture) <= len(best)):
+            data = _without_loss(picture, verify)
+            if best is None or len(data) <= len(best):
+                return data
+        if best is None:
+            wanted = f"{psnr} dB" if psnr is not None else f"{size} bytes" if bpp is None else f"{bpp} bits per pixel"
+            raise HpcmrefError(_unreached(self.name, frame, wanted, limit))
+        if not effort:
+            return best
+        overhead = len(best) - len(container.parse(best).payload)
+        goal = Goal(
+            self.weight(chosen, metric),
+            most_bytes=None if limit is None else limit - overhead,
+            most_error=None if psnr is None else 255**2 * visible_pixels(picture) / 10 ** (psnr / 10),
+        )
+        with self._inference():
+            y, _ = self.model.latents(features, self._rate(chosen))
+            del features
+            compressed = self._searched(picture, goal, y, chosen, options)
+            return self._written(frame, compressed, chosen, verify, effort)
 
-    def _searched(self, frame: _Frame, x: Tensor, goal: Goal, y: Tensor, quality: int, options: Options) -> Compressed:
-        """The best that a search finds for the picture x (1, 3, H', W') uint8 from y on."""
-        kind = SimilarPicture if options.metric == "ms-ssim" else Picture
-        picture = kind(self.model, self._rate(quality), x, (frame.height, frame.width), frame.grey)
-        return search(self.latents, picture, goal, y, self.model.hyper_latents, quality, options)
+    def _searched(self, picture: Picture, goal: Goal, y: Tensor, quality: int, options: Options) -> Compressed:
+        """The best that a search finds from y on. Pixels count unless nobody sees them."""
+        alpha, hidden = picture.extras.alpha, picture.is_filled or goal.most_error is not None
+        seen = torch.from_numpy(alpha > 0).to(self.device) if alpha is not None and alpha.any() and hidden else None
+        kind = SimilarTarget if options.metric == "ms-ssim" else Target
+        pixels = _padded(picture.pixels, self.device)
+        target = kind(self.model, self._rate(quality), pixels, picture.pixels.shape[:2], picture.grey, seen)
+        return search(self.latents, target, goal, y, self.model.hyper_latents, quality, options)
 
-    def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[_Frame, Tensor]:
-        """The header fields of an image, and its pixels (1, 3, H', W') uint8, padded to multiples of 64."""
+    def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[Picture, _Frame]:
+        """The pixels of an image, and the header fields."""
         picture = images.picture_of(image, arguments.flag("keep_invisible", keep_invisible))
         height, width = picture.pixels.shape[:2]
-        frame = _Frame(width, height, picture.grey, picture.extras.chunks())
-        return frame, _padded(picture.pixels, self.device)
+        return picture, _Frame(width, height, picture.grey, picture.extras.chunks())
+
+    def _choice(self, picture: Picture, frame: _Frame, made: dict[int, tuple[bytes, Tensor]]) -> Choice:
+        """The streams of a picture. made: files and y_hat by quality, as far as there are any."""
+
+        @cache
+        def features() -> Tensor:
+            return self.model.features(_padded(picture.pixels, self.device), _to_unit)
+
+        @cache
+        def trial(quality: int) -> Trial:
+            if quality not in made:
+                y, z = self.model.latents(features(), self._rate(quality))
+                made[quality] = self._encoded(frame, y, z, quality, False)
+            data, y_hat = made[quality]
+            return Trial(_stream_size(data), self._error(y_hat, quality, picture))
+
+        return Choice(picture, self.model.config.lambdas, self.model.config.qualities, trial)
+
+    def _error(self, y_hat: Tensor, quality: int, picture: Picture) -> float:
+        """The squared error of all visible samples, 0..255, of a picture that is decoded from y_hat."""
+        height, width = picture.pixels.shape[:2]
+        shown = self._pixels(y_hat, quality, _Frame(width, height, picture.grey, ()))
+        reference = torch.from_numpy(picture.pixels).to(self.device)
+        alpha = picture.extras.alpha
+        seen = None if alpha is None or not alpha.any() else torch.from_numpy(alpha > 0).to(self.device)
+        return _squared_error(shown, reference, seen)
+
+    def _encoded(self, frame: _Frame, y: Tensor, z: Tensor, quality: int, verify: bool) -> tuple[bytes, Tensor]:
+        """The file of y (1, M, h, w) and z, and the y_hat that it decodes to."""
+        compressed = self.latents.compress(y, z, quality)
+        return self._written(frame, compressed, quality, verify, 0), compressed.y_hat
 
     def _written(self, frame: _Frame, compressed: Compressed, quality: int, verify: bool, effort: int) -> bytes:
         """The file of coded latents."""
@@ -253,11 +301,59 @@ class Codec:
         if (pixels := file.width * file.height) > max_pixels:
             raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
         if file.learned is None:
-            return decode_lossless(file, max_pixels)
+            return lossless.decode(file, max_pixels)
         y_hat = self.y_hat(file, upto)
         with self._inference():
             shown = self._pixels(y_hat, self._learned(file).quality, file)
         return images.image_of(shown.cpu().numpy(), file.grey, extras_of(file))
+
+    def thumbnail(
+        self,
+        data: bytes | Container,
+        side: int,
+        partial: bool = False,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        damaged: bool = False,
+    ) -> Image.Image:
+        """The image of a file, made to fit a square of `side` pixels and never larger than it is.
+
+        From 12 pixels of the picture for one of the thumbnail on it takes less than half the time of `decode` and is an
+        approximation (`hpcmref.preview`). The other arguments are those of `decode`, and so are the errors.
+        """
+        arguments.integer("side", side, 1)
+        file = data if isinstance(data, Container) else container.parse(data, partial, damaged)
+        factor = max(file.width, file.height) / side
+        if file.learned is None or factor < BLOCK or self.model.config.transform != "dct":
+            return images.fitted(self.decode(file, max_pixels=max_pixels), side)
+        if (pixels := file.width * file.height) > max_pixels:
+            raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
+        return self._preview(
+            file, self._learned(file), images.fitting(file.width, file.height, side), factor >= FEW_STEPS
+        )
+
+    def _preview(self, file: Container, learned: Learned, size: tuple[int, int], few_steps: bool) -> Image.Image:
+        """A picture of `size` (width, height), at most an eighth of the whole, from the linear part of g_s."""
+        with self._inference():
+            if few_steps and not (file.truncated or file.damaged):
+                grid = (-(-file.height // STRIDE), -(-file.width // STRIDE))
+                y_hat = self.latents.preview(file.payload, learned.checksums, grid, learned.quality)
+            else:
+                y_hat = self.y_hat(file)
+            gain = self.model.log_inverse_gain
+            small = self._linear(y_hat if gain is None else y_hat * gain(self._rate(learned.quality)).exp())
+            small = to_bytes(small)
+        shown = Image.fromarray(small[0].permute(1, 2, 0).contiguous().cpu().numpy())
+        area = (0.0, 0.0, file.width / BLOCK, file.height / BLOCK)
+        pixels = np.asarray(shown.resize(size, Image.Resampling.LANCZOS, area))
+        extras = extras_of(file)
+        if extras.alpha is not None:
+            alpha = Image.fromarray(extras.alpha).resize(size, Image.Resampling.BOX, reducing_gap=2)
+            extras = replace(extras, alpha=np.asarray(alpha))
+        return images.image_of(pixels, file.grey, replace(extras, mode=None) if extras.mode == "1" else extras)
+
+    @cached_property
+    def _linear(self) -> LinearSynthesis:
+        return LinearSynthesis(self.model)
 
     def verify(self, data: bytes | Container) -> None:
         """Decode all latents and metadata of a file and compare its checksums; the picture itself is not made.
@@ -327,8 +423,7 @@ class Codec:
 
         That is a squared error of one grey level in one pixel, or for "ms-ssim" an MS-SSIM of 0 instead of 1 in one.
         """
-        lambdas = torch.tensor(self.model.config.lambdas, device=self.device)
-        found = float((anchor_weights(self._rate(quality), len(lambdas)) @ lambdas.log()).exp())
+        found = rate_of(self.model.config.lambdas, quality, self.model.config.qualities)
         return lambda_of_ms_ssim(found) if metric == "ms-ssim" else found
 
     def _rate(self, quality: int) -> Tensor:
@@ -428,8 +523,37 @@ def _check_sides(frame: _Frame, metric: str) -> None:
         raise ImageError(f"MS-SSIM needs images of at least {MS_SSIM_LEAST_SIDE} pixels a side")
 
 
-def _psnr(shown: Tensor, reference: Tensor) -> float:
-    """dB, of (H, W, 3) uint8; infinite for equal ones."""
-    rows = zip(shown.split(64), reference.split(64), strict=True)
-    error = sum(int((x.int() - y.int()).square_().sum()) for x, y in rows)
-    return 10 * math.log10(255**2 * shown.numel() / error) if error else math.inf
+def _squared_error(shown: Tensor, reference: Tensor, seen: Tensor | None) -> float:
+    """Of (H, W, 3) uint8; seen: (H, W) bool, which pixels count, or all."""
+    error = 0
+    for top in range(0, len(shown), 64):  # in parts, for the memory
+        rows = slice(top, top + 64)
+        squares = (shown[rows].int() - reference[rows].int()).square_()
+        error += int((squares if seen is None else squares[seen[rows]]).sum())
+    return float(error)
+
+
+def _stream_size(data: bytes) -> int:
+    """Bytes of the payload of a file, and of the header fields that a lossless one does not have."""
+    return len(container.parse(data).payload) + container.LEARNED_BYTES
+
+
+def _without_loss(picture: Picture, verify: bool, made: Choice | None = None) -> bytes:
+    """The file with a lossless stream. Raises DecodeError if it is to be verified and differs."""
+    coding, payload = lossless.pack(visible(picture)) if made is None else made.stream
+    data = lossless.file_of(picture, coding, payload)
+    if verify:
+        lossless.compare(data, visible(picture))
+    return data
+
+
+def _unreached(name: str, frame: _Frame, wanted: str, limit: float | None) -> str:
+    """The sentence about a target that no quality reaches; limit: bytes, if it is one."""
+    sizes = {Tag(tag).name: len(content) for tag, content in frame.chunks if tag in {*METADATA, Tag.ALPHA}}
+    alpha = sizes.pop("ALPHA", 0)
+    if limit is not None and sum(sizes.values()) > limit:
+        items = " and ".join(f"{name} data of {size} bytes" for name, size in sizes.items())
+        return f"the image cannot have {wanted}: its metadata alone is larger ({items}); leave it out with --strip"
+    if limit is not None and alpha > limit:
+        return f"the image cannot have {wanted}: its transparency alone takes {alpha} bytes"
+    return f"no quality of the model {name} reaches {wanted} with this image"

@@ -23,6 +23,7 @@ from hpcmref.format.container import Checksums
 from hpcmref.format.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
 from hpcmref.model.coders import Part, SymbolReader, SymbolWriter
 from hpcmref.model.hpcm import EntropyPath
+from hpcmref.preview import PreviewReader, interpolated
 
 ARITHMETIC = 1
 """Number of the arithmetic in a file's header: integers (`hpcmref.exact`). 0 was float32; no release has written it."""
@@ -111,6 +112,20 @@ class LatentCodec:
                 return y_hat, scale
             del y_hat
         raise DecodeError("the file is damaged or ends before its first scale does: nothing of it can be shown")
+
+    def preview(self, payload: bytes, checksums: Checksums, size: tuple[int, int], quality: int) -> Tensor:
+        """y_hat (1, M, 4h, 4w) from the first steps of s3, the rest interpolated: see `hpcmref.preview`.
+
+        Raises DecodeError if the latents up to s2 are not those that were encoded, and as `decompress` does.
+        """
+        symbols = size[0] * size[1] * self.entropy.symbols_per_position
+        reader = PreviewReader(self.thresholds, [SymbolDecoder(payload, symbols)])
+        with torch.inference_mode(), exactly(self.device):
+            reader.run(self.entropy, self._quality(1, quality), size)
+            self.unchanged.check()
+            if not _agree(checksums, _checksums(reader.checksums[0]), 2):
+                raise DecodeError("the decoded latents are not the encoded ones: the file is damaged or forged")
+            return interpolated(reader.y_hat, reader.known)
 
     def verify(self, compressed: Compressed, size: tuple[int, int], quality: int) -> None:
         """Decode what `compress` returned with a copy of the entropy path that no earlier call has used, on the CPU.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FORMAT = "HPCM"
 
 _MAGIC = b"\x89HPC"
-_METADATA = ("icc_profile", "exif", "xmp")
+_METADATA = ("icc_profile", "exif", "xmp", "dpi", "comment")
 _TARGETS = ("size", "bpp", "psnr")
 
 
@@ -39,6 +39,8 @@ class HpcmImageFile(ImageFile.ImageFile):
     format = FORMAT
     format_description = "hpcmref learned image codec"
     _is_encoded = False
+    _side: int | None = None
+    """Of the preview that is loaded instead of the whole."""
 
     def _open(self) -> None:
         from hpcmref.format.container import peek
@@ -66,6 +68,29 @@ class HpcmImageFile(ImageFile.ImageFile):
                 raise OSError(str(error)) from error
         super().verify()
 
+    def draft(self, mode: str | None, size: tuple[int, int] | None) -> tuple[str, tuple[int, int, float, float]] | None:
+        """Have a picture of an eighth, a sixteenth ... of the size loaded, at least as large as asked for: an
+        approximation (see `hpcmref.thumbnail`). The mode stays.
+        """
+        if not self._is_encoded or self._side is not None or size is None or self.mode == "1":
+            return None
+        longer, factor = max(self.size), 1
+        while max(self.size[0] // max(1, size[0]), self.size[1] // max(1, size[1])) >= 2 * factor:
+            factor *= 2
+        if factor < 8:
+            return None
+        from hpcmref.picture.images import fitting
+
+        width, height = self.size
+        self._side = longer // factor
+        self._size = fitting(width, height, self._side)
+        return self.mode, (0, 0, float(self._size[0]), float(self._size[1]))
+
+    def thumbnail(self, size: tuple[float, float], *arguments: Any, **options: Any) -> None:
+        """As of Pillow's images; what it is made of is loaded no larger than it must be."""
+        self.draft(None, (int(size[0]), int(size[1])))
+        super().thumbnail(size, *arguments, **options)
+
     def load(self) -> Any:
         """Decode the file, if that is not done: of a truncated one what there is, if LOAD_TRUNCATED_IMAGES is set."""
         if self._is_encoded and self.fp is not None:
@@ -77,7 +102,7 @@ class HpcmImageFile(ImageFile.ImageFile):
             data = self.fp.read()
             try:
                 file = parse(data, partial)
-                image = _decoded(file, MAX_PIXELS)
+                image = _decoded(file, MAX_PIXELS, self._side)
             except HpcmrefError as error:
                 raise OSError(str(error)) from error
             self.im = image.im
@@ -88,13 +113,17 @@ class HpcmImageFile(ImageFile.ImageFile):
         return super().load()
 
 
-def _decoded(file: Container, max_pixels: int) -> Image.Image:
+def _decoded(file: Container, max_pixels: int, side: int | None) -> Image.Image:
     if file.learned is None:
         from hpcmref.lossless import decode
+        from hpcmref.picture.images import fitted
 
-        return decode(file, max_pixels)
+        image = decode(file, max_pixels)
+        return image if side is None else fitted(image, side)
     from hpcmref.codec import codec_for
 
+    if side is not None:
+        return codec_for(file).thumbnail(file, side, max_pixels=max_pixels)
     return codec_for(file).decode(file, max_pixels=max_pixels)
 
 
@@ -108,7 +137,7 @@ def _save_all(image: Image.Image, file: IO[bytes], filename: str | bytes) -> Non
 
 def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     """Options: quality (0 to 63), a target (size, bpp, psnr) or lossless; keep_invisible; model, device; icc_profile,
-    exif and xmp.
+    exif, xmp, dpi and comment.
 
     Metadata that is not given comes from the image; None leaves it out.
     """
@@ -123,6 +152,9 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
         for name in _METADATA:
             value = options.get(name, image.info.get(name))
             image.info[name] = value.tobytes() if isinstance(value, Image.Exif) else value
+        overruled = {"comment": "text", "dpi": "jfif_unit"}
+        for name in overruled.keys() & options.keys():
+            image.info.pop(overruled[name], None)
     if options.get("lossless"):
         from hpcmref.lossless import encode
 
@@ -133,6 +165,6 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     keep = bool(options.get("keep_invisible"))
     codec = load(options.get("model"), options.get("device", "auto"))
     if targets := {name: options[name] for name in _TARGETS if options.get(name) is not None}:
-        file.write(codec.encode_to(image, **targets, keep_invisible=keep))
+        file.write(codec.encode_to(image, **targets, keep_invisible=keep, choose=True))
     else:
-        file.write(codec.encode(image, options.get("quality"), keep_invisible=keep))
+        file.write(codec.encode(image, options.get("quality"), keep_invisible=keep, choose=True))

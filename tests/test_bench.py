@@ -300,8 +300,8 @@ class TestCodecsOf:
             ("jpeg:", "'' are not options"),
             ("jpeg:optimize=1+optimize=0", "optimize is there twice"),
             ("jpeg:subsampling=4:1:1", "it must be one of 4:4:4, 4:2:2, 4:2:0"),
-            ("hpcmref:speed=1", "hpcmref has one option, effort=0 to effort=9; choose models with --models"),
-            ("hpcmref:effort=10", "hpcmref has one option, effort=0 to effort=9; choose models with --models"),
+            ("hpcmref:speed=1", "hpcmref has the options choose=1 and effort=0 to effort=9; choose models with"),
+            ("hpcmref:effort=10", "hpcmref has the options choose=1 and effort=0 to effort=9; choose models with"),
         ],
     )
     def test_options_are_checked(self, text: str, message: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import TINY, model_of, psnr
+from models import TINY, model_of, psnr, tensor_of
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
@@ -29,7 +29,7 @@ from hpcmref.format.rangecoder import SymbolEncoder, symbol_bits
 from hpcmref.model import HPCM
 from hpcmref.search import efforts, synthesis
 from hpcmref.search.anneal import LIMIT, predictions
-from hpcmref.search.synthesis import Picture, SimilarPicture
+from hpcmref.search.synthesis import SimilarTarget, Target
 from hpcmref.similarity import ms_ssim
 
 QUALITY = 40
@@ -67,11 +67,11 @@ class TestGradient:
         model.g_s[-2].bias.data += 0.5  # pictures of a middle grey, where nothing is clamped
         return model
 
-    def picture(self, model: HPCM, size: tuple[int, int], grey: bool = False) -> Picture:
+    def picture(self, model: HPCM, size: tuple[int, int], grey: bool = False) -> Target:
         x = torch.randint(0, 256, (1, 3, 192, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
         if grey:
             x = x[:, :1].expand(1, 3, -1, -1).contiguous()
-        return Picture(model, torch.tensor([30.0]), x, size, grey)
+        return Target(model, torch.tensor([30.0]), x, size, grey)
 
     @pytest.mark.parametrize("grey", [False, True])
     def test_it_is_that_of_autograd(self, model: HPCM, y: Tensor, grey: bool) -> None:
@@ -102,6 +102,15 @@ class TestGradient:
         in_strips = picture.gradient(y)
         torch.testing.assert_close(in_strips, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
+    def test_invisible_pixels_do_not_count(self, model: HPCM, y: Tensor) -> None:
+        seen = torch.zeros(192, 128, dtype=torch.bool)
+        seen[:64] = True
+        whole = self.picture(model, (192, 128))
+        masked = Target(model, torch.tensor([30.0]), whole._x, (192, 128), False, seen)
+        part = self.picture(model, (64, 128))
+        torch.testing.assert_close(masked.gradient(y), part.gradient(y), rtol=1e-4, atol=1e-4)
+        assert masked.error(y) == part.error(y)
+
     def test_what_is_not_seen_has_none(self, model: HPCM, y: Tensor) -> None:
         gradient = self.picture(model, (64, 128)).gradient(y)
         assert gradient[:, :, :4].abs().min() > 0
@@ -109,19 +118,20 @@ class TestGradient:
 
     def test_the_error_is_that_of_the_decoded_picture(self, codec: Codec, crop: Image.Image) -> None:
         for image in (crop, crop.convert("L")):
-            frame, x = codec._framed(image, False)
+            picture, _ = codec._framed(image, False)
+            x = torch.from_numpy(np.pad(picture.pixels, ((0, 58), (0, 28), (0, 0)), "edge")).permute(2, 0, 1)[None]
             data = codec.encode(image, QUALITY)
-            picture = Picture(codec.model, torch.tensor([float(QUALITY)]), x, crop.size[::-1], frame.grey)
+            target = Target(codec.model, torch.tensor([float(QUALITY)]), x, crop.size[::-1], picture.grey)
             with torch.inference_mode():
                 y_hat = codec.latents.compress(*codec.model.analyse(x / 255, torch.tensor([float(QUALITY)])), QUALITY)
-                error = picture.error(y_hat.y_hat)
+                error = target.error(y_hat.y_hat)
             shown, wanted = (np.asarray(each.convert("RGB"), float) for each in (codec.decode(data), image))
             assert error == pytest.approx(np.square(shown - wanted).sum() / 3)
 
 
 def test_costs_of_symbols_are_those_of_the_payload(codec: Codec, crop: Image.Image) -> None:
     """The rows of the table belong to the places of the symbols, and the table's bits to the range coder."""
-    _, x = codec._framed(crop, False)
+    x = tensor_of(crop.crop((0, 0, 64, 64))) * 255
     with torch.inference_mode():
         y, z = codec.model.analyse(x / 255, torch.tensor([float(QUALITY)]))
         compressed, parts = codec.latents.compress_and_predict(y, z, QUALITY)
@@ -180,7 +190,7 @@ class TestSimilarity:
         if grey:
             shown, wanted = shown.mean(1, keepdim=True), wanted[:, :1]
         ((1 - ms_ssim(shown[:, :, :170, :181], wanted[:, :, :170, :181])) * 170 * 181).sum().backward()
-        gradient = SimilarPicture(model, torch.tensor([30.0]), x, (170, 181), grey).gradient(y)
+        gradient = SimilarTarget(model, torch.tensor([30.0]), x, (170, 181), grey).gradient(y)
         assert leaf.grad is not None
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
 

@@ -127,6 +127,7 @@ class TestStoppable:
     @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
     def test_a_signal_is_an_exception_once(self, name: str) -> None:
         number = getattr(signal, name)
+        found = signal.signal(number, signal.SIG_DFL)  # where tests run in the background, it is ignored
         before = signal.getsignal(number)
 
         def run() -> None:
@@ -136,10 +137,13 @@ class TestStoppable:
                 finally:
                     signal.raise_signal(number)  # while it is tidied up: ignored
 
-        with pytest.raises(Stopped) as caught:
-            run()
-        assert caught.value.exit_code == 128 + number
-        assert signal.getsignal(number) == before
+        try:
+            with pytest.raises(Stopped) as caught:
+                run()
+            assert caught.value.exit_code == 128 + number
+            assert signal.getsignal(number) == before
+        finally:
+            signal.signal(number, found)
 
     def test_ignored_signals_stay_ignored(self) -> None:
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

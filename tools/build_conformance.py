@@ -118,7 +118,7 @@ def _answered(case: Case, codec: Codec, folder: Path, again: bool = False) -> Ca
 
 
 def _codec(path: Path, bfloat16: bool) -> Codec:
-    with patch("hpcmref.codec.has_bfloat16", return_value=bfloat16):
+    with patch("hpcmref.codec.has_bfloat16_units", return_value=bfloat16):
         return fresh(path, "cpu")
 
 

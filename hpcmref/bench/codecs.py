@@ -170,22 +170,29 @@ class HpcmrefCodec:
 
     label: what the curve is called. device: "cpu" or "cuda". With several models, quality k is the k-th model.
     effort: how long encoding searches, 0 to 9.
+    choose: measure what `hpcmref encode` writes, which is a lossless stream where that is better, and not the learned
+    stream alone.
     """
 
     label: str
     models: tuple[str, ...]
     device: str
+    choose: bool = False
     effort: int = 0
     rising = True
 
     @property
     def name(self) -> str:
-        return f"{self.label} effort={self.effort}" if self.effort else self.label
+        return self.label + self._options
 
     @property
     def identity(self) -> str:
         models = " ".join(_digest(model) for model in self.models)
-        return f"hpcmref {__version__} {models}" + (f" effort={self.effort}" if self.effort else "")
+        return f"hpcmref {__version__} {models}{self._options}"
+
+    @property
+    def _options(self) -> str:
+        return " choose=1" * self.choose + (f" effort={self.effort}" if self.effort else "")
 
     @property
     def qualities(self) -> range:
@@ -200,7 +207,8 @@ class HpcmrefCodec:
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
         network = _network(self.models[quality if len(self.models) > 1 else 0], self.device)
-        return network.encode(image, None if network.model.config.qualities == 1 else quality, effort=self.effort)
+        own = None if network.model.config.qualities == 1 else quality
+        return network.encode(image, own, choose=self.choose, effort=self.effort)
 
     def decode(self, data: bytes) -> Image.Image:
         from hpcmref.format.container import parse
@@ -258,18 +266,18 @@ def _is_here(name: str) -> bool:
 def codecs_of(names: Sequence[str], models: Sequence[str], device: str) -> list[Codec]:
     """The codecs that a command line asks for.
 
-    names: "hpcmref" (which stands for every one of `models`), perhaps with an effort: "hpcmref:effort=3"; or "jpeg",
-    "webp", "avif", "jxl", each perhaps with save options of Pillow: "avif:speed=0+subsampling=4:2:0". models: a name of
-    the registry, a file, NAME=FILE (another name for it), or NAME=FILE+FILE+... (models of one rate that make one
-    curve). device: "auto", "cpu" or "cuda". Raises ConfigError, CheckpointError.
+    names: "hpcmref" (which stands for every one of `models`), or "jpeg", "webp", "avif", "jxl", each perhaps with save
+    options of Pillow: "avif:speed=0+subsampling=4:2:0". models: a registry name, a file, NAME=FILE (another name for
+    it), or NAME=FILE+FILE+... (models of one rate that make one curve). device: "auto", "cpu" or "cuda". Raises
+    ConfigError, CheckpointError.
     """
     chosen: list[Codec] = []
     for text in names:
         name, colon, options = text.strip().partition(":")
         if name.lower() == "hpcmref":
-            effort = _effort(_options(options)) if colon else 0
+            own = _own_options(_options(options)) if colon else {}
             where = _resolved(device)
-            chosen += [replace(_hpcmref(model, where), effort=effort) for model in models]
+            chosen += [replace(_hpcmref(model, where), **own) for model in models]
         elif (codec := PILLOW_CODECS.get(name.lower())) is None:
             hint = near(name, available())
             raise ConfigError(f"there is no codec {name!r}; the codecs here are {', '.join(available())}{hint}")
@@ -303,12 +311,12 @@ def _hpcmref(text: str, device: str) -> HpcmrefCodec:
     return codec
 
 
-def _effort(options: Mapping[str, str]) -> int:
-    """The effort that the options of hpcmref ask for."""
-    text = options.get("effort", "")
-    if set(options) != {"effort"} or not (text.isdecimal() and int(text) < 10):
-        raise ConfigError("hpcmref has one option, effort=0 to effort=9; choose models with --models")
-    return int(text)
+def _own_options(texts: Mapping[str, str]) -> dict[str, Any]:
+    """The options of hpcmref: "choose" 0 or 1, "effort" 0 to 9."""
+    highest = {"choose": 1, "effort": 9}
+    if not all(text.isdecimal() and int(text) <= highest.get(name, -1) for name, text in texts.items()):
+        raise ConfigError("hpcmref has the options choose=1 and effort=0 to effort=9; choose models with --models")
+    return {name: bool(int(text)) if name == "choose" else int(text) for name, text in texts.items()}
 
 
 def _resolved(device: str) -> str:

@@ -48,7 +48,8 @@ def bench(
             "--codecs",
             metavar="LIST",
             help="hpcmref, jpeg, webp, avif, jxl, with commas between; Pillow's save options may follow: "
-            "avif:speed=0+subsampling=4:2:0. By default all that are here.",
+            "avif:speed=0+subsampling=4:2:0. hpcmref is the learned stream alone, hpcmref:choose=1 what encode writes. "
+            "By default all that are here.",
         ),
     ] = None,
     models: Annotated[

@@ -84,6 +84,15 @@ def decode(
             "--upto", metavar="1|2|3", min=1, max=3, help="A preview: read scales 1 to N alone, and predict the rest."
         ),
     ] = 3,
+    thumbnail: Annotated[
+        int | None,
+        typer.Option(
+            "--thumbnail",
+            metavar="N",
+            min=1,
+            help="A small picture, N pixels on its longer side; faster, and not exact.",
+        ),
+    ] = None,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Decode a truncated file as far as it goes.")
     ] = False,
@@ -127,6 +136,8 @@ def decode(
     def is_there(job: Job) -> bool:
         return job.target is not None and is_decoded(job.target, format_for(job), job.source)
 
+    if thumbnail is not None and upto != 3:
+        raise typer.BadParameter("--thumbnail reads what it needs, and --upto what you say.")
     outputs = Outputs(force, preserve, is_there if resume else None)
     style = Style(quiet, as_json, verbose)
     if dry:
@@ -147,7 +158,15 @@ def decode(
 
     use_threads(threads)
     decoder = _Decoder(
-        Codecs(model, device.value), upto, allow_partial, allow_damaged, max_pixels, asked, output_quality, colour
+        Codecs(model, device.value),
+        upto,
+        allow_partial,
+        allow_damaged,
+        max_pixels,
+        asked,
+        output_quality,
+        colour,
+        thumbnail,
     )
     run_spread(planned, prepare, decoder, finish, style, jobs, ray, threads)
 
@@ -164,6 +183,7 @@ class _Decoder:
     form: str | None
     quality: int | None
     background: Colour | None
+    thumbnail: int | None
 
     def __call__(self, job: Job, content: bytes) -> Made:
         from hpcmref.format.container import parse
@@ -188,8 +208,12 @@ class _Decoder:
     def _decoded(self, file: Container, codec: Codec | None) -> Image.Image:
         if codec is None:
             from hpcmref import lossless
+            from hpcmref.picture.images import fitted
 
-            return lossless.decode(file, self.max_pixels)
+            image = lossless.decode(file, self.max_pixels)
+            return image if self.thumbnail is None else fitted(image, self.thumbnail)
+        if self.thumbnail is not None:
+            return codec.thumbnail(file, self.thumbnail, max_pixels=self.max_pixels)
         return codec.decode(file, self.upto, max_pixels=self.max_pixels)
 
     def _rendered(self, image: Image.Image, job: Job) -> bytes:

@@ -17,6 +17,7 @@ import typer
 
 from hpcmref.cli.batch import Done, Made, Outcome, Style, dry_run, run_spread
 from hpcmref.cli.effort import Effort, EffortOption, MaxSecondsOption, MetricOption, OnInterrupt, OnInterruptOption
+from hpcmref.cli.frames import each_frame, frame_of
 from hpcmref.cli.jobs import ENCODED_SUFFIX, Job, Outputs, plan
 from hpcmref.cli.options import (
     Device,
@@ -86,6 +87,9 @@ def encode(
     frame: Annotated[
         int | None, typer.Option("--frame", metavar="N", min=1, help="Encode this frame or page, counted from 1.")
     ] = None,
+    all_frames: Annotated[
+        bool, typer.Option("--all-frames", help="Encode every frame or page to a file of its own: name-0001.bin.")
+    ] = False,
     effort: EffortOption = 0,
     metric: MetricOption = "mse",
     max_seconds: MaxSecondsOption = None,
@@ -96,10 +100,12 @@ def encode(
     keep_invisible: Annotated[
         bool, typer.Option("--keep-invisible", help="Keep the colours under transparent pixels instead of smooth ones.")
     ] = False,
-    strip: Annotated[bool, typer.Option("--strip", help="Leave out the ICC profile, EXIF and XMP data.")] = False,
+    strip: Annotated[
+        bool, typer.Option("--strip", help="Leave out all metadata: ICC profile, EXIF, text and others.")
+    ] = False,
     strip_only: Annotated[
         str | None,
-        typer.Option("--strip-only", metavar="PARTS", help="Leave out some of: location,exif,xmp,icc."),
+        typer.Option("--strip-only", metavar="PARTS", help="Leave out some of: location,exif,xmp,icc,iptc,text."),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Decode each file with a second decoder before it is written, and compare.")
@@ -139,6 +145,10 @@ def encode(
     if as_json and planned.to_stdout:
         raise typer.BadParameter("the file goes to standard output already; name another with -o.", param_hint="--json")
 
+    if all_frames:
+        if frame is not None:
+            raise typer.BadParameter("--all-frames has every frame, and --frame one.")
+        planned.jobs = each_frame(planned.jobs)
     wanted = Wanted(model, quality, target, lossless)
     is_there = (lambda job: job.target is not None and wanted.is_there(job.target)) if resume else None
     outputs = Outputs(force, preserve, is_there)
@@ -213,7 +223,7 @@ class _Encoder:
 
         file = io.BytesIO(content)
         file.name = job.name
-        image = images.open_image(file, self.frame or 1)
+        image = images.open_image(file, frame_of(job, self.frame))
         if self.strip:
             return images.strip(image)
         return images.strip_only(image, self.strip_only) if self.strip_only else image
@@ -226,7 +236,7 @@ class _Encoder:
             if self.verify:
                 lossless.verify(data, image)
             return data
-        options: dict[str, Any] = {"keep_invisible": self.keep_invisible}
+        options: dict[str, Any] = {"keep_invisible": self.keep_invisible, "choose": True}
         if self.verify:
             options["verify"] = True
         with self.effort.options() as searching:
@@ -235,9 +245,12 @@ class _Encoder:
             return self._codec.encode(image, self.quality, **options, **searching)
 
     def _measured(self, image: Image.Image, data: bytes) -> dict[str, float | None]:
-        """How close the decoded picture is: "psnr" in dB and, where it is installed, "ssimulacra2"."""
+        """How close the decoded picture is: "psnr" in dB, of what is visible, and, where installed, "ssimulacra2"."""
+        import numpy as np
+
         from hpcmref import lossless
         from hpcmref.bench import metrics
+        from hpcmref.choice import visible_pixels
         from hpcmref.format.container import parse
         from hpcmref.picture.images import picture_of
 
@@ -245,9 +258,16 @@ class _Encoder:
         decoded = lossless.decode(file) if self.lossless else self._codec.decode(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the image loses has been said
-            original = picture_of(image, self.keep_invisible or self.lossless).pixels  # as it was coded
+            picture = picture_of(image, self.keep_invisible or self.lossless)  # as it was coded
+            original = picture.pixels
             shown = picture_of(decoded, keep_invisible=True).pixels
+            alpha = picture.extras.alpha
+            seen = visible_pixels(picture) / (original.shape[0] * original.shape[1])
+        if alpha is not None and seen < 1:
+            shown = np.where(alpha[..., None] > 0, shown, original)  # what is invisible does not count
         found = metrics.measured(original, shown, metrics.chosen(None) & {"ssimulacra2"})
+        if found["psnr"] is not None:
+            found["psnr"] += 10 * math.log10(seen)
         return {name: found[name] for name in ("psnr", "ssimulacra2") if found[name] is not None}
 
     @functools.cached_property

@@ -19,6 +19,7 @@ def info(
         list[str],
         typer.Argument(metavar="FILE", help="Encoded files, folders of .hpcm and .bin files, or - for standard input."),
     ],
+    exif: Annotated[bool, typer.Option("--exif", help="List every tag of the EXIF data.")] = False,
     recursive: RecursiveOption = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON array with one object a file, on standard output.")
@@ -36,7 +37,7 @@ def info(
             inputs(files, ENCODED_SUFFIXES, recursive), Job.read, work, lambda job, outcome: Done(), totals=False
         )
     finally:
-        print(json.dumps(described, indent=2) if as_json else "\n".join(map(_text, described)))
+        print(json.dumps(described, indent=2) if as_json else "\n".join(_text(each, exif) for each in described))
 
 
 def _facts(job: Job, data: bytes) -> dict[str, Any]:
@@ -61,10 +62,11 @@ def _facts(job: Job, data: bytes) -> dict[str, Any]:
             "quality": found.quality,
             "arithmetic": ARITHMETIC.get(found.arithmetic, f"number {found.arithmetic}"),
         }
-    return {**facts, "size": found.size, "parts": found.parts, "bits_per_pixel": found.bits_per_pixel}
+    sizes = {"size": found.size, "parts": found.parts, "bits_per_pixel": found.bits_per_pixel}
+    return {**facts, **sizes, "metadata": found.metadata_sizes, "about": found.about, "exif": dict(found.exif)}
 
 
-def _text(facts: dict[str, Any]) -> str:
+def _text(facts: dict[str, Any], exif: bool) -> str:
     parts = ", ".join(f"{name} {size}" for name, size in facts["parts"].items())
     lines = {
         "image": f"{facts['width']}x{facts['height']} {facts['channels']}",
@@ -80,4 +82,9 @@ def _text(facts: dict[str, Any]) -> str:
         "size": f"{facts['size']} bytes ({parts})",
         "rate": f"{facts['bits_per_pixel']:.3f} bits per pixel",
     }
-    return "\n".join([f"{facts['file']}:", *(f"  {name:8} {value}" for name, value in lines.items())])
+    if facts["metadata"]:
+        lines["metadata"] = ", ".join(f"{name} {size} bytes" for name, size in facts["metadata"].items())
+    about = [f"  {name:8} {value}" for name, value in facts["about"].items()]
+    if exif:
+        about += [f"    {name} = {value}" for name, value in facts["exif"].items()]
+    return "\n".join([f"{facts['file']}:", *(f"  {name:8} {value}" for name, value in lines.items()), *about])

@@ -35,16 +35,16 @@ class Wanted:
             file = parse(data)
         except FormatError:
             return False
-        if file.learned is None or self.lossless:
-            return file.learned is None and self.lossless
+        if self.lossless:
+            return file.learned is None
+        pixels = file.width * file.height
+        fits = len(data) <= self.target.get("size", self.target.get("bpp", float("inf")) * pixels / 8)
+        if file.learned is None:  # which the encoder chooses for some pictures: as good as any quality, and of no model
+            return fits
         fingerprint, usual = self._model
         if file.learned.fingerprint != fingerprint:
             return False
-        if not self.target:
-            return file.learned.quality == (usual if self.quality is None else self.quality)
-        pixels = file.width * file.height
-        limit = self.target.get("size", self.target.get("bpp", float("inf")) * pixels / 8)
-        return len(data) <= limit
+        return fits if self.target else file.learned.quality == (usual if self.quality is None else self.quality)
 
     @functools.cached_property
     def _model(self) -> tuple[bytes, int]:

@@ -21,7 +21,7 @@ def thumbnail(
     ] = None,
 ) -> None:
     """Write a small PNG of an encoded file, as file managers ask for it."""
-    from hpcmref import decode
+    import hpcmref
     from hpcmref.picture import thumbnail as pictures
     from hpcmref.runtime.files import atomic_write
 
@@ -30,4 +30,6 @@ def thumbnail(
         "Thumb::MTime": str(int(file.stat().st_mtime)),
         "Thumb::Mimetype": "image/x-hpcm",
     }
-    atomic_write(output, pictures.thumbnail(decode(file), size, about))
+    found = hpcmref.info(file)
+    small = hpcmref.thumbnail(file, size)
+    atomic_write(output, pictures.thumbnail(small, size, about, (found.width, found.height)))

@@ -59,6 +59,8 @@ _LEARNED = struct.Struct(
     "I"  # checksum of all latents
 )
 _U32 = struct.Struct("<I")
+LEARNED_BYTES = _LEARNED.size
+"""What a learned payload adds to the header."""
 
 _HAS_CHUNKS = 1 << 0
 _GREY = 1 << 1
@@ -88,6 +90,10 @@ class Tag(IntEnum):
     IPTC = 7
     TEXT = 8
     RESOLUTION = 9
+
+
+METADATA = (Tag.ICC, Tag.EXIF, Tag.XMP, Tag.IPTC, Tag.TEXT)
+"""The chunks that an image can do without, and that can be large."""
 
 
 @dataclass(frozen=True)

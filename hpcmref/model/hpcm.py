@@ -23,7 +23,7 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _to_bytes(x: Tensor) -> Tensor:
+def to_bytes(x: Tensor) -> Tensor:
     """0..1 -> 0..255 uint8."""
     return x.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
@@ -124,7 +124,7 @@ class HPCM(nn.Module):
 
     def picture(self, y_hat: Tensor, quality: Tensor) -> Tensor:
         """What a decoder shows: y_hat (B, M, H/16, W/16), quality (B,) -> (B, 3, H, W) uint8."""
-        return self.synthesise(y_hat, quality, _to_bytes)
+        return self.synthesise(y_hat, quality, to_bytes)
 
     def forward(self, x: Tensor, quality: Tensor | None = None) -> Estimate:
         """Estimate rate and reconstruction.

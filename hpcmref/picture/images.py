@@ -35,7 +35,8 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from hpcmref.arguments import wrong_type
 from hpcmref.errors import ImageError
 from hpcmref.format.container import MAX_PIXELS, MAX_SIDE
-from hpcmref.picture import exif, plugins
+from hpcmref.picture import exif, plugins, texts
+from hpcmref.picture.frames import frames_of
 from hpcmref.picture.invisible import filled
 from hpcmref.picture.metadata import MAX_METADATA, Extras, info_of
 from hpcmref.picture.privacy import without
@@ -94,23 +95,45 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_SIDEWAYS = (5, 6, 7, 8)
+"""Orientations whose turns exchange width and height."""
+
 _pillow_limit = threading.Lock()
 
 
-def open_image(source: Path | BinaryIO, frame: int = 1) -> Image.Image:
+def open_image(source: Path | BinaryIO, frame: int | None = None) -> Image.Image:
     """One frame or page of an image file, with its pixels decoded and the file closed.
 
-    frame: its number, from 1. Warns of the frames that are left out.
+    frame: its number, from 1. None is the first, with a warning that says how many others are left out.
 
     Raises ImageError if the file cannot be read, is no image, is damaged, or has more
     than MAX_PIXELS pixels or a side above MAX_SIDE; the latter before any pixel is decoded.
     """
-    name = str(source) if isinstance(source, Path) else getattr(source, "name", "the image")
+    name = _name_of(source)
+    with _reading(source, name) as file:
+        return _frame(file, name, frame)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """The image of a file, its header read and nothing else. Raises ImageError as `open_image`."""
+    with _reading(path, str(path)) as file:
+        yield _opened(file, str(path))[1]
+
+
+def _name_of(source: Path | BinaryIO) -> str:
+    return str(source) if isinstance(source, Path) else getattr(source, "name", "the image")
+
+
+@contextlib.contextmanager
+def _reading(source: Path | BinaryIO, name: str) -> Iterator[BinaryIO]:
+    """The open file of a source; whatever goes wrong while it is read is an ImageError."""
     try:
         if isinstance(source, Path):
             with source.open("rb") as file:
-                return _frame(file, name, frame)
-        return _frame(source, name, frame)
+                yield file
+        else:
+            yield source
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -128,11 +151,13 @@ class Picture:
 
     pixels: (H, W, 3) uint8; the three channels are equal if `grey`.
     extras: everything else that is kept of it.
+    is_filled: colours under alpha 0 were replaced.
     """
 
     pixels: np.ndarray
     grey: bool
     extras: Extras
+    is_filled: bool = False
 
 
 def picture_of(image: Image.Image | np.ndarray, keep_invisible: bool = False) -> Picture:
@@ -155,14 +180,15 @@ def picture_of(image: Image.Image | np.ndarray, keep_invisible: bool = False) ->
     if colours.mode != image.mode and image.mode in ("LAB", "YCbCr", "HSV") and metadata.icc is not None:
         metadata = replace(metadata, icc=None)  # it describes colours that are no more
     pixels = np.array(colours)
-    if alpha is not None and not keep_invisible:
+    is_filled = alpha is not None and not keep_invisible
+    if alpha is not None and is_filled:
         pixels = filled(pixels.reshape(*alpha.shape, -1), alpha).reshape(pixels.shape)
     grey = pixels.ndim == 2
     if grey:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
     elif mode is None and _is_grey(pixels):
         grey, mode = True, "RGB"
-    return Picture(pixels, grey, replace(metadata, alpha=alpha, mode=mode))
+    return Picture(pixels, grey, replace(metadata, alpha=alpha, mode=mode), is_filled)
 
 
 def pixels_of(image: Image.Image) -> tuple[np.ndarray, bool]:
@@ -176,7 +202,7 @@ def pixels_of(image: Image.Image) -> tuple[np.ndarray, bool]:
 def image_of(pixels: np.ndarray, grey: bool, extras: Extras | None = None) -> Image.Image:
     """The image of pixels (H, W, 3) uint8, which for a grey one are averaged, in the mode that `extras` asks for.
 
-    Its `info` has the metadata under Pillow's names: icc_profile, exif and xmp.
+    Its `info` has the metadata, under Pillow's names where it has some (see `metadata.info_of`).
     """
     extras = extras or Extras()
     if grey:
@@ -197,6 +223,24 @@ def image_of(pixels: np.ndarray, grey: bool, extras: Extras | None = None) -> Im
     return image
 
 
+def fitting(width: int, height: int, side: int) -> tuple[int, int]:
+    """Width and height of the picture that fits a square of `side` pixels, never larger than it is."""
+    factor = max(1.0, max(width, height) / side)
+    return max(1, round(width / factor)), max(1, round(height / factor))
+
+
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """The image made to fit a square, with its info; of mode L instead of 1 if it is made smaller."""
+    size = fitting(image.width, image.height, side)
+    if size == image.size:
+        return image
+    image = image.convert("L") if image.mode == "1" else image
+    gap = None if image.mode == "I;16" else 3.0  # Pillow cannot reduce it
+    small = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=gap)
+    small.info = image.info
+    return small
+
+
 def without_exif(image: Image.Image) -> Image.Image:
     """The image, upright, without EXIF data in any form that Pillow knows; its info is a new dictionary."""
     turned = _upright(image)
@@ -213,7 +257,7 @@ def strip_only(image: Image.Image, parts: Collection[str]) -> Image.Image:
 
 
 def strip(image: Image.Image) -> Image.Image:
-    """The image, upright, without ICC profile, EXIF and XMP data."""
+    """The image, upright, without any metadata."""
     _load(image)
     bare = _upright(image).copy()
     bare.info = {name: value for name, value in bare.info.items() if name == "transparency"}
@@ -252,18 +296,17 @@ def save_image(image: Image.Image, path: Path) -> None:
     atomic_write(path, rendered(image, path))
 
 
-def _frame(file: BinaryIO, name: str, frame: int) -> Image.Image:
+def _frame(file: BinaryIO, name: str, frame: int | None) -> Image.Image:
     file, image = _opened(file, name)
     _check_size(image, name)
-    # The later images of an MPO are thumbnails and gain maps that cameras append to a JPEG, not frames.
-    frames = getattr(image, "n_frames", 1)
-    if not 1 <= frame <= frames:
+    if frame is None:
+        if others := len(frames_of(image)) - 1:
+            _warn(f"only the first frame of {name} is used; {others} more are left out")
+    elif frame not in range(1, (frames := getattr(image, "n_frames", 1)) + 1):
         raise ImageError(f"{name} has {frames} frame{'s' * (frames > 1)}, and no frame {frame}")
-    if frame > 1:
+    else:
         image.seek(frame - 1)
         _check_size(image, name)
-    elif frames > 1 and image.format != "MPO":
-        _warn(f"only the first frame of {name} is used; {frames - 1} more are left out")
     # Pillow has no mode for colours of 16 bits and drops the lower 8 while it reads them.
     if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not is_wide(image):
         _warn(f"{name} has 16 bits a channel, and 8 are kept")
@@ -406,8 +449,12 @@ def _exif(image: Image.Image) -> Image.Exif:
         return Image.Exif()
 
 
+def _orientation(image: Image.Image) -> Any:
+    return _exif(image).get(ExifTags.Base.Orientation, 1)
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(_exif(image).get(ExifTags.Base.Orientation, 1))
+    turn = _TURNS.get(_orientation(image))
     image = normalised(image)
     return image if turn is None else image.transpose(turn)
 
@@ -448,13 +495,24 @@ def _cmyk(pixels: np.ndarray) -> Image.Image:
 
 
 def _metadata(image: Image.Image) -> Extras:
-    """ICC, EXIF and XMP data of an image, as they are when it is upright."""
+    """The metadata of an image, as it is when the image is upright."""
     icc, xmp = (_bounded(image.info.get(name), name) for name in ("icc_profile", "xmp"))
     if xmp is not None:
         xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
     cicp = image.info.get("cicp")
     cicp = cicp if isinstance(cicp, bytes) and len(cicp) == 4 else None
-    return Extras(icc=icc, exif=_bounded(_upright_exif(image), "exif"), xmp=xmp, cicp=cicp)
+    tags = _bounded(_upright_exif(image), "exif")
+    text = texts.text_of(image)
+    if not texts.is_bounded(text):
+        _warn(f"its text is not kept: it has more than {texts.MAX_ITEMS} items or {texts.MAX_TEXT} bytes")
+        text = ()
+    resolution = texts.resolution_of(image)
+    if resolution is not None and resolution == texts.resolution_of_exif(tags):
+        resolution = None
+    if resolution is not None and resolution[0] != resolution[1] and _orientation(image) in _SIDEWAYS:
+        resolution = resolution[::-1]
+    iptc = _bounded(texts.iptc_of(image), "iptc")
+    return Extras(icc=icc, exif=tags, xmp=xmp, cicp=cicp, iptc=iptc, text=text, resolution=resolution)
 
 
 def _bounded(content: Any, name: str) -> bytes | None:

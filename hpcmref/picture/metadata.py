@@ -1,8 +1,8 @@
 """What does an image carry besides its colours, and how do the chunks of a file hold it?
 
-Alpha, the mode that the image had, and its ICC, EXIF and XMP data. `FORMAT.md` is the specification of the chunks; the
-compression of all of them is a bare LZMA2 stream with a dictionary of 1 MiB. Whatever a chunk says, unpacking it takes
-no more memory than the image has pixels, or than MAX_METADATA.
+Alpha, the mode that the image had, its ICC, EXIF, XMP and IPTC data, text and resolution. `FORMAT.md` is the
+specification of the chunks; the compression of most of them is a bare LZMA2 stream with a dictionary of 1 MiB. Whatever
+a chunk says, unpacking it takes no more memory than the image has pixels, or than MAX_METADATA.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from PIL import Image
 
 from hpcmref.errors import FormatError
 from hpcmref.format.container import Container, Tag
+from hpcmref.picture import texts
 from hpcmref.picture.exif import PREFIX
 
 MAX_METADATA = 1 << 24
@@ -26,7 +27,7 @@ MAX_METADATA = 1 << 24
 RESTORED = {"1": 1, "I;16": 2, "CMYK": 3, "RGB": 4}
 """Modes that are coded as another and restored, and the content of their chunk."""
 
-_METADATA = (("icc", Tag.ICC), ("exif", Tag.EXIF), ("xmp", Tag.XMP))
+_METADATA = (("icc", Tag.ICC), ("exif", Tag.EXIF), ("xmp", Tag.XMP), ("iptc", Tag.IPTC))
 _LZMA2 = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20, "lc": 3, "lp": 0, "pb": 0}]
 _SAMPLE = 1 << 20
 
@@ -38,7 +39,10 @@ class Extras:
     alpha: (H, W) uint8, or None.
     mode: a key of RESTORED, or None if colours and alpha tell the mode: L, LA, RGB or RGBA.
     cicp: 4 bytes as in PNG's chunk cICP (primaries, transfer function, matrix, full range; ITU-T H.273), or None.
-    icc, exif, xmp: as their standards say, EXIF without "Exif\\0\\0"; None, or 1 byte to MAX_METADATA.
+    icc, exif, xmp, iptc: as their standards say, EXIF without "Exif\\0\\0", IPTC as datasets of IPTC-IIM; None, or
+        1 byte to MAX_METADATA.
+    text: comments and the like, (keyword, text).
+    resolution: pixels per inch across and down, or None: it is unknown or as EXIF says.
     """
 
     alpha: np.ndarray | None = None
@@ -47,6 +51,9 @@ class Extras:
     exif: bytes | None = None
     xmp: bytes | None = None
     cicp: bytes | None = None
+    iptc: bytes | None = None
+    text: tuple[tuple[str, str], ...] = ()
+    resolution: tuple[float, float] | None = None
 
     def chunks(self) -> tuple[tuple[int, bytes], ...]:
         """The chunks that hold this, by ascending tag."""
@@ -60,7 +67,11 @@ class Extras:
             found.append((Tag.MODE, bytes([RESTORED[self.mode]])))
         if self.cicp is not None:
             found.append((Tag.CICP, self.cicp))
-        return tuple(found)
+        if self.text:
+            found.append((Tag.TEXT, _pack(texts.text_bytes(self.text))))
+        if self.resolution is not None:
+            found.append((Tag.RESOLUTION, texts.resolution_bytes(self.resolution)))
+        return tuple(sorted(found))
 
 
 def extras_of(file: Container) -> Extras:
@@ -76,13 +87,17 @@ def extras_of(file: Container) -> Extras:
 
 
 def metadata_of(file: Container) -> Extras:
-    """ICC, EXIF, XMP and cICP data of a file. Raises FormatError if they are damaged."""
+    """The metadata of a file, without alpha and mode. Raises FormatError if it is damaged."""
     metadata: dict[str, Any] = {}
     for name, tag in _METADATA:
         packed = file.chunk(tag)
         metadata[name] = None if packed is None else _unpack(packed, MAX_METADATA, name.upper())
     if (cicp := file.chunk(Tag.CICP)) is not None and len(cicp) != 4:
         raise FormatError(f"the file is damaged: its CICP data has {len(cicp)} bytes, not 4")
+    if (text := file.chunk(Tag.TEXT)) is not None:
+        metadata["text"] = texts.text_from(_unpack(text, texts.MAX_TEXT, "text"))
+    if (resolution := file.chunk(Tag.RESOLUTION)) is not None:
+        metadata["resolution"] = texts.resolution_from(resolution)
     return Extras(**metadata, cicp=cicp)
 
 
@@ -103,12 +118,17 @@ def mode_of(file: Container) -> str:
 
 
 def info_of(extras: Extras) -> dict[str, Any]:
-    """The metadata under the names that Pillow's `Image.info` has for them."""
+    """The metadata under the names that Pillow's `Image.info` has for them, or our own (see `picture.texts`)."""
+    text = dict(extras.text)
     info = {
         "icc_profile": extras.icc,
         "exif": None if extras.exif is None else PREFIX + extras.exif,
         "xmp": extras.xmp,
         "cicp": extras.cicp,
+        "iptc": extras.iptc,
+        "text": text or None,
+        "comment": text[texts.COMMENT].encode() if texts.COMMENT in text else None,
+        "dpi": extras.resolution or texts.resolution_of_exif(extras.exif),
     }
     return {name: content for name, content in info.items() if content is not None}
 

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from PIL import Image, PngImagePlugin
 
 
-def thumbnail(image: Image.Image, side: int, about: Mapping[str, str]) -> bytes:
+def thumbnail(image: Image.Image, side: int, about: Mapping[str, str], whole: tuple[int, int] | None = None) -> bytes:
     """A PNG (RGB or RGBA of 8 bits) of an image that is made to fit a square, never larger than it is.
 
-    side: pixels of the square. about: texts of the PNG, such as Thumb::URI; Thumb::Image::Width and Height are added.
+    side: pixels of the square. whole: width and height of the picture, if the image is small already. about: texts of
+    the PNG, such as Thumb::URI; Thumb::Image::Width and Height are added.
     """
     text = PngImagePlugin.PngInfo()
-    sizes = {"Thumb::Image::Width": str(image.width), "Thumb::Image::Height": str(image.height)}
+    width, height = whole or image.size
+    sizes = {"Thumb::Image::Width": str(width), "Thumb::Image::Height": str(height)}
     for name, value in {**about, **sizes, "Software": "hpcmref"}.items():
         text.add_text(name, value)
     if image.mode == "I;16":

@@ -17,7 +17,7 @@ from torch import Tensor
 from hpcmref.format.rangecoder import symbol_bits
 from hpcmref.model.coders import Part
 from hpcmref.model.schedule import S1, S2
-from hpcmref.search.synthesis import Picture
+from hpcmref.search.synthesis import Target
 
 LIMIT = 255
 """Larger symbols cost as much as this one; which direction is cheaper, g_s decides for them."""
@@ -61,9 +61,9 @@ class Schedule:
 class Annealer:
     """y on its way to a better one. `y` (1, M, h, w) is continuous; rounding it around its means gives its symbols."""
 
-    def __init__(self, picture: Picture, weight: float, y: Tensor, seed: int = 0) -> None:
+    def __init__(self, target: Target, weight: float, y: Tensor, seed: int = 0) -> None:
         """weight: bits that a unit of the picture's error is worth, lambda."""
-        self.picture = picture
+        self.target = target
         self.weight = weight
         self.y = y.clone()
         self._mean, self._square = torch.zeros_like(y), torch.zeros_like(y)
@@ -91,7 +91,7 @@ class Annealer:
         share = (up.atanh() - down.atanh()).div_(temperature).add_(noise).div_(temperature).sigmoid_()
         index = known.rows + symbols.clamp(-LIMIT, LIMIT - 1).int()
         mixture = symbols.add_(share).add_(known.means)
-        gradient = self.picture.gradient(mixture).mul_(self.weight).add_(self._dearer[index])
+        gradient = self.target.gradient(mixture).mul_(self.weight).add_(self._dearer[index])
         slope = 1 / (1 - up.square()) + 1 / (1 - down.square())
         return gradient.mul_(share * (1 - share)).mul_(slope).div_(temperature**2)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hpcmref.latents import Compressed, LatentCodec
 from hpcmref.model.coders import Part
 from hpcmref.search.anneal import Annealer, Schedule, predictions
-from hpcmref.search.synthesis import Picture
+from hpcmref.search.synthesis import Target
 
 ZOf = Callable[[Tensor], Tensor]
 
@@ -77,7 +77,7 @@ do again what the heat undoes (0.2 to 0.3 % of the rate); long ones begin as hot
 class Goal:
     """Which of two files is better: fewer bits + weight * error. With a limit, the other of the two decides alone.
 
-    weight: bits that a unit of `Picture.error` is worth, lambda. most_bytes: of the payload, which no file exceeds; the
+    weight: bits that a unit of `Target.error` is worth, lambda. most_bytes: of the payload, which no file exceeds; the
     smallest error wins. most_error: which no file exceeds; the smallest file wins.
     """
 
@@ -121,12 +121,12 @@ class _Best:
 class _Search:
     """One search under way."""
 
-    def __init__(self, latents: LatentCodec, picture: Picture, goal: Goal, y: Tensor, z_of: ZOf, quality: int) -> None:
-        self._latents, self._picture, self._goal = latents, picture, goal
+    def __init__(self, latents: LatentCodec, target: Target, goal: Goal, y: Tensor, z_of: ZOf, quality: int) -> None:
+        self._latents, self._target, self._goal = latents, target, goal
         self._z_of, self._quality = z_of, quality
-        self.annealer = Annealer(picture, goal.weight, y)
+        self.annealer = Annealer(target, goal.weight, y)
         compressed, self._parts = self._coded()
-        error = picture.error(compressed.y_hat)
+        error = target.error(compressed.y_hat)
         self._last = _size(compressed), error
         # The limits are what this file has been measured by; rounding must not turn it away.
         self.best = _Best(min(goal.cost(_size(compressed), error), 1e300), compressed, y)
@@ -145,7 +145,7 @@ class _Search:
     def _compare(self) -> None:
         """Code y as it is now, and keep it if it is the best so far."""
         compressed, self._parts = self._coded()
-        size, error = _size(compressed), self._picture.error(compressed.y_hat)
+        size, error = _size(compressed), self._target.error(compressed.y_hat)
         cost = self._goal.cost(size, error)
         if cost < self.best.cost:
             self.best = _Best(cost, compressed, self.annealer.y.clone())
@@ -161,7 +161,7 @@ class _Search:
 
 def search(
     latents: LatentCodec,
-    picture: Picture,
+    target: Target,
     goal: Goal,
     y: Tensor,
     z_of: ZOf,
@@ -173,7 +173,7 @@ def search(
     z_of: h_a, which gives z anew whenever y is coded.
     """
     started = time.monotonic()
-    found = _Search(latents, picture, goal, y, z_of, quality)
+    found = _Search(latents, target, goal, y, z_of, quality)
     for done in found.run(STAGES[: options.effort]):
         late = options.max_seconds is not None and time.monotonic() - started > options.max_seconds
         if (options.watch is not None and options.watch(done)) or late:

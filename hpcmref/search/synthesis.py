@@ -8,7 +8,7 @@ computed in strips, which bounds the memory and changes nothing but the order of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,14 +58,18 @@ def _through(network: nn.Sequential, x: Tensor) -> Tensor:
     return x
 
 
-class Picture:
+class Target:
     """The picture that latents should become: error and gradient of any y_hat, for one image and quality.
 
     The error is the sum of squared errors, over 3, in grey levels^2.
     """
 
-    def __init__(self, model: HPCM, quality: Tensor, x: Tensor, size: tuple[int, int], grey: bool) -> None:
-        """x: (1, 3, H, W) uint8, of which the first `size` (height, width) are seen. grey: channels are averaged."""
+    def __init__(
+        self, model: HPCM, quality: Tensor, x: Tensor, size: Sequence[int], grey: bool, seen: Tensor | None = None
+    ) -> None:
+        """x: (1, 3, H, W) uint8, of which the first `size` (height, width) are in the picture. grey: channels are
+        averaged. seen: (height, width) bool, the pixels whose error counts; None is all.
+        """
         self._model, self._quality = model, quality
         with torch.inference_mode(False), torch.no_grad():  # autograd could not use an inference tensor
             self._gain = None if model.log_inverse_gain is None else model.log_inverse_gain(quality.clone()).exp()
@@ -73,6 +77,7 @@ class Picture:
         self._height, self._width = size
         self._x = x[:, :, : self._height, : self._width]
         self._grey = grey
+        self._seen = None if seen is None else seen[None, None]
 
     def error(self, y_hat: Tensor) -> float:
         """Of the picture that a decoder shows: y_hat (1, M, h, w)."""
@@ -103,8 +108,10 @@ class Picture:
     def _error(self, shown: Tensor) -> float:
         """Of what is seen of a decoded picture: (1, 3, height, width) uint8."""
         total = 0
-        for part, x in zip(shown.split(64, 2), self._x.split(64, 2), strict=True):
-            total += int((self._averaged(part).int() - x.int()).square_().sum())
+        for top in range(0, self._height, 64):  # in parts, for the memory
+            rows = (slice(None), slice(None), slice(top, top + 64))
+            squares = (self._averaged(shown[rows]).int() - self._x[rows].int()).square_()
+            total += int((squares if self._seen is None else squares * self._seen[rows]).sum())
         return total / 3
 
     def _prepared(self, y_hat: Tensor) -> Pull:
@@ -115,6 +122,8 @@ class Picture:
         error = shown.clamp(0, 1).mul_(255).sub_(self._x[:, :, rows])
         if self._grey:
             error = error.mean(1, keepdim=True).expand_as(error)
+        if self._seen is not None:
+            error = error * self._seen[:, :, rows]
         return error * (2 * 255 / 3)
 
     def _averaged(self, shown: Tensor) -> Tensor:
@@ -127,8 +136,9 @@ Pull = Callable[[Tensor, slice], Tensor]
 them."""
 
 
-class SimilarPicture(Picture):
-    """As `Picture`, for another error: (1 - MS-SSIM) * pixels. It needs MS_SSIM_LEAST_SIDE pixels a side."""
+class SimilarTarget(Target):
+    """As `Target`, for another error: (1 - MS-SSIM) * pixels. It needs MS_SSIM_LEAST_SIDE pixels a side,
+    and all pixels count."""
 
     def _error(self, shown: Tensor) -> float:
         seen, x = (each.float().div_(255) for each in (self._averaged(shown), self._wanted()))

@@ -1,0 +1,128 @@
+"""Small pictures of a file in less than half the time of the whole: fewer steps of s3, and no synthesis network.
+
+Most of the time of decoding is that of the networks that predict the latents of s3, step by step. A preview of at most
+1/12 of the size stops after step 7 of the 11 (FORMAT.md): then half of the positions have the lowest frequencies, and
+the others are interpolated. Nothing is made of the network g_s but its linear part, averaged over 8 x 8 pixels: for the
+transforms that start as a DCT it is within 45 dB of the network (`research/thumbnail.py` measures both). The checksum
+of s2 is compared; what is read of s3 is not verified.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpcmref.model.coders import SymbolReader
+from hpcmref.model.hpcm import HPCM
+from hpcmref.model.schedule import S1, S2, STEPS_S3, Step
+from hpcmref.model.transforms import BLOCK
+
+FEW_STEPS = 12
+"""Pixels of the picture for one of the preview from which on it stops early."""
+_LAST = STEPS_S3[1]
+_LATTICES = {1: S1, 2: S2}
+_LOWEST = 4
+"""A quarter of the channels, those of the lowest frequencies, is interpolated; the others hardly change an average."""
+
+
+class _Enough(Exception):  # noqa: N818  no error
+    """The step after the last that is wanted has been reached."""
+
+
+class PreviewReader(SymbolReader):
+    """Reads symbols up to the end of `_LAST`, step 7, and keeps what it has read.
+
+    y_hat: (1, M, h, w) on the lattice of `scale`, 0 where nothing is known; known: (1, M, h, w) bool.
+    """
+
+    y_hat: Tensor
+    known: Tensor
+    scale = 0
+
+    def run(self, entropy: torch.nn.Module, quality: Tensor, size: tuple[int, int]) -> None:
+        """Read. Raises as the decoder does."""
+        try:
+            entropy(quality, size, self)
+        except _Enough:
+            return
+        raise AssertionError  # there are more steps
+
+    def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
+        """See Coder."""
+        values = super().code(step, scales, means)
+        if step is not None:
+            self._keep(step, values)
+        if step is _LAST:
+            raise _Enough
+        return values
+
+    def _keep(self, step: Step, values: Tensor) -> None:
+        if not self.scale:
+            batch, channels, height, width = values.shape
+            self.y_hat = values.new_zeros(batch, channels * step.groups, height, width)
+            self.known = torch.zeros_like(self.y_hat)
+            self.scale = 1
+        while self.scale < step.scale:
+            lattice = _LATTICES[self.scale]
+            self.y_hat, self.known = lattice.up(self.y_hat), lattice.up(self.known)
+            self.scale += 1
+        self.y_hat = step.put(self.y_hat, values)
+        self.known = step.put(self.known, torch.ones_like(values))
+
+
+def interpolated(y_hat: Tensor, known: Tensor) -> Tensor:
+    """y_hat (1, M, h, w) whose lowest frequencies are filled in where they are not known (known is 0).
+
+    Between four known neighbours the pair that differs less counts more, as edges ask for; elsewhere the known ones
+    among the eight neighbours are averaged.
+    """
+    lowest = y_hat.shape[1] // _LOWEST
+    values, mask = y_hat[:, :lowest].clone(), known[:, :lowest] > 0
+    values *= mask
+    left, right, above, below = _neighbours(values)
+    all_known = torch.stack(_neighbours(mask.float())).amin(0) > 0
+    across, down = 1 / ((left - right).abs() + 0.1), 1 / ((above - below).abs() + 0.1)
+    between = (across * (left + right) + down * (above + below)) / (2 * (across + down))
+    values = torch.where(~mask & all_known, between, values)
+    mask = mask | all_known
+    around = values.new_tensor([[0.5, 1, 0.5], [1, 0, 1], [0.5, 1, 0.5]]).expand(lowest, 1, 3, 3)
+    while not mask.all():
+        weights = F.conv2d(mask.to(values), around, padding=1, groups=lowest)
+        if not weights.any():  # a channel of which nothing is known
+            break
+        average = F.conv2d(values * mask, around, padding=1, groups=lowest) / weights.clamp(min=0.5)
+        reached = ~mask & (weights > 0)
+        if not reached.any():
+            break
+        values, mask = torch.where(reached, average, values), mask | reached
+    return torch.cat([values, y_hat[:, lowest:]], dim=1)
+
+
+def _neighbours(plane: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Left, right, upper and lower neighbour of each position; 0 outside."""
+    padded = F.pad(plane, (1, 1, 1, 1))
+    inner = slice(1, -1)
+    return padded[..., inner, :-2], padded[..., inner, 2:], padded[..., :-2, inner], padded[..., 2:, inner]
+
+
+class LinearSynthesis:
+    """The linear part of g_s at zero, averaged over blocks of 8 x 8 pixels: y_hat to an eighth of the picture."""
+
+    def __init__(self, model: HPCM, size: float = 0.2, batch: int = 64) -> None:
+        """size: of the latents that g_s is tried with, in units of the pixel range; batch: how many at once."""
+        channels = model.config.M
+        probe = next(model.g_s.parameters())
+        impulses = torch.zeros(channels, channels, 3, 3, device=probe.device)
+        impulses[range(channels), range(channels), 1, 1] = size
+        answers = [
+            F.avg_pool2d(model.g_s(part).float(), BLOCK) - F.avg_pool2d(model.g_s(-part).float(), BLOCK)
+            for part in impulses.split(batch)
+        ]
+        self._kernel = torch.cat(answers) / (2 * size)
+        nothing = F.avg_pool2d(model.g_s(torch.zeros_like(impulses[:1])).float(), BLOCK)
+        self._offset = nothing[:, :, 2:4, 2:4].mean((2, 3), keepdim=True)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Latents (1, M, h, w) in the units of g_s -> (1, 3, 2h, 2w), about 0..1."""
+        return F.conv_transpose2d(latents.float(), self._kernel, stride=2, padding=2) + self._offset
