@@ -333,7 +333,7 @@ class TestCodecsOf:
                 self.quality = quality
                 self.fingerprint = b"%04d" % quality
 
-            def encode(self, image: Image.Image, quality: int | None) -> bytes:
+            def encode(self, image: Image.Image, quality: int | None, **_: object) -> bytes:
                 assert quality is None
                 return shipped.encode(image, self.quality)
 
