@@ -37,6 +37,9 @@ def encode(
     keep_invisible: bool = False,
     strip: bool | Collection[str] = False,
     verify: bool = False,
+    effort: int = 0,
+    metric: str = "mse",
+    max_seconds: float | None = None,
 ) -> bytes:
     """The file of one image: what the model makes of it, or a lossless stream where that is better, as it is for text,
     drawings and screenshots (`hpcmref.choice`).
@@ -51,11 +54,17 @@ def encode(
     keep_invisible: keep the colours of pixels whose alpha is 0.
     strip: leave out all metadata, or some of "location", "exif", "xmp", "icc", "iptc" and "text".
     verify: decode the file before it is returned, and compare.
+    effort: 0 (fast) to 9: how long to search for a better file; any decoder reads it.
+    metric: "mse" or "ms-ssim", which a search makes small.
+    max_seconds: end the search after them, with the best file so far.
 
     Raises an HpcmrefError: ConfigError for a wrong argument (ArgumentTypeError, also a TypeError, for a wrong type),
     ImageError for an image that cannot be read or held, CheckpointError for a model that cannot be used.
     """
-    return _Encoder(quality, model, device, size, bpp, psnr, lossless, keep_invisible, _parts(strip), verify)(image)
+    parts = _parts(strip)
+    return _Encoder(
+        quality, model, device, size, bpp, psnr, lossless, keep_invisible, parts, verify, effort, metric, max_seconds
+    )(image)
 
 
 @overload
@@ -240,6 +249,9 @@ def encode_many(
     keep_invisible: bool = False,
     strip: bool | Collection[str] = False,
     verify: bool = False,
+    effort: int = 0,
+    metric: str = "mse",
+    max_seconds: float | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> Iterator[bytes]:
@@ -253,7 +265,10 @@ def encode_many(
     An image that fails ends it, with the error of `encode` and the number of the image, from 0. Closing the generator
     (or an exception in `progress`) stops the workers; nothing is left behind.
     """
-    work = _Encoder(quality, model, device, size, bpp, psnr, lossless, keep_invisible, _parts(strip), verify)
+    parts = _parts(strip)
+    work = _Encoder(
+        quality, model, device, size, bpp, psnr, lossless, keep_invisible, parts, verify, effort, metric, max_seconds
+    )
     return each_of("images", images, work, portable_of, jobs, progress)
 
 
@@ -321,6 +336,9 @@ class _Encoder:
     keep_invisible: bool
     strip: tuple[str, ...] | bool
     verify: bool
+    effort: int
+    metric: str
+    max_seconds: float | None
 
     def __post_init__(self) -> None:
         arguments.model(self.model)
@@ -338,6 +356,10 @@ class _Encoder:
         ways += ["lossless"] * self.lossless
         if len(ways) > 1:
             raise ConfigError(f"only one of {' and '.join(ways)} can decide the quality")
+        arguments.effort(self.effort, self.max_seconds)
+        arguments.metric(self.metric, self.effort)
+        if self.effort and self.lossless:
+            raise ConfigError("effort looks for a better lossy file: lossless coding has none")
 
     def __call__(self, source: Any) -> bytes:
         from PIL import Image
@@ -357,7 +379,14 @@ class _Encoder:
         from hpcmref.codec import load
 
         codec = load(self.model, self.device)
-        options: Any = {"verify": self.verify, "keep_invisible": self.keep_invisible, "choose": True}
+        options: Any = {
+            "verify": self.verify,
+            "keep_invisible": self.keep_invisible,
+            "choose": True,
+            "effort": self.effort,
+            "metric": self.metric,
+            "max_seconds": self.max_seconds,
+        }
         target = {name: value for name in _TARGETS if (value := getattr(self, name)) is not None}
         if target:
             return codec.encode_to(image, **target, **options)

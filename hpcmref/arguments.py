@@ -48,6 +48,30 @@ def positive(name: str, value: object) -> float:
     return number
 
 
+def effort(value: object, max_seconds: object) -> int:
+    """0 to 9, and the seconds after which a search of an effort above 0 ends, or None."""
+    number = integer("effort", value, 0, 9)
+    if max_seconds is not None:
+        positive("max_seconds", max_seconds)
+        if not number:
+            raise ConfigError("max_seconds ends a search, and effort 0 does not search: choose an effort of 1 to 9")
+    return number
+
+
+METRICS = ("mse", "ms-ssim")
+
+
+def metric(value: object, effort: int) -> str:
+    """What a search takes for the error of a picture; another than the first needs an effort."""
+    if not isinstance(value, str):
+        raise wrong_type("metric", value, " or ".join(METRICS))
+    if value not in METRICS:
+        raise ConfigError(f"the metric is {value!r:.60}, and must be {' or '.join(METRICS)}")
+    if value != METRICS[0] and not effort:
+        raise ConfigError("a metric is what a search goes by, and effort 0 does not search: choose an effort of 1 to 9")
+    return value
+
+
 def flag(name: str, value: object) -> bool:
     """True or False."""
     if not isinstance(value, bool):

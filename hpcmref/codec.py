@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, __version__, arguments, checkpoints, lossless
 from hpcmref.checkpoints import Checkpoint
-from hpcmref.choice import Choice, Trial, is_flat, min_size, psnr_of, visible, visible_pixels
+from hpcmref.choice import Choice, Trial, is_flat, min_size, psnr_of, rate_of, visible, visible_pixels
 from hpcmref.errors import (
     ConfigError,
     DecodeError,
@@ -33,8 +33,8 @@ from hpcmref.errors import (
 from hpcmref.exact import attach, repeatably
 from hpcmref.format import container
 from hpcmref.format.container import METADATA, Container, Encoder, Learned, Tag
-from hpcmref.latents import ARITHMETIC, SCALES, LatentCodec
-from hpcmref.model.hpcm import STRIDE
+from hpcmref.latents import ARITHMETIC, SCALES, Compressed, LatentCodec
+from hpcmref.model.hpcm import STRIDE, to_bytes
 from hpcmref.model.layers import in_bfloat16
 from hpcmref.model.transforms import BLOCK
 from hpcmref.picture import images
@@ -45,6 +45,9 @@ from hpcmref.runtime.folders import models_folder
 from hpcmref.runtime.forks import safe_after_fork
 from hpcmref.runtime.heap import give_back
 from hpcmref.runtime.torch_names import has_bfloat16_units
+from hpcmref.search import Goal, Options, Watch, search
+from hpcmref.search.synthesis import SimilarTarget, Target
+from hpcmref.similarity import MS_SSIM_LEAST_SIDE, lambda_of_ms_ssim
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,10 @@ class Codec:
         verify: bool = False,
         keep_invisible: bool = False,
         choose: bool = False,
+        effort: int = 0,
+        metric: str = "mse",
+        max_seconds: float | None = None,
+        watch: Watch | None = None,
     ) -> bytes:
         """The file of an image.
 
@@ -95,24 +102,34 @@ class Codec:
         keep_invisible: code the colours of pixels whose alpha is 0, which are otherwise replaced by a smooth
             continuation of the visible ones.
         choose: take a lossless stream instead where it is better (`hpcmref.choice`), as `hpcmref.encode` does.
+        effort: 0 (fast) to 9: how long to search for a better learned stream, one of fewer bits + lambda * error.
+        metric: what a search takes for the error, "mse" or "ms-ssim" (which needs sides of 161 pixels).
+        max_seconds: end the search after them, with what it has found. watch: see `hpcmref.search.Watch`.
 
-        Raises ConfigError for another quality, ImageError for an image that the format cannot hold, and
+        Raises ConfigError for another quality or effort, ImageError for an image that the format cannot hold, and
         ModelChangedError if the model in memory is not the one that was loaded or the second decoder disagrees.
         """
         quality = self._checked(quality)
         arguments.flag("verify", verify)
+        options = Options(effort, metric, max_seconds, watch)
+        self._check_search(options)
         picture, frame = self._framed(image, keep_invisible)
+        _check_sides(frame, metric)
         if arguments.flag("choose", choose) and is_flat(picture):
             return _without_loss(picture, verify)
         with self._inference():
             x = self.model.features(_padded(picture.pixels, self.device), _to_unit)
             y, z = self.model.latents(x, self._rate(quality))
             del x  # large images need the room
-            data, y_hat = self._encoded(frame, y, z, quality, verify)
+            data, y_hat = self._encoded(frame, y, z, quality, verify and not effort)
             if choose:
                 made = self._choice(picture, frame, {quality: (data, y_hat)})
                 if made.is_lossless(quality, _stream_size(data)):
                     return _without_loss(picture, verify, made)
+            if effort:
+                del y_hat
+                compressed = self._searched(picture, Goal(self.weight(quality, metric)), y, quality, options)
+                data = self._written(frame, compressed, quality, verify, effort)
         return data
 
     def encode_to(
@@ -125,14 +142,19 @@ class Codec:
         verify: bool = False,
         keep_invisible: bool = False,
         choose: bool = False,
+        effort: int = 0,
+        metric: str = "mse",
+        max_seconds: float | None = None,
+        watch: Watch | None = None,
     ) -> bytes:
         """The file of an image at the quality that comes closest to one target, in at most seven trials.
 
         size: bytes, or bpp: bits per pixel, that the file does not exceed, metadata included; psnr: dB of RGB that the
         picture has at least, over all pixels whose alpha is above 0. Rate and PSNR rise with quality, so the trials
         halve the range of qualities; g_a runs once. choose: take a lossless stream where it reaches the target, and is
-        no larger than the learned one if the target is a PSNR. Raises ConfigError unless there is exactly one target,
-        HpcmrefError if no quality reaches it, and as `encode` does.
+        no larger than the learned one if the target is a PSNR. With an effort, a search then makes the learned stream
+        better (size and bpp: the picture; psnr: the file), and keeps to the target. Raises ConfigError unless there is
+        exactly one target, HpcmrefError if no quality reaches it, and as `encode` does.
         """
         if sum(target is not None for target in (size, bpp, psnr)) != 1:
             raise ConfigError("exactly one of size, bits per pixel and PSNR can be the target")
@@ -141,8 +163,13 @@ class Codec:
         for name, value in (("bpp", bpp), ("psnr", psnr)):
             if value is not None:
                 arguments.positive(name, value)
+        if psnr is not None and metric != "mse":
+            raise ConfigError("a target in PSNR goes with the metric mse alone")
         arguments.flag("verify", verify)
+        options = Options(effort, metric, max_seconds, watch)
+        self._check_search(options)
         picture, frame = self._framed(image, keep_invisible)
+        _check_sides(frame, metric)
         limit = size if bpp is None else bpp * frame.width * frame.height / 8
         if arguments.flag("choose", choose) and (is_flat(picture) or (limit and min_size(picture) <= limit)):
             data = _without_loss(picture, verify)
@@ -150,6 +177,7 @@ class Codec:
                 return data
         low, high = 0, self.model.config.qualities - 1
         best: bytes | None = None
+        chosen = 0
         with self._inference():
             features = self.model.features(_padded(picture.pixels, self.device), _to_unit)
             while low <= high:
@@ -163,14 +191,36 @@ class Codec:
                     assert psnr is not None
                     reached = psnr_of(self._error(y_hat, quality, picture), 3 * visible_pixels(picture)) >= psnr
                     low, high = (low, quality - 1) if reached else (quality + 1, high)
-                best = data if reached else best
+                best, chosen = (data, quality) if reached else (best, chosen)
         if choose and limit is None and (best is None or min_size(picture) <= len(best)):
             data = _without_loss(picture, verify)
-            best = data if best is None or len(data) <= len(best) else best
+            if best is None or len(data) <= len(best):
+                return data
         if best is None:
             wanted = f"{psnr} dB" if psnr is not None else f"{size} bytes" if bpp is None else f"{bpp} bits per pixel"
             raise HpcmrefError(_unreached(self.name, frame, wanted, limit))
-        return best
+        if not effort:
+            return best
+        overhead = len(best) - len(container.parse(best).payload)
+        goal = Goal(
+            self.weight(chosen, metric),
+            most_bytes=None if limit is None else limit - overhead,
+            most_error=None if psnr is None else 255**2 * visible_pixels(picture) / 10 ** (psnr / 10),
+        )
+        with self._inference():
+            y, _ = self.model.latents(features, self._rate(chosen))
+            del features
+            compressed = self._searched(picture, goal, y, chosen, options)
+            return self._written(frame, compressed, chosen, verify, effort)
+
+    def _searched(self, picture: Picture, goal: Goal, y: Tensor, quality: int, options: Options) -> Compressed:
+        """The best that a search finds from y on. Pixels count unless nobody sees them."""
+        alpha, hidden = picture.extras.alpha, picture.is_filled or goal.most_error is not None
+        seen = torch.from_numpy(alpha > 0).to(self.device) if alpha is not None and alpha.any() and hidden else None
+        kind = SimilarTarget if options.metric == "ms-ssim" else Target
+        pixels = _padded(picture.pixels, self.device)
+        target = kind(self.model, self._rate(quality), pixels, picture.pixels.shape[:2], picture.grey, seen)
+        return search(self.latents, target, goal, y, self.model.hyper_latents, quality, options)
 
     def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[Picture, _Frame]:
         """The pixels of an image, and the header fields."""
@@ -207,8 +257,12 @@ class Codec:
     def _encoded(self, frame: _Frame, y: Tensor, z: Tensor, quality: int, verify: bool) -> tuple[bytes, Tensor]:
         """The file of y (1, M, h, w) and z, and the y_hat that it decodes to."""
         compressed = self.latents.compress(y, z, quality)
+        return self._written(frame, compressed, quality, verify, 0), compressed.y_hat
+
+    def _written(self, frame: _Frame, compressed: Compressed, quality: int, verify: bool, effort: int) -> bytes:
+        """The file of coded latents."""
         if verify:
-            self.latents.verify(compressed, (z.shape[2], z.shape[3]), quality)
+            self.latents.verify(compressed, (-(-frame.height // STRIDE), -(-frame.width // STRIDE)), quality)
         file = Container(
             width=frame.width,
             height=frame.height,
@@ -216,9 +270,9 @@ class Codec:
             learned=Learned(ARITHMETIC, self.fingerprint, quality, compressed.checksums[0]),
             payload=compressed.payloads[0],
             chunks=frame.chunks,
-            encoder=_ENCODER,
+            encoder=replace(_ENCODER, effort=effort),
         )
-        return container.write(file), compressed.y_hat
+        return container.write(file)
 
     def decode(
         self,
@@ -288,7 +342,7 @@ class Codec:
                 y_hat = self.y_hat(file)
             gain = self.model.log_inverse_gain
             small = self._linear(y_hat if gain is None else y_hat * gain(self._rate(learned.quality)).exp())
-            small = _to_bytes(small)
+            small = to_bytes(small)
         shown = Image.fromarray(small[0].permute(1, 2, 0).contiguous().cpu().numpy())
         area = (0.0, 0.0, file.width / BLOCK, file.height / BLOCK)
         pixels = np.asarray(shown.resize(size, Image.Resampling.LANCZOS, area))
@@ -338,7 +392,7 @@ class Codec:
 
     def _pixels(self, y_hat: Tensor, quality: int, frame: _Frame | Container) -> Tensor:
         """What is seen of y_hat: (H, W, 3) uint8."""
-        return _cropped(self.model.synthesise(y_hat, self._rate(quality), _to_bytes), frame).contiguous()
+        return _cropped(self.model.picture(y_hat, self._rate(quality)), frame).contiguous()
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -358,6 +412,20 @@ class Codec:
         if qualities == 1:
             raise ConfigError(f"the model {self.name} has one rate: encode without a quality")
         return arguments.integer("quality", quality, 0, qualities - 1)
+
+    def _check_search(self, options: Options) -> None:
+        arguments.effort(options.effort, options.max_seconds)
+        arguments.metric(options.metric, options.effort)
+        if options.effort and not self.model.config.lambdas:
+            raise ConfigError(f"the model {self.name} does not say what bits are worth: encode with effort 0")
+
+    def weight(self, quality: int, metric: str = "mse") -> float:
+        """Lambda of a quality, between those of the anchors: bits for a unit of the search's error.
+
+        That is a squared error of one grey level in one pixel, or for "ms-ssim" an MS-SSIM of 0 instead of 1 in one.
+        """
+        found = rate_of(self.model.config.lambdas, quality, self.model.config.qualities)
+        return lambda_of_ms_ssim(found) if metric == "ms-ssim" else found
 
     def _rate(self, quality: int) -> Tensor:
         # Filled and not copied from the host, which would have to wait for a GPU.
@@ -450,14 +518,14 @@ def _to_unit(x: Tensor) -> Tensor:
     return x.float().div_(255)
 
 
-def _to_bytes(x: Tensor) -> Tensor:
-    """0..1 -> 0..255 uint8."""
-    return x.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-
-
 def _cropped(x: Tensor, frame: _Frame | Container) -> Tensor:
     """Planes (1, 3, H', W') -> what is seen of them, (H, W, 3)."""
     return x[0, :, : frame.height, : frame.width].permute(1, 2, 0)
+
+
+def _check_sides(frame: _Frame, metric: str) -> None:
+    if metric == "ms-ssim" and min(frame.width, frame.height) < MS_SSIM_LEAST_SIDE:
+        raise ImageError(f"MS-SSIM needs images of at least {MS_SSIM_LEAST_SIDE} pixels a side")
 
 
 def _squared_error(shown: Tensor, reference: Tensor, seen: Tensor | None) -> float:

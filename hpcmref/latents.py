@@ -21,7 +21,7 @@ from hpcmref.exact import exactly
 from hpcmref.exact.unchanged import Unchanged
 from hpcmref.format.container import Checksums
 from hpcmref.format.rangecoder import SymbolDecoder, SymbolEncoder, scale_table
-from hpcmref.model.coders import SymbolReader, SymbolWriter
+from hpcmref.model.coders import Part, SymbolReader, SymbolWriter
 from hpcmref.model.hpcm import EntropyPath
 from hpcmref.preview import PreviewReader, interpolated
 
@@ -55,13 +55,21 @@ class LatentCodec:
 
         Raises ModelChangedError if the entropy path is not as it was when this object was made.
         """
+        return self._compress(y, z, quality, keep=False)[0]
+
+    def compress_and_predict(self, y: Tensor, z: Tensor, quality: int) -> tuple[Compressed, list[Part]]:
+        """As `compress`; also the symbols of every step and the tables that they were coded with."""
+        return self._compress(y, z, quality, keep=True)
+
+    def _compress(self, y: Tensor, z: Tensor, quality: int, keep: bool) -> tuple[Compressed, list[Part]]:
         encoders = [SymbolEncoder() for _ in y]
         writer = SymbolWriter(y, z, self.thresholds, encoders)
         with torch.inference_mode(), exactly(self.device):
             y_hat = self.entropy(self._quality(len(y), quality), (z.shape[2], z.shape[3]), writer)
-            writer.finish()
+            parts = writer.finish() if keep else writer.finish()[:0]  # the encoders need the room
         self.unchanged.check()
-        return Compressed([encoder.finish() for encoder in encoders], list(map(_checksums, writer.checksums)), y_hat)
+        payloads = [encoder.finish() for encoder in encoders]
+        return Compressed(payloads, list(map(_checksums, writer.checksums)), y_hat), parts
 
     def decompress(
         self,

@@ -102,6 +102,9 @@ KINDS: dict[str, list[Callable[[], Any]]] = {
     "max_pixels": [lambda: 0, lambda: -1, lambda: 1.5, lambda: "many", lambda: None],
     "upto": [lambda: 0, lambda: 4, lambda: 2.5, lambda: None, lambda: "2"],
     "jobs": [lambda: 0, lambda: -1, lambda: 1.5, lambda: "2", lambda: None, lambda: True],
+    "effort": [lambda: -1, lambda: 10, lambda: True, lambda: 1.5, lambda: "fast", lambda: None],
+    "metric": [lambda: None, lambda: 1, lambda: "psnr", lambda: "ms-ssim"],
+    "max_seconds": [lambda: 0, lambda: -1, lambda: "60", lambda: True, lambda: float("nan"), lambda: 60],
     "progress": [lambda: 42, lambda: "print"],
     "sources": [lambda: None, lambda: 42, lambda: "photo.png", lambda: b"bytes", lambda: GOOD, lambda: Path("x"),
                 io.BytesIO, lambda: object()],
@@ -110,6 +113,7 @@ IMAGES = [name for name in KINDS if name.startswith("image")]
 ENCODING = {
     "quality": ["quality"], "size": ["size"], "bpp": ["bpp"], "psnr": ["psnr"], "model": ["model"],
     "device": ["device"], "lossless": ["flag"], "keep_invisible": ["flag"], "strip": ["strip"], "verify": ["flag"],
+    "effort": ["effort"], "metric": ["metric"], "max_seconds": ["max_seconds"],
 }  # fmt: skip
 DECODING = {
     "device": ["device"], "model": ["model"], "max_pixels": ["max_pixels"], "as_array": ["flag"], "upto": ["upto"],

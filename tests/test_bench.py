@@ -26,6 +26,7 @@ from hpcmref.bench.measure import Measurement
 from hpcmref.bench.run import names_of, run
 from hpcmref.cli import app
 from hpcmref.errors import CheckpointError, ConfigError, HpcmrefError
+from hpcmref.format.container import parse
 
 pytest.importorskip("bjontegaard")
 
@@ -229,6 +230,12 @@ class TestMeasure:
         assert measured[0].ms_ssim is None
         assert codec.name == "hpcmref nano-1"
 
+    def test_an_effort_is_another_curve(self) -> None:
+        plain, effort = codecs.codecs_of(["hpcmref", "hpcmref:effort=1"], ["nano"], "cpu")
+        assert effort.name == f"{plain.name} effort=1"
+        assert plain.identity != effort.identity
+        assert parse(effort.encode(picture(size=(16, 16)), 40)).encoder.effort == 1
+
     def test_grey_images_are_measured_as_rgb(self) -> None:
         measured, _ = measure.measure(task(picture().convert("L"), (codecs.PILLOW_CODECS["webp"], [50])))
         assert 20 < measured[0].psnr < 60
@@ -293,7 +300,8 @@ class TestCodecsOf:
             ("jpeg:", "'' are not options"),
             ("jpeg:optimize=1+optimize=0", "optimize is there twice"),
             ("jpeg:subsampling=4:1:1", "it must be one of 4:4:4, 4:2:2, 4:2:0"),
-            ("hpcmref:speed=1", "hpcmref has only the option choose=1; choose models with --models"),
+            ("hpcmref:speed=1", "hpcmref has the options choose=1 and effort=0 to effort=9; choose models with"),
+            ("hpcmref:effort=10", "hpcmref has the options choose=1 and effort=0 to effort=9; choose models with"),
         ],
     )
     def test_options_are_checked(self, text: str, message: str) -> None:
@@ -325,7 +333,7 @@ class TestCodecsOf:
                 self.quality = quality
                 self.fingerprint = b"%04d" % quality
 
-            def encode(self, image: Image.Image, quality: int | None) -> bytes:
+            def encode(self, image: Image.Image, quality: int | None, **_: object) -> bytes:
                 assert quality is None
                 return shipped.encode(image, self.quality)
 

@@ -12,7 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hpcmref import checkpoints
-from research import contention, exactness_cost, growth, memory_ablation, memory_probe
+from hpcmref.search import efforts
+from research import contention, effort_curve, exactness_cost, growth, memory_ablation, memory_probe
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +52,14 @@ class TestGrowth:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(RuntimeError, match=r"encode of .*There is no model"):
             growth.measure(0.01, "missing")
+
+
+def test_effort_curve(images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(efforts, "STAGES", (efforts.Stage(2, 3, 0.02, (0.5, 0.1)),) * 9)
+    effort_curve.main([images], limit=1, crop=64, efforts="2", qualities="8,24,40,56")
+    shown = capsys.readouterr().out
+    assert "1 images" in shown
+    assert re.search(r"^│ 2 +│ -\d\.\d\d % │", shown, re.MULTILINE)
 
 
 def test_exactness_cost(images: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:

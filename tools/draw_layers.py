@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("picture", "exact"),
     ("preview",),
     ("latents", "checkpoints", "lossless"),
-    ("choice",),
+    ("choice", "search"),
     ("codec", "models", "training"),
     ("plugin", "sources", "selftest"),
     ("many",),

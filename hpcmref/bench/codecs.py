@@ -130,7 +130,6 @@ class PillowCodec:
         raise ConfigError(f"{self.label} {key}={text}: it must be one of {', '.join(choices)}")
 
 
-_CHOOSE = ("choose=0", "choose=1")
 _SWITCH = range(2)
 """Off and on, which Pillow's plugins want as a bool."""
 
@@ -170,6 +169,7 @@ class HpcmrefCodec:
     """Our own codec. `models` is one model, or one-rate models from the lowest rate to the highest.
 
     label: what the curve is called. device: "cpu" or "cuda". With several models, quality k is the k-th model.
+    effort: how long encoding searches, 0 to 9.
     choose: measure what `hpcmref encode` writes, which is a lossless stream where that is better, and not the learned
     stream alone.
     """
@@ -178,16 +178,21 @@ class HpcmrefCodec:
     models: tuple[str, ...]
     device: str
     choose: bool = False
+    effort: int = 0
     rising = True
 
     @property
     def name(self) -> str:
-        return f"{self.label} choose=1" if self.choose else self.label
+        return self.label + self._options
 
     @property
     def identity(self) -> str:
         models = " ".join(_digest(model) for model in self.models)
-        return f"hpcmref {__version__} {models}{' choose=1' * self.choose}"
+        return f"hpcmref {__version__} {models}{self._options}"
+
+    @property
+    def _options(self) -> str:
+        return " choose=1" * self.choose + (f" effort={self.effort}" if self.effort else "")
 
     @property
     def qualities(self) -> range:
@@ -203,7 +208,7 @@ class HpcmrefCodec:
     def encode(self, image: Image.Image, quality: int) -> bytes:
         network = _network(self.models[quality if len(self.models) > 1 else 0], self.device)
         own = None if network.model.config.qualities == 1 else quality
-        return network.encode(image, own, choose=True) if self.choose else network.encode(image, own)
+        return network.encode(image, own, choose=self.choose, effort=self.effort)
 
     def decode(self, data: bytes) -> Image.Image:
         from hpcmref.format.container import parse
@@ -270,10 +275,9 @@ def codecs_of(names: Sequence[str], models: Sequence[str], device: str) -> list[
     for text in names:
         name, colon, options = text.strip().partition(":")
         if name.lower() == "hpcmref":
-            if colon and options.strip() not in _CHOOSE:
-                raise ConfigError(f"{text.strip()}: hpcmref has only the option choose=1; choose models with --models")
+            own = _own_options(_options(options)) if colon else {}
             where = _resolved(device)
-            chosen += [replace(_hpcmref(model, where), choose=options.strip() == _CHOOSE[1]) for model in models]
+            chosen += [replace(_hpcmref(model, where), **own) for model in models]
         elif (codec := PILLOW_CODECS.get(name.lower())) is None:
             hint = near(name, available())
             raise ConfigError(f"there is no codec {name!r}; the codecs here are {', '.join(available())}{hint}")
@@ -305,6 +309,14 @@ def _hpcmref(text: str, device: str) -> HpcmrefCodec:
             if _network(model, device).model.config.qualities > 1:
                 raise ConfigError(f"{model} has many rates: it is a curve by itself, not a point of {label}")
     return codec
+
+
+def _own_options(texts: Mapping[str, str]) -> dict[str, Any]:
+    """The options of hpcmref: "choose" 0 or 1, "effort" 0 to 9."""
+    highest = {"choose": 1, "effort": 9}
+    if not all(text.isdecimal() and int(text) <= highest.get(name, -1) for name, text in texts.items()):
+        raise ConfigError("hpcmref has the options choose=1 and effort=0 to effort=9; choose models with --models")
+    return {name: bool(int(text)) if name == "choose" else int(text) for name, text in texts.items()}
 
 
 def _resolved(device: str) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hpcmref.cli.batch import Done, Made, Outcome, Style, dry_run, run_spread
+from hpcmref.cli.effort import Effort, EffortOption, MaxSecondsOption, MetricOption, OnInterrupt, OnInterruptOption
 from hpcmref.cli.frames import each_frame, frame_of
 from hpcmref.cli.jobs import ENCODED_SUFFIX, Job, Outputs, plan
 from hpcmref.cli.options import (
@@ -89,6 +90,10 @@ def encode(
     all_frames: Annotated[
         bool, typer.Option("--all-frames", help="Encode every frame or page to a file of its own: name-0001.bin.")
     ] = False,
+    effort: EffortOption = 0,
+    metric: MetricOption = "mse",
+    max_seconds: MaxSecondsOption = None,
+    on_interrupt: OnInterruptOption = OnInterrupt.drop,
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Instead of -q: keep every pixel exactly, invisible ones too.")
     ] = False,
@@ -164,9 +169,15 @@ def encode(
         return Done(_summary(job, outcome, facts, alone=len(planned.jobs) == 1), facts, len(outcome.made.data))
 
     use_threads(threads)
+    if lossless and effort:
+        raise typer.BadParameter("--lossless leaves nothing to search for.", param_hint="--effort")
+    searching = Effort.of(
+        effort, metric, max_seconds, on_interrupt, spread=jobs > 1 or ray is not None,
+        alone=len(planned.jobs) == 1, quiet=quiet or as_json,
+    )  # fmt: skip
     encoder = _Encoder(
         model=model, device=device.value, quality=quality, target=target, strip=strip, lossless=lossless,
-        keep_invisible=keep_invisible, frame=frame, strip_only=parts, verify=verify, measure=measure,
+        keep_invisible=keep_invisible, frame=frame, strip_only=parts, verify=verify, measure=measure, effort=searching,
     )  # fmt: skip
     run_spread(planned, prepare, encoder, finish, style, jobs, ray, threads)
 
@@ -186,6 +197,7 @@ class _Encoder:
     strip_only: tuple[str, ...]
     verify: bool
     measure: bool
+    effort: Effort
 
     def __call__(self, job: Job, content: bytes) -> Made:
         stages: dict[str, float] = {}
@@ -227,9 +239,10 @@ class _Encoder:
         options: dict[str, Any] = {"keep_invisible": self.keep_invisible, "choose": True}
         if self.verify:
             options["verify"] = True
-        if self.target:
-            return self._codec.encode_to(image, **self.target, **options)
-        return self._codec.encode(image, self.quality, **options)
+        with self.effort.options() as searching:
+            if self.target:
+                return self._codec.encode_to(image, **self.target, **options, **searching)
+            return self._codec.encode(image, self.quality, **options, **searching)
 
     def _measured(self, image: Image.Image, data: bytes) -> dict[str, float | None]:
         """How close the decoded picture is: "psnr" in dB, of what is visible, and, where installed, "ssimulacra2"."""

@@ -256,6 +256,18 @@ def _costs() -> np.ndarray:
         return (16 - np.log2(frequencies)).astype(np.float32)
 
 
+def symbol_bits(limit: int) -> np.ndarray:
+    """Bits of each symbol from -limit to limit in each table, with the bytes of escapes: (60, 2 limit + 1) float32."""
+    tables, costs = _tables(), _costs()
+    symbols = np.arange(-limit, limit + 1)
+    result = np.empty((tables.of_bytes, len(symbols)), np.float32)
+    for row in range(len(result)):
+        escaped = (symbols < tables.lowest[row]) | (symbols >= tables.escapes[row])
+        entries = np.where(escaped, tables.escapes[row], symbols) - tables.lowest[row]
+        result[row] = costs[row, entries] + 16 * escaped
+    return result
+
+
 def implementation() -> str:
     """Name of the coder that this process uses: "compressai", "builtin (C)" or "builtin (Python)".
 

@@ -39,6 +39,10 @@ class SymbolSource(Protocol):
         """The symbols (n,) int32 of the CDF table rows (n,) int32."""
 
 
+Part = tuple[Step | None, Tensor, Tensor]
+"""What was coded in one step (None: z): symbols int16 and rows of the CDF table uint8, both (B, C/G, h, w)."""
+
+
 class _Target:
     """The true latents, cut to what each step codes."""
 
@@ -115,7 +119,7 @@ class SymbolWriter(_Checksummed):
         self._target = _Target(y, z)
         self._thresholds = thresholds
         self._sinks = sinks
-        self._parts: list[tuple[Step | None, Tensor, Tensor]] = []
+        self._parts: list[Part] = []
 
     def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
         """See Coder."""
@@ -124,14 +128,15 @@ class SymbolWriter(_Checksummed):
         self._parts.append((step, symbols.to(torch.int16), rows.to(torch.uint8)))
         return symbols + means
 
-    def finish(self) -> None:
-        """Hand over what was coded, after the last step."""
+    def finish(self) -> list[Part]:
+        """Hand over what was coded, after the last step, and return it."""
         for step, symbols, rows in self._parts:
             for image, sink in enumerate(self._sinks):
                 flat = _flat(symbols[image])
                 self._add(image, step, flat)
                 sink.put(flat, _flat(rows[image]))
-        self._parts.clear()
+        parts, self._parts = self._parts, []
+        return parts
 
 
 class SymbolReader(_Checksummed):

@@ -23,6 +23,11 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
+def to_bytes(x: Tensor) -> Tensor:
+    """0..1 -> 0..255 uint8."""
+    return x.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+
 class Estimate(TypedDict):
     """What `HPCM.forward` returns."""
 
@@ -98,7 +103,11 @@ class HPCM(nn.Module):
     def latents(self, features: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, M, h, w), quality (B,) -> y (B, M, h, w) and z (B, N, h/4, w/4), before quantisation."""
         y = features if self.log_gain is None else features * self.log_gain(quality).exp()
-        return y, in_strips(self.h_a, y, halo=hyper_halo(self.config), unit=4)
+        return y, self.hyper_latents(y)
+
+    def hyper_latents(self, y: Tensor) -> Tensor:
+        """h_a: y (B, M, h, w) -> z (B, N, h/4, w/4)."""
+        return in_strips(self.h_a, y, halo=hyper_halo(self.config), unit=4)
 
     def analyse(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Image x (B, 3, H, W) in 0..1, quality (B,) -> y (B, M, H/16, W/16), z (B, N, H/64, W/64), not quantised."""
@@ -112,6 +121,10 @@ class HPCM(nn.Module):
             return finish(self.g_s(part if gain is None else part * gain))
 
         return in_strips(strip, y_hat, halo=halo(self.config, self.config.synthesis))
+
+    def picture(self, y_hat: Tensor, quality: Tensor) -> Tensor:
+        """What a decoder shows: y_hat (B, M, H/16, W/16), quality (B,) -> (B, 3, H, W) uint8."""
+        return self.synthesise(y_hat, quality, to_bytes)
 
     def forward(self, x: Tensor, quality: Tensor | None = None) -> Estimate:
         """Estimate rate and reconstruction.

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from hpcmref.arguments import METRICS
 from hpcmref.errors import ConfigError, near
 from hpcmref.model import PRESETS, HPCMConfig
 from hpcmref.model.config import MEMORIES, QUALITIES
 from hpcmref.similarity import MS_SSIM_LEAST_SIDE
-
-METRICS = ("mse", "ms-ssim")
 
 NO_MEMORY = "none"
 """The name of no memory bank, where a preset has one."""

@@ -9,14 +9,7 @@ from hpcmref.model import HPCM
 from hpcmref.model.entropy import bits
 from hpcmref.model.hpcm import Estimate
 from hpcmref.model.layers import anchor_weights
-from hpcmref.similarity import ms_ssim
-
-LAMBDA_POWER = math.log(220 / 2.40) / math.log(0.18 / 0.0018)
-"""Lambdas of MS-SSIM are 2.40 (lambda / 0.0018)^this for the lambda of the MSE.
-
-Through the ends of the pairs that HPCM (official README) and CompressAI (its model zoo, up to 0.18 and 220) train with;
-the pairs between are within 2 % of it.
-"""
+from hpcmref.similarity import LAMBDA_POWER, ms_ssim
 
 
 class Objective(nn.Module):

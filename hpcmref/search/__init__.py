@@ -1,0 +1,15 @@
+"""Effort: look for better latents before a file is written. Decoders know nothing of it.
+
+g_a gives latents that are good for photographs on the whole; for one picture there are better ones. The search changes
+y so that bits + lambda * squared error falls, in rounds:
+
+    y --compress--> symbols, scales, means, bytes, picture         exact, as it would be written: the best file is kept
+    y <--anneal---- scales and means held fixed, gradients through g_s and the costs of symbols
+
+Neither g_a nor gradients through the context model are needed, so a round costs a few encodings. `anneal` has the inner
+loop, `efforts` the rounds of each effort, `synthesis` the gradient of the picture.
+"""
+
+from hpcmref.search.efforts import Goal, Options, Watch, search
+
+__all__ = ["Goal", "Options", "Watch", "search"]
