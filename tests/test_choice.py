@@ -197,7 +197,7 @@ def test_bench_measures_the_learned_stream_alone_unless_told_otherwise() -> None
     assert parse(plain.encode(image, 63)).coding is Coding.LEARNED
     data = chosen.encode(image, 63)
     assert chosen.decode(data).tobytes() == image.tobytes()
-    with pytest.raises(ConfigError, match="only the option choose=1"):
+    with pytest.raises(ConfigError, match="has the options choose=1"):
         codecs_of(["hpcmref:speed=1"], ["nano"], "cpu")
 
 

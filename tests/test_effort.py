@@ -369,7 +369,10 @@ class TestCommand:
         """Kept, it ends the search with a whole file; else there is none, and no trace of one."""
         command = [sys.executable, "-c", INTERRUPTED, "encode", "crop.png", "-o", "a.hpcm", "--effort", "9"]
         command += ["--on-interrupt", "keep"] if keep else []
-        process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        process = subprocess.run(
+            command, capture_output=True, text=True, timeout=60,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+        )  # fmt: skip
         if keep:
             assert process.returncode == 0
             assert "interrupted: this is the best file" in process.stderr

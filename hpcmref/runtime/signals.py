@@ -68,6 +68,8 @@ def tidying() -> Iterator[None]:
     mine = [number for number in ENDING if signal.getsignal(number) == signal.SIG_DFL]
 
     def leave(number: int, frame: FrameType | None) -> None:
+        for each in mine:
+            signal.signal(each, signal.SIG_IGN)  # a second one would end the tidying
         raise SystemExit(128 + number)
 
     for number in mine:
