@@ -170,8 +170,7 @@ def thresholds() -> Tensor:
 
 
 def _agree(expected: Checksums, found: Checksums, upto: int) -> bool:
-    """Whether the checksums of all scales up to `upto` match, as far as the file has them (version 1 lacks s1 and
-    s2)."""
+    """Whether the checksums of all scales up to `upto` match; version 1 of the format has none of s1 and s2."""
     return all(expected.of(scale) in (None, found.of(scale)) for scale in range(1, upto + 1))
 
 

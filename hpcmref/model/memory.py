@@ -92,8 +92,7 @@ def _membership(length: int, side: int, device: torch.device) -> Tensor:
 
 
 def top(similarity: Tensor, k: int) -> Tensor:
-    """Which k references are the most similar; of equal ones, the oldest. similarity: (B, R, ...) -> bool (B, R,
-    ...)."""
+    """Which k references are the most similar; of equal ones, the oldest. (B, R, ...) -> bool (B, R, ...)."""
     order = torch.arange(similarity.shape[1], device=similarity.device)
     older = (order[:, None] > order).view(len(order), len(order), *[1] * (similarity.dim() - 2))
     one, other = similarity.unsqueeze(2), similarity.unsqueeze(1)
@@ -113,8 +112,7 @@ class MemoryBank(nn.Module, ABC):
         self.opening = RateTable(torch.zeros(config.anchors), channels)
 
     def start(self, quality: Tensor, before: State | None = None) -> State:
-        """The state before the first step of a scale. quality: (B,); before: the state at the end of the scale
-        before."""
+        """The state before the first step of a scale. before: the state at the end of the scale before."""
         return State(quality, before.references if before is not None and self.transfer else ())
 
     def write(self, state: State, context: Tensor) -> State:
@@ -185,8 +183,7 @@ class Recall(nn.Module):
 
 
 class ReferenceBank(MemoryBank):
-    """The modes light and full: keeps the last contexts as references, and recalls those most similar to the
-    current."""
+    """The modes light and full: keeps the last contexts, and recalls those most similar to the current one."""
 
     def __init__(self, config: HPCMConfig, memory: MemoryConfig, scale: int) -> None:
         super().__init__(config, memory, scale)
