@@ -503,8 +503,7 @@ def _mismatch(wanted: bytes, name: str, found: bytes) -> str:
 def device_of(name: str) -> torch.device:
     """The device for "auto", "cpu" or "cuda". Of several GPUs it is the current one. Raises ConfigError.
 
-    The result names the GPU by its number, so that a codec stays on it when the caller makes another GPU the current
-    one.
+    The result names the GPU by its number, so that a codec stays on it even if the caller changes the current GPU.
     """
     if arguments.device(name) == "cpu" or not torch.cuda.is_available():
         if name == "cuda":

@@ -13,10 +13,10 @@ CompressAI's decoder does not know where its buffer ends. It also sets no limit 
 words as the stream tells them to. Three measures make that harmless:
 
 1. CompressAI takes the last entry of a table as its escape. Here every table is given one more entry, equal to the
-   total
-   65536. So CompressAI's escape has frequency 0, and it is never decoded, because the decoder takes the first entry
-   above a number that is below 65536. The table's own escape becomes an ordinary symbol. (A debug build of CompressAI
-   asserts that entries increase, and would stop here. The published wheels and every default build have no asserts.)
+   total 65536. So CompressAI's escape has frequency 0, and it is never decoded, because the decoder takes the first
+   entry above a number that is below 65536. The table's own escape becomes an ordinary symbol. (A debug build of
+   CompressAI asserts that entries increase, and would stop here. The published wheels and every default build have no
+   asserts.)
 2. Then each symbol reads at most one 32-bit word, and two consecutive symbols together at most one. Decoding maps a
    state x to f * (x >> 16) + r, with frequency f >= 1 and 0 <= r < f, and reads a word if the result is below 2^31.
    From 2^31 <= x < 2^63 (checked for the first state, which is the first 8 bytes) the result is at least 2^15 and below
