@@ -170,7 +170,7 @@ class SymbolDecoder:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all symbols so far certainly came from the payload, and not from zeros that follow a truncated one."""
+        """Whether all symbols so far certainly came from the payload, not from zeros that follow a truncated one."""
         return self._bits_left - self._rounding >= 64
 
     def get(self, indexes: np.ndarray) -> np.ndarray:
