@@ -1,4 +1,4 @@
-"""Where do models come from? The registry, safetensors in and out, fingerprints, official checkpoints.
+"""Model files: the registry, reading and writing safetensors, fingerprints, and official checkpoints.
 
 Importing this module does not import torch: `available` and `name_of` read only the headers of the files.
 """
@@ -240,7 +240,7 @@ def tiles() -> list[Image.Image]:
 
 
 def calibrated(model: HPCM) -> Grids:
-    """Exact grids of a model, from the calibration tiles and a quality at each end and two between."""
+    """Exact grids of a model, from the calibration tiles at four qualities: both ends, and two in between."""
     import numpy as np
     import torch
 
@@ -474,7 +474,7 @@ _OF_RULE_1 = frozenset(
         "per_position",
     ]
 )
-"""Settings of HPCMConfig and MemoryConfig that are hashed always."""
+"""Settings of HPCMConfig and MemoryConfig that are always part of the fingerprint."""
 
 _TRANSFORM_SETTINGS = ("transform", "stages", "synthesis", "ratio")
 

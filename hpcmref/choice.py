@@ -1,13 +1,13 @@
-"""The learned stream, or a lossless one where that is better: which of them is the file of a picture?
+"""Choose the stream of a file: the learned stream, or a lossless one if that is better.
 
 The model was trained to make bits + lambda(q) x squared error small. A lossless stream has no error, so it is better
 where its bits are fewer than that sum. Three rules keep the choice in order:
 
-- It may have at most CAP times the bits of the learned stream, so that noise does not make a small file a huge one. At
-  the best quality this does not hold for a picture whose PSNR would be below LEAST_PSNR.
-- Streams are compared at every GRID-th quality up to the one that is asked for. Once lossless has won it stays, so that
-  quality never falls when q rises.
-- A photograph is recognised by what a small part of it weighs without loss (`Photograph`), before more is computed.
+- The lossless stream may have at most CAP times the bits of the learned stream, so that a noisy picture does not become
+  a huge file. At the best quality this limit does not hold for a picture whose PSNR would be below LEAST_PSNR.
+- Streams are compared at every GRID-th quality up to the one that is asked for. If the lossless stream is better at one
+  of them, it is used at all higher ones, so that quality never falls when q rises.
+- A photograph is recognised by the lossless size of a small part of it (`min_size`), before more is computed.
 
 A picture of one colour is always lossless.
 """
@@ -125,8 +125,8 @@ def visible(picture: Picture) -> Picture:
 def min_size(picture: Picture) -> float:
     """Bytes that a lossless stream of the picture has at least, from at most _TILES tiles of it.
 
-    A photograph repeats nothing, so the whole weighs what its parts do. Of what repeats itself, the whole may weigh far
-    less than the sum: a quarter is promised.
+    A photograph has no repetitions, so its lossless size is the sum of those of its parts. A picture with repetitions
+    may take far fewer bytes than that sum, so only a quarter of the sum is returned.
     """
     tiles = _sample(picture.pixels)
     file = io.BytesIO()
@@ -158,7 +158,7 @@ def _variety(pixels: np.ndarray) -> float:
 
 
 def _roughness(pixels: np.ndarray) -> float:
-    """Mean square of what distinguishes a sample from the average of its four neighbours."""
+    """Mean square of the difference between a sample and the average of its four neighbours."""
     if min(pixels.shape[:2]) < 3:
         return math.inf
     total = 0.0

@@ -1,4 +1,4 @@
-"""An image to a file and back: picture -> transforms -> latent codec -> container.
+"""Convert an image to a file and back: picture -> transforms -> latent codec -> container.
 
 encode:  image -> pixels -> g_a, h_a -> y, z -> LatentCodec.compress -> container
 decode:  container -> LatentCodec.decompress -> y_hat -> g_s -> pixels -> image
@@ -61,12 +61,12 @@ class _Frame:
 
 
 class Codec:
-    """One model, ready to encode and decode. Keeps no state between images."""
+    """One model, ready to encode and decode. It keeps no state between images."""
 
     def __init__(self, checkpoint: Checkpoint, name: str, device: torch.device) -> None:
-        """Takes over the checkpoint's model, with an exact entropy path instead of its own.
+        """Take over the model of the checkpoint, and replace its entropy path by the exact twin.
 
-        Raises CheckpointError if there can be none.
+        Raises CheckpointError if the entropy path cannot be made exact.
         """
         self.name = name
         self.fingerprint = checkpoint.fingerprint
@@ -79,7 +79,7 @@ class Codec:
                 in_bfloat16(network)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         for parameter in self.model.parameters():
-            parameter.data = parameter.data.clone()  # lets go of the mapped file, most of which is not needed any more
+            parameter.data = parameter.data.clone()  # releases the mapped file, most of which is not needed any more
         self.latents = LatentCodec(self.model.entropy, device)
 
     def encode(
@@ -97,14 +97,15 @@ class Codec:
     ) -> bytes:
         """The file of an image.
 
-        quality: 0 (smallest) to 63 (best); None is the default. A model of one rate knows only None.
+        quality: 0 (smallest) to 63 (best); None is the default. A model of one rate accepts only None.
         verify: decode the latents with a second decoder and compare, before anything is returned.
         keep_invisible: code the colours of pixels whose alpha is 0, which are otherwise replaced by a smooth
             continuation of the visible ones.
-        choose: take a lossless stream instead where it is better (`hpcmref.choice`), as `hpcmref.encode` does.
-        effort: 0 (fast) to 9: how long to search for a better learned stream, one of fewer bits + lambda * error.
-        metric: what a search takes for the error, "mse" or "ms-ssim" (which needs sides of 161 pixels).
-        max_seconds: end the search after them, with what it has found. watch: see `hpcmref.search.Watch`.
+        choose: use a lossless stream instead if it is better (see `hpcmref.choice`), as `hpcmref.encode` does.
+        effort: 0 (fast) to 9: how long to search for a better learned stream, with a smaller bits + lambda * error.
+        metric: the error that a search minimises, "mse" or "ms-ssim" (which needs sides of at least 161 pixels).
+        max_seconds: the search ends after this time, and its best result so far is used.
+        watch: see `hpcmref.search.Watch`.
 
         Raises ConfigError for another quality or effort, ImageError for an image that the format cannot hold, and
         ModelChangedError if the model in memory is not the one that was loaded or the second decoder disagrees.
@@ -149,12 +150,16 @@ class Codec:
     ) -> bytes:
         """The file of an image at the quality that comes closest to one target, in at most seven trials.
 
-        size: bytes, or bpp: bits per pixel, that the file does not exceed, metadata included; psnr: dB of RGB that the
-        picture has at least, over all pixels whose alpha is above 0. Rate and PSNR rise with quality, so the trials
-        halve the range of qualities; g_a runs once. choose: take a lossless stream where it reaches the target, and is
-        no larger than the learned one if the target is a PSNR. With an effort, a search then makes the learned stream
-        better (size and bpp: the picture; psnr: the file), and keeps to the target. Raises ConfigError unless there is
-        exactly one target, HpcmrefError if no quality reaches it, and as `encode` does.
+        size: the number of bytes that the file, with its metadata, must not exceed.
+        bpp: the same in bits per pixel.
+        psnr: the least PSNR of the decoded picture in dB, of RGB over all pixels whose alpha is above 0.
+        choose: use a lossless stream if it reaches the target. If the target is a PSNR, it must also be no larger than
+            the learned stream.
+        effort: if it is above 0, a search then improves the learned stream and keeps to the target. With size and bpp
+            it improves the picture, and with psnr it makes the file smaller.
+
+        Rate and PSNR rise with quality, so the quality is found by bisection; g_a runs only once. Raises ConfigError
+        unless there is exactly one target, HpcmrefError if no quality reaches it, and as `encode` does.
         """
         if sum(target is not None for target in (size, bpp, psnr)) != 1:
             raise ConfigError("exactly one of size, bits per pixel and PSNR can be the target")
@@ -214,7 +219,7 @@ class Codec:
             return self._written(frame, compressed, chosen, verify, effort)
 
     def _searched(self, picture: Picture, goal: Goal, y: Tensor, quality: int, options: Options) -> Compressed:
-        """The best that a search finds from y on. Pixels count unless nobody sees them."""
+        """The best result of a search that starts from y. Invisible pixels do not count towards the error."""
         alpha, hidden = picture.extras.alpha, picture.is_filled or goal.most_error is not None
         seen = torch.from_numpy(alpha > 0).to(self.device) if alpha is not None and alpha.any() and hidden else None
         kind = SimilarTarget if options.metric == "ms-ssim" else Target
@@ -229,7 +234,7 @@ class Codec:
         return picture, _Frame(width, height, picture.grey, picture.extras.chunks())
 
     def _choice(self, picture: Picture, frame: _Frame, made: dict[int, tuple[bytes, Tensor]]) -> Choice:
-        """The streams of a picture. made: files and y_hat by quality, as far as there are any."""
+        """The possible streams of a picture. made: files and y_hat by quality, as far as they exist already."""
 
         @cache
         def features() -> Tensor:
@@ -284,15 +289,15 @@ class Codec:
     ) -> Image.Image:
         """The image of a file, in the mode of the original (see `hpcmref.picture.images`), with its metadata in `info`.
 
-        data: the bytes of a file, or what `container.parse` made of them (partial and damaged are its arguments then).
-        upto: the last scale (1, 2 or 3) whose latents are read; those of later scales are taken as predicted.
-        partial: decode a truncated file up to the last scale that is whole.
-        max_pixels: larger images are refused, before there is room made for them.
-        damaged: decode a file whose checksum does not match up to the last scale whose latents verify.
+        data: the bytes of a file, or the result of `container.parse`, which then has used `partial` and `damaged`.
+        upto: the last scale (1, 2 or 3) whose latents are read. Those of later scales are set to their predicted means.
+        partial: decode a truncated file up to the last scale that is complete.
+        max_pixels: larger images are refused before memory is allocated for them.
+        damaged: if the checksum of the file does not match, decode up to the last scale whose own checksum does.
 
-        Raises FormatError or UnsupportedError for what is not such a file, ImageError for too large an image,
-        ModelMismatchError for the file of another model, DecodeError where the decoded latents are not those that were
-        encoded, and ConfigError for another scale.
+        Raises FormatError or UnsupportedError if data is not such a file, ImageError if the image is too large,
+        ModelMismatchError if another model has made the file, DecodeError if the decoded latents are not those that
+        were encoded, and ConfigError if upto is no scale.
         """
         arguments.integer("upto", upto, 1, SCALES)
         arguments.integer("max_pixels", max_pixels, 1)
@@ -316,10 +321,11 @@ class Codec:
         max_pixels: int = DEFAULT_MAX_PIXELS,
         damaged: bool = False,
     ) -> Image.Image:
-        """The image of a file, made to fit a square of `side` pixels and never larger than it is.
+        """The image of a file, scaled down to fit a square of `side` pixels, and never enlarged.
 
-        From 12 pixels of the picture for one of the thumbnail on it takes less than half the time of `decode` and is an
-        approximation (`hpcmref.preview`). The other arguments are those of `decode`, and so are the errors.
+        If the picture is at least 12 times as large as the thumbnail, in pixels a side, this takes less than half the
+        time of `decode`, and the result is an approximation (see `hpcmref.preview`). The other arguments and the errors
+        are those of `decode`.
         """
         arguments.integer("side", side, 1)
         file = data if isinstance(data, Container) else container.parse(data, partial, damaged)
@@ -357,7 +363,7 @@ class Codec:
         return LinearSynthesis(self.model)
 
     def verify(self, data: bytes | Container) -> None:
-        """Decode all latents and metadata of a file and compare its checksums; the picture itself is not made.
+        """Decode all latents and metadata of a file, and compare its checksums. The picture itself is not computed.
 
         Raises as `decode` does.
         """
@@ -366,9 +372,9 @@ class Codec:
         extras_of(file)
 
     def y_hat(self, file: Container, upto: int = SCALES) -> Tensor:
-        """The latents (1, M, h, w) float32 up to a scale: `upto`, or of a damaged file the last intact one.
+        """The latents (1, M, h, w) float32, read up to the scale `upto`, or in a damaged file to the last intact one.
 
-        The same bits on every machine, but for the sign of zeros. Raises as `decode` does.
+        They have the same bits on every machine, except for the sign of zeros. Raises as `decode` does.
         """
         learned = self._learned(file)
         size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
@@ -391,12 +397,12 @@ class Codec:
         return learned
 
     def _pixels(self, y_hat: Tensor, quality: int, frame: _Frame | Container) -> Tensor:
-        """What is seen of y_hat: (H, W, 3) uint8."""
+        """The visible pixels of the picture that is decoded from y_hat: (H, W, 3) uint8."""
         return _cropped(self.model.picture(y_hat, self._rate(quality)), frame).contiguous()
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """Networks run without gradients and in the precision of their weights, whatever the caller has set."""
+        """Run networks without gradients and in the precision of their weights, whatever the caller has set."""
         with (
             safe_after_fork(self.device.type),
             torch.inference_mode(),
@@ -420,15 +426,16 @@ class Codec:
             raise ConfigError(f"the model {self.name} does not say what bits are worth: encode with effort 0")
 
     def weight(self, quality: int, metric: str = "mse") -> float:
-        """Lambda of a quality, between those of the anchors: bits for a unit of the search's error.
+        """The lambda of a quality, interpolated between the anchors: the bits that a unit of error is worth.
 
-        That is a squared error of one grey level in one pixel, or for "ms-ssim" an MS-SSIM of 0 instead of 1 in one.
+        A unit is a squared error of 1 (one grey level) in one pixel. For "ms-ssim" it is an MS-SSIM of 0 instead of 1
+        in one pixel.
         """
         found = rate_of(self.model.config.lambdas, quality, self.model.config.qualities)
         return lambda_of_ms_ssim(found) if metric == "ms-ssim" else found
 
     def _rate(self, quality: int) -> Tensor:
-        # Filled and not copied from the host, which would have to wait for a GPU.
+        # Filled on the device: a copy from the host would make the host wait for a GPU.
         return torch.full((1,), float(quality), dtype=torch.float32, device=self.device)
 
 
@@ -441,8 +448,8 @@ _loading = threading.Lock()
 def load(model: str | os.PathLike[str] | None = None, device: str = "auto") -> Codec:
     """The codec of a model: a name, a .safetensors file, or None for the default that ships with hpcmref.
 
-    device: "cpu", "cuda", or "auto" for CUDA where there is one. The last two codecs are kept, since loading takes
-    longer than encoding a small image. Raises CheckpointError, ConfigError.
+    device: "cpu", "cuda", or "auto" for CUDA if there is a CUDA device. The last two codecs are cached, since loading
+    takes longer than encoding a small image. Raises CheckpointError, ConfigError.
     """
     arguments.model(model)
     with _loading:  # threads that ask for a codec at once get the same one
@@ -450,7 +457,7 @@ def load(model: str | os.PathLike[str] | None = None, device: str = "auto") -> C
 
 
 def fresh(model: str | os.PathLike[str] | None = None, device: str = "auto") -> Codec:
-    """As `load`, but a codec of the caller's own, which is not kept."""
+    """As `load`, but the codec is new and not cached, so that the caller has it alone."""
     return _made(checkpoints.find(model), device_of(device))
 
 
@@ -494,9 +501,9 @@ def _mismatch(wanted: bytes, name: str, found: bytes) -> str:
 
 
 def device_of(name: str) -> torch.device:
-    """The device of "auto", "cpu" or "cuda"; of several GPUs the present one, by its number. Raises ConfigError.
+    """The device for "auto", "cpu" or "cuda". Of several GPUs it is the current one. Raises ConfigError.
 
-    With the number a codec stays on its GPU when the caller makes another one the present one.
+    The result names the GPU by its number, so that a codec stays on it even if the caller changes the current GPU.
     """
     if arguments.device(name) == "cpu" or not torch.cuda.is_available():
         if name == "cuda":
@@ -519,7 +526,7 @@ def _to_unit(x: Tensor) -> Tensor:
 
 
 def _cropped(x: Tensor, frame: _Frame | Container) -> Tensor:
-    """Planes (1, 3, H', W') -> what is seen of them, (H, W, 3)."""
+    """Cut planes (1, 3, H', W') to the size of the image: (H, W, 3)."""
     return x[0, :, : frame.height, : frame.width].permute(1, 2, 0)
 
 
@@ -529,9 +536,9 @@ def _check_sides(frame: _Frame, metric: str) -> None:
 
 
 def _squared_error(shown: Tensor, reference: Tensor, seen: Tensor | None) -> float:
-    """Of (H, W, 3) uint8; seen: (H, W) bool, which pixels count, or all."""
+    """The squared error between two pictures (H, W, 3) uint8. seen: (H, W) bool, the pixels that count (None: all)."""
     error = 0
-    for top in range(0, len(shown), 64):  # in parts, for the memory
+    for top in range(0, len(shown), 64):  # in parts, to save memory
         rows = slice(top, top + 64)
         squares = (shown[rows].int() - reference[rows].int()).square_()
         error += int((squares if seen is None else squares[seen[rows]]).sum())
@@ -539,12 +546,12 @@ def _squared_error(shown: Tensor, reference: Tensor, seen: Tensor | None) -> flo
 
 
 def _stream_size(data: bytes) -> int:
-    """Bytes of the payload of a file, and of the header fields that a lossless one does not have."""
+    """The size of a learned payload together with the header fields that a lossless file does not have, in bytes."""
     return len(container.parse(data).payload) + container.LEARNED_BYTES
 
 
 def _without_loss(picture: Picture, verify: bool, made: Choice | None = None) -> bytes:
-    """The file with a lossless stream. Raises DecodeError if it is to be verified and differs."""
+    """The file with a lossless stream. With `verify`, raises DecodeError if it does not decode to the same picture."""
     coding, payload = lossless.pack(visible(picture)) if made is None else made.stream
     data = lossless.file_of(picture, coding, payload)
     if verify:
@@ -553,7 +560,7 @@ def _without_loss(picture: Picture, verify: bool, made: Choice | None = None) ->
 
 
 def _unreached(name: str, frame: _Frame, wanted: str, limit: float | None) -> str:
-    """The sentence about a target that no quality reaches; limit: bytes, if it is one."""
+    """The error message for a target that no quality reaches. limit: bytes, if the target is a size."""
     sizes = {Tag(tag).name: len(content) for tag, content in frame.chunks if tag in {*METADATA, Tag.ALPHA}}
     alpha = sizes.pop("ALPHA", 0)
     if limit is not None and sum(sizes.values()) > limit:

@@ -1,9 +1,9 @@
-"""Latents to bytes and back: the only place where the entropy path, a coder and the range coder meet.
+"""Convert latents to bytes and back. Only this module connects the entropy path, a coder and the range coder.
 
     compress:    y, z  --SymbolWriter-->  symbols, table indexes  --range encoder-->  payload, checksums
     decompress:  payload  --range decoder-->  symbols  --SymbolReader-->  y_hat
 
-Both walk the same entropy path (h_s and the context model) in exact arithmetic, so they see the same scales and means.
+Both run the same entropy path (h_s and the context model) in exact arithmetic, so they get the same scales and means.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Compressed:
 
 
 class LatentCodec:
-    """An exact entropy path with the range coder. Keeps no state between calls."""
+    """An exact entropy path together with the range coder. It keeps no state between calls."""
 
     def __init__(self, entropy: EntropyPath, device: torch.device) -> None:
         """entropy: in exact arithmetic (`hpcmref.exact.attach`), on the device."""
@@ -58,7 +58,7 @@ class LatentCodec:
         return self._compress(y, z, quality, keep=False)[0]
 
     def compress_and_predict(self, y: Tensor, z: Tensor, quality: int) -> tuple[Compressed, list[Part]]:
-        """As `compress`; also the symbols of every step and the tables that they were coded with."""
+        """As `compress`, but also return the symbols of every step and the tables they were coded with."""
         return self._compress(y, z, quality, keep=True)
 
     def _compress(self, y: Tensor, z: Tensor, quality: int, keep: bool) -> tuple[Compressed, list[Part]]:
@@ -66,7 +66,7 @@ class LatentCodec:
         writer = SymbolWriter(y, z, self.thresholds, encoders)
         with torch.inference_mode(), exactly(self.device):
             y_hat = self.entropy(self._quality(len(y), quality), (z.shape[2], z.shape[3]), writer)
-            parts = writer.finish() if keep else writer.finish()[:0]  # the encoders need the room
+            parts = writer.finish() if keep else writer.finish()[:0]  # frees memory for the encoders
         self.unchanged.check()
         payloads = [encoder.finish() for encoder in encoders]
         return Compressed(payloads, list(map(_checksums, writer.checksums)), y_hat), parts
@@ -81,7 +81,7 @@ class LatentCodec:
     ) -> Tensor:
         """y_hat (B, M, 4h, 4w) of a batch.
 
-        size: (h, w) of z. upto: the last scale (1, 2 or 3) whose latents are read; later ones are taken as predicted.
+        size: (h, w) of z. upto: the last scale (1, 2 or 3) whose latents are read; later ones are set to their means.
 
         Raises DecodeError if the latents are not those that were encoded, FormatError if a payload is damaged
         (TruncatedError if it is too short), and ModelChangedError as `compress` does.
@@ -98,8 +98,9 @@ class LatentCodec:
     ) -> tuple[Tensor, int]:
         """y_hat (1, M, 4h, 4w) of a truncated or damaged payload, and the last scale (at most `upto`) that is intact.
 
-        A scale is intact if its checksum says so; in files of version 1, which have none for s1 and s2, if its symbols
-        certainly came from before the end of the payload. Raises DecodeError if not even s1 is.
+        A scale is intact if its checksum matches. Files of version 1 have no checksums of s1 and s2. There, these
+        scales are intact if all their symbols certainly came from before the end of the payload. Raises DecodeError if
+        not even s1 is intact.
         """
         for scale in range(upto, 0, -1):
             try:
@@ -114,7 +115,7 @@ class LatentCodec:
         raise DecodeError("the file is damaged or ends before its first scale does: nothing of it can be shown")
 
     def preview(self, payload: bytes, checksums: Checksums, size: tuple[int, int], quality: int) -> Tensor:
-        """y_hat (1, M, 4h, 4w) from the first steps of s3, the rest interpolated: see `hpcmref.preview`.
+        """y_hat (1, M, 4h, 4w), read up to the first steps of s3 and interpolated elsewhere (see `hpcmref.preview`).
 
         Raises DecodeError if the latents up to s2 are not those that were encoded, and as `decompress` does.
         """
@@ -163,13 +164,13 @@ class LatentCodec:
 
 
 def thresholds() -> Tensor:
-    """Bounds (59,) float32 between the scales of the 60 tables: a scale takes the table that is nearest in ratio."""
+    """Bounds (59,) float32 between the scales of the 60 tables. A scale uses the table that is nearest in ratio."""
     scales = scale_table().astype(np.float64)
     return torch.from_numpy(np.sqrt(scales[1:] * scales[:-1]).astype(np.float32))
 
 
 def _agree(expected: Checksums, found: Checksums, upto: int) -> bool:
-    """Whether the checksums of all scales up to `upto` are equal; version 1 of the format has none of s1 and s2."""
+    """Whether the checksums of all scales up to `upto` match; version 1 of the format has none of s1 and s2."""
     return all(expected.of(scale) in (None, found.of(scale)) for scale in range(1, upto + 1))
 
 

@@ -1,4 +1,4 @@
-"""Many sources, one after the other or in several processes; what comes of them, in their order."""
+"""Work on many sources, one after the other or in several processes, and give the results in their order."""
 
 from __future__ import annotations
 

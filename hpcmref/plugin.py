@@ -1,4 +1,4 @@
-"""How does Pillow open and save files of ours? `import hpcmref` registers it; what is heavy is imported on first use.
+"""The Pillow plugin. `import hpcmref` registers it, and heavy modules are imported only on first use.
 
 Image.open("photo.bin")                   with any suffix: files are known by their first bytes
 image.save("photo.hpcm", quality=40)      or any suffix with format="HPCM"

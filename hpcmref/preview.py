@@ -1,10 +1,10 @@
-"""Small pictures of a file in less than half the time of the whole: fewer steps of s3, and no synthesis network.
+"""Decode a small preview of a file in less than half the time: with fewer steps of s3, and without the network g_s.
 
 Most of the time of decoding is that of the networks that predict the latents of s3, step by step. A preview of at most
 1/12 of the size stops after step 7 of the 11 (FORMAT.md): then half of the positions have the lowest frequencies, and
-the others are interpolated. Nothing is made of the network g_s but its linear part, averaged over 8 x 8 pixels: for the
-transforms that start as a DCT it is within 45 dB of the network (`research/thumbnail.py` measures both). The checksum
-of s2 is compared; what is read of s3 is not verified.
+the others are interpolated. Of the network g_s only the linear part is used, averaged over 8 x 8 pixels. For transforms
+that are initialised as a DCT, its result is within 45 dB of that of the network (`research/thumbnail.py` measures
+both). The checksum of s2 is compared, but the symbols read from s3 are not verified.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from hpcmref.model.schedule import S1, S2, STEPS_S3, Step
 from hpcmref.model.transforms import BLOCK
 
 FEW_STEPS = 12
-"""Pixels of the picture for one of the preview from which on it stops early."""
+"""Decoding stops early if the picture is at least this many times as large as the preview, in pixels a side."""
 _LAST = STEPS_S3[1]
 _LATTICES = {1: S1, 2: S2}
 _LOWEST = 4
-"""A quarter of the channels, those of the lowest frequencies, is interpolated; the others hardly change an average."""
+"""One in this many channels, those of the lowest frequencies, are interpolated. The others hardly change averages."""
 
 
 class _Enough(Exception):  # noqa: N818  no error
@@ -72,10 +72,10 @@ class PreviewReader(SymbolReader):
 
 
 def interpolated(y_hat: Tensor, known: Tensor) -> Tensor:
-    """y_hat (1, M, h, w) whose lowest frequencies are filled in where they are not known (known is 0).
+    """y_hat (1, M, h, w) whose lowest frequencies are interpolated at positions where they are not known (known is 0).
 
-    Between four known neighbours the pair that differs less counts more, as edges ask for; elsewhere the known ones
-    among the eight neighbours are averaged.
+    If all four neighbours are known, the pair (horizontal or vertical) that differs less has the larger weight, which
+    preserves edges. Otherwise the result is the average of the known ones among the eight neighbours.
     """
     lowest = y_hat.shape[1] // _LOWEST
     values, mask = y_hat[:, :lowest].clone(), known[:, :lowest] > 0

@@ -1,4 +1,4 @@
-"""How alike are two images? MS-SSIM on tensors, the same for training and for measuring."""
+"""MS-SSIM of two images, on tensors. Training and measurements use the same code."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What can an image, or a file, be given as? Brings each kind to the one that the codec takes."""
+"""Convert the kinds of images and files that callers may pass to those that the codec takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""How does a trained entropy path become an exact one? Images give ranges, ranges give grids, grids give twins."""
+"""Convert a trained (float) entropy path into one that computes exactly.
+
+A few images are passed through the network to record the range of every channel. The ranges determine the grids: an
+exponent for every channel, so that values become integers (fixed-point numbers), and a limit to which they are
+clamped. With its grids, each layer is replaced by its exact twin, a module that computes the same function on integers.
+"""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -28,30 +33,33 @@ from hpcmref.model.hpcm import EntropyPath
 from hpcmref.model.layers import RateTable, ResidualBlock
 
 Grids = dict[str, dict[str, Tensor]]
-"""Module name -> name -> integers: what `ExactConv` and `ExactAttend` need."""
+"""Module name -> name of a grid -> integers: the exponents and limits that `ExactConv` and `ExactAttend` need."""
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 
 MARGIN = 1.25
-"""Ranges are this much wider than the largest value seen (1 and 1.25 cost the same rate on photographs, 0.7 more)."""
+"""Ranges are this many times the largest value seen. On photographs 1 and 1.25 give the same rate, 0.7 a higher one."""
 
 FINENESS = 64
-"""Inputs get this many times the levels of weights.
+"""Where `Bits` does not fix the levels of inputs, inputs get this many times as many levels as weights.
 
-The shipped model's rate at its lowest quality rises by 0.15 % with 16, 0.01 % with 64 and 0.04 % with 256, where there
-are no WORDS by 0.9 % with 4 (training tiles).
+On training tiles, the shipped model's rate at its lowest quality rises by 0.15 % with 16, 0.01 % with 64 and 0.04 %
+with 256. If no layer uses WORDS, it rises by 0.9 % with 4.
 """
 
 WORD_LEVELS = words.LIMIT - 127
-"""Levels of inputs of 16 bits."""
+"""The number of levels of 16-bit inputs."""
 
 
 @dataclass(frozen=True)
 class Bits:
     """How fine the grids of a convolution are.
 
-    levels: of the inputs, or None for FINENESS times those of the weights. bound: of the sums. evenness: how much of
-    the ranges of its inputs is evened out in a 1x1 convolution; the rest is the weights'.
+    levels: the number of levels of the inputs; None stands for FINENESS times the number of levels of the weights.
+    bound: all sums are smaller than this.
+    evenness: used for 1x1 convolutions only. Multiplying an input channel by a power of two, and dividing its weights
+    by it, changes the ranges of both. 1 makes the ranges of the input channels equal, 0 the magnitudes of their
+    weights, and numbers in between are a compromise (in the log domain).
     """
 
     levels: int | None
@@ -59,21 +67,32 @@ class Bits:
     evenness: float
 
 
-# With these the shipped model's rate on training tiles is within 0.03 % of that in float up to quality 16, and 0.06 %
-# above.
+# With these settings the shipped model's rate on training tiles is within 0.03 % of its rate in floating point up to
+# quality 16, and within 0.06 % above.
 WORDS = Bits(WORD_LEVELS, 2**31, 0.25)
-"""Of what predicts scales and means. With FLOATS up to 0.1 % more, with BYTES 1 to 18 %."""
+"""16-bit inputs, for the adaptors and priors, which predict scales and means.
+
+With FLOATS instead, the rate would be up to 0.1 % higher, and with BYTES 1 to 18 %.
+"""
 FLOATS = Bits(None, BOUNDS[torch.float32], 0.25)
-"""Of all else. Where there are no units for bytes, one product is enough, as sums are exact in float32."""
+"""Sums that are exact in float32, for all other convolutions.
+
+On a processor without int8 instructions, one float32 matrix product is then enough, instead of one for each byte.
+"""
 BYTES = Bits(words.WEIGHT_LIMIT - 1, BOUNDS[torch.float32], 0.5)
-"""Of queries and keys: costs 0.01 %. For values it would be 0.1 %, and for attention's other convolution up to 8 %."""
+"""8-bit inputs, for the convolutions that make queries and keys; this costs 0.01 % of the rate.
+
+For values it would cost 0.1 %, and for the output convolution of attention up to 8 %.
+"""
 
 
 def calibrate(entropy: EntropyPath, run: Callable[[], None]) -> Grids:
-    """Choose the grids of every layer: 1x1 convolutions fit `words`, and all others have sums in float32.
+    """Choose the grids of every layer.
 
-    run: passes typical images through `entropy` (in its float form). Raises CheckpointError if there are weights or
-    values that are not finite, or too large.
+    The integers of 1x1 convolutions then fit `words`, and the sums of all other layers are exact in float32.
+
+    run: a function that passes typical images through `entropy` (in its float form). Raises CheckpointError if weights
+    or values are not finite, or too large.
     """
     ranges: dict[str, tuple[Tensor, ...]] = {}
     hooks = []
@@ -100,7 +119,7 @@ def calibrate(entropy: EntropyPath, run: Callable[[], None]) -> Grids:
 
 
 def _bits(entropy: EntropyPath) -> dict[nn.Module, Bits]:
-    """Of the 1x1 convolutions that do not get FLOATS."""
+    """The settings of those 1x1 convolutions that use WORDS or BYTES, not FLOATS (and of modules that ignore them)."""
     context = entropy.context
     adaptors = (context.adaptor_s1, context.adaptor_s2, context.adaptor_s3)
     predicting = {each: WORDS for part in (*adaptors, context.prior_s1_s2, context.prior_s3) for each in part.modules()}
@@ -109,12 +128,12 @@ def _bits(entropy: EntropyPath) -> dict[nn.Module, Bits]:
 
 
 def attach(entropy: EntropyPath, grids: Grids) -> EntropyPath:
-    """The exact twin of `entropy` (float32, on the CPU), which stays as it is.
+    """Return the exact twin of `entropy`, which must be float32 and on the CPU, and is not changed.
 
     Raises CheckpointError if a grid is missing or damaged, or no type holds the sums of a layer.
     """
     convolutions = {name: module for name, module in entropy.named_modules() if isinstance(module, Convolution)}
-    # Convolutions, nearly all of the weights, are not copied: they are replaced.
+    # Convolutions hold nearly all of the weights. They are not copied, because they are replaced.
     entropy = copy.deepcopy(entropy, {id(module): module for module in convolutions.values()})
     for name, module in convolutions.items():
         entropy.set_submodule(name, ExactConv(module, grids.get(name, {}), name))
@@ -127,7 +146,7 @@ def attach(entropy: EntropyPath, grids: Grids) -> EntropyPath:
         if isinstance(module, CrossAttentionCell):
             _attach_attention(module, grids.get(f"{name}.attend", {}), f"{name}.attend")
         elif isinstance(module, ResidualBlock):
-            # LeakyReLU commutes with powers of two, so a layer can scale its output for the next one.
+            # LeakyReLU commutes with powers of two, so a layer can already scale its output as the next one needs it.
             _hand_over(module.expand, module.project)
             _hand_over(module.spatial, module.expand)
             module.wide = words.WIDE
@@ -148,7 +167,7 @@ def _hand_over(before: nn.Module, after: nn.Module) -> None:
 
 
 def _recorder(ranges: dict[str, tuple[Tensor, ...]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that keeps the largest magnitude of every channel of every input tensor."""
+    """A hook that records the largest magnitude of every channel of every input tensor in `ranges`."""
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if isinstance(module, Attend):  # (B, windows, heads, tokens, channels)
@@ -168,8 +187,8 @@ def _convolution_grids(layer: Convolution, ranges: Tensor, bits: Bits) -> dict[s
     if not (weight.isfinite().all() and layer.bias is not None and layer.bias.isfinite().all()):
         raise CheckpointError("The model has weights that are not finite.")
     in_bytes = is_pointwise(layer)
-    shift = ranges.log2()  # evens out the ranges of the input channels
-    if in_bytes:  # and also the weights, which have few bits
+    shift = ranges.log2()  # makes the ranges of all input channels equal
+    if in_bytes:  # a compromise with equal ranges of the weights, which have only 8 bits (see Bits.evenness)
         peaks = weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
         columns = (weight.abs() / peaks).amax((0, 2, 3)).clamp(min=1e-9)
         shift = bits.evenness * shift - (1 - bits.evenness) * columns.log2()
@@ -180,7 +199,8 @@ def _convolution_grids(layer: Convolution, ranges: Tensor, bits: Bits) -> dict[s
     spread = float((ranges * torch.exp2(-shift)).max())
     finest = int(torch.floor(torch.log2(torch.tensor(levels / spread, dtype=torch.float32, device="cpu"))))
     inputs, limit = _whole(finest - shift), int(spread * 2.0**finest) + 1
-    # Every output channel gets the finest weights with which its sums stay in their bound: first estimated, then tried.
+    # Every output channel gets the finest weights whose sums stay below the bound. The exponents are estimated first,
+    # and lowered where rounding the weights has taken the sums over the bound.
     unscaled, bias = integer_weights(layer, inputs, torch.full((layer.out_channels,), EXPONENTS, device="cpu"))
     room = (bits.bound / _magnitudes(layer, unscaled, bias, limit)).log2()
     if in_bytes:
@@ -194,13 +214,16 @@ def _convolution_grids(layer: Convolution, ranges: Tensor, bits: Bits) -> dict[s
 
 
 def _over(layer: Convolution, weight: Tensor, bias: Tensor, limit: int, bound: int) -> Tensor:
-    """Which outputs have integers that are too large: (C_out,) bool."""
+    """Which output channels have weights or sums that are too large: (C_out,) bool."""
     over = _magnitudes(layer, weight, bias, limit) >= bound
     return over | ~words.fits(weight, bias, limit) if is_pointwise(layer) else over
 
 
 def _attention_grids(cell: CrossAttentionCell, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-    """Exponents per channel; those of query and key add up to one number per head, the grid of its scores."""
+    """Exponents per channel, and limits.
+
+    The exponents of query and key add up to the same number in all channels of a head: the exponent of its scores.
+    """
     bound = BOUNDS[torch.float32] - 1
     query, key, value = (_usable(x).view(cell.heads, -1) for x in (query, key, value))
     limit = int((bound / query.shape[1]) ** 0.5)
@@ -226,7 +249,10 @@ def _whole(exponents: Tensor) -> Tensor:
 
 
 def _usable(magnitudes: Tensor) -> Tensor:
-    """Magnitudes with a margin, as float64; channels that are (nearly) always zero get a thousandth of the largest."""
+    """Magnitudes times MARGIN, as float64.
+
+    Channels that are always or nearly always zero get a thousandth of the largest magnitude.
+    """
     magnitudes = magnitudes.detach().cpu().double()
     if not magnitudes.isfinite().all():
         raise CheckpointError("The model computes numbers that are not finite.")
@@ -234,5 +260,5 @@ def _usable(magnitudes: Tensor) -> Tensor:
 
 
 def _is_input_first(layer: Convolution) -> bool:
-    """The first dimension of the weight is the input channel."""
+    """Whether the first dimension of the weight is the input channel."""
     return isinstance(layer, nn.ConvTranspose2d) or layer.groups > 1

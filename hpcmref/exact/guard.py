@@ -1,4 +1,7 @@
-"""Does this process compute what it is asked for? Switches reduced precision off, and checks known answers."""
+"""Make sure that PyTorch computes float32 sums exactly.
+
+Modes of reduced precision are switched off while the entropy path runs, and known answers are checked first.
+"""
 
 import contextlib
 import threading
@@ -18,11 +21,13 @@ from hpcmref.runtime.torch_names import use_full_precision
 
 @contextlib.contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Run float32 convolutions and products as such, whatever the caller has set; restores the caller's settings.
+    """Compute float32 convolutions and matrix products in full precision.
 
-    Off: autocast, TF32 and bfloat16 modes, cuDNN and NNPACK (which may choose Winograd or FFT), and the refusal of
-    cuBLAS by `torch.use_deterministic_algorithms`, as every order of exact sums gives the same. May be nested, and
-    entered by several threads at once. Raises UnsupportedError if the process computes something else all the same.
+    The caller's settings are restored at the end. This context switches off autocast, the TF32 and bfloat16 modes, and
+    cuDNN and NNPACK (which may choose Winograd or FFT). If the caller has called `torch.use_deterministic_algorithms`,
+    PyTorch would refuse to use cuBLAS. That is switched off too, since exact sums do not depend on their order. The
+    context may be nested, and several threads may enter it at once. Raises UnsupportedError if the process still does
+    not compute exactly.
     """
     with torch.autocast(device.type, enabled=False), _EXACT.entered():
         check(str(device))
@@ -30,18 +35,22 @@ def exactly(device: torch.device) -> Iterator[None]:
 
 
 def repeatably(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Run the transforms on a GPU with kernels that give the same result each time; restores the caller's settings.
+    """Run the transforms on a GPU with kernels that give the same result each time.
 
-    cuDNN's transposed convolutions may add up in an order that changes from run to run. On a CPU nothing is switched.
+    The caller's settings are restored at the end. This is needed because cuDNN's transposed convolutions may add up in
+    an order that changes from run to run. On a CPU no setting is changed.
     """
     return _REPEATABLE.entered() if device.type == "cuda" else contextlib.nullcontext()
 
 
 class _Switches:
-    """Switches that belong to the whole process: set while any thread wants it, then as they were before."""
+    """Settings of the whole process that are changed while at least one thread needs them.
+
+    When the last thread leaves, they are restored.
+    """
 
     def __init__(self, switch: Callable[[contextlib.ExitStack], None]) -> None:
-        """switch: sets them, and tells the stack how to set them back."""
+        """switch: a function that changes the settings and registers on the stack how to restore them."""
         self._switch = switch
         self._lock = threading.Lock()
         self._users = 0
@@ -82,7 +91,10 @@ def _make_repeatable(undo: contextlib.ExitStack) -> None:
 
 
 def _allow_cublas(undo: contextlib.ExitStack) -> None:
-    """Deterministic algorithms, if the caller wants them, refuse products of matrices on a GPU."""
+    """Switch PyTorch's deterministic algorithms off, if the caller has switched them on.
+
+    With them, PyTorch refuses matrix products on a GPU.
+    """
     if torch.are_deterministic_algorithms_enabled():
         warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         undo.callback(torch.use_deterministic_algorithms, True, warn_only=warn_only)
@@ -94,10 +106,10 @@ _EXACT, _REPEATABLE = _Switches(_make_exact), _Switches(_make_repeatable)
 
 @lru_cache(maxsize=4)
 def check(device: str) -> None:
-    """Compare what exact layers are made of with answers computed in integers by NumPy, once per process and device.
+    """Compare the operations of exact layers with answers that NumPy computes, once per process and device.
 
-    Raises UnsupportedError if a result differs: a mode of reduced precision or a transforming algorithm that cannot be
-    switched off from here (ONEDNN_DEFAULT_FPMATH_MODE, for instance).
+    Raises UnsupportedError if a result differs. The cause is then a mode of reduced precision or a transforming
+    algorithm that this process cannot switch off (one set by ONEDNN_DEFAULT_FPMATH_MODE, for instance).
     """
     results = (*_sums(torch.float32, device), *_sums(torch.float64, device), *_operations(device))
     wrong = [name for name, same in results if not same]
@@ -109,7 +121,10 @@ def check(device: str) -> None:
 
 
 def _sums(dtype: torch.dtype, device: str) -> Iterator[tuple[str, bool]]:
-    """Convolutions and products whose sums come close to the bound of `dtype`, of terms with many bits and with few."""
+    """Convolutions and matrix products whose sums come close to the bound of `dtype`.
+
+    Some terms have many bits and some have few. Yields a name and whether the result is right.
+    """
     random = np.random.RandomState(0)
     bound = BOUNDS[dtype].bit_length() - 1
 
@@ -127,8 +142,8 @@ def _sums(dtype: torch.dtype, device: str) -> Iterator[tuple[str, bool]]:
     def same(result: Tensor, expected: np.ndarray) -> bool:
         return np.array_equal(result.cpu().numpy().reshape(expected.shape), expected)
 
-    # Channels have 1 to 14 bits, and weights the more bits the fewer their channel has: as in layers that were evened
-    # out. 8 bits less than the bound leave room for 256 terms.
+    # Channels have 1 to 14 bits, and weights have the more bits the fewer their channel has, as in calibrated layers.
+    # Terms have 8 bits fewer than the bound, which leaves room for 256 of them.
     bits = np.arange(256) % 14 + 1
     x = integers(bits[:, None, None], 256, 10, 16)
     image = tensor(x)[None]
@@ -158,7 +173,10 @@ def _sums(dtype: torch.dtype, device: str) -> Iterator[tuple[str, bool]]:
 
 
 def _operations(device: str) -> Iterator[tuple[str, bool]]:
-    """Single operations whose results IEEE 754 prescribes, on numbers that need rounding."""
+    """Single operations whose results IEEE 754 prescribes, on numbers that need rounding.
+
+    Yields a name and whether the result is right.
+    """
     random = np.random.RandomState(1)
     a, b = (random.uniform(-1000, 1000, 4096).astype(np.float32) for _ in range(2))
     halves = (np.arange(-2048, 2048) + 0.5).astype(np.float32)

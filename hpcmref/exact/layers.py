@@ -1,6 +1,7 @@
-"""What replaces each layer of the entropy path? Twins that add up integers held in float tensors.
+"""The exact twins that replace the layers of the entropy path. They add up integers, most of them in float tensors.
 
-"Qe" says that a value is an integer times 2^-e. See the package's docstring for why the twins are exact.
+"Qe" means that a value is a fixed-point number: an integer times 2^-e. The package's docstring explains why the results
+are exact.
 """
 
 import math
@@ -17,13 +18,16 @@ from hpcmref.model.config import QUALITIES
 from hpcmref.model.layers import RateTable, pointwise
 
 BOUNDS = {torch.float32: 2**24, torch.float64: 2**53}
-"""A sum of integers whose magnitudes add up to less is exact in this type, in whatever order it is computed."""
+"""If the magnitudes of integers add up to less than this, their sum is exact in this type in every order."""
 
 EXPONENTS = 40
-"""Exponents of grids are at most this, and at least its negative: nothing overflows, and nothing is denormal."""
+"""The exponents of grids are within +- this number, so that no value overflows and none is denormal."""
 
 ROW_LIMIT, ROW_EXPONENT = 2**15, 24
-"""Numbers that depend on the quality are at most the one, and first rounded to Q of the other: none is denormal."""
+"""Numbers that depend on the quality have a magnitude of at most ROW_LIMIT, and are rounded to Q ROW_EXPONENT.
+
+So none of them is denormal.
+"""
 
 EXP_STEPS = 32
 """Entries of the exponential table per unit of the exponent."""
@@ -35,11 +39,14 @@ EXP_TABLE = bytes.fromhex(
     "0202020202020202020202020202020101010101010101010101010101010101010101010101010101010101010101010101"
     "00"
 )
-"""round(255 exp(-i / EXP_STEPS)), and 0 for all that follow."""
+"""Entry i is round(255 exp(-i / EXP_STEPS)); all entries after the last would be 0."""
 
 
 def power_of_two(exponents: Tensor) -> Tensor:
-    """2^exponents: integers within -126..127 -> float32. Made of bits: pow and ldexp do not promise to be exact."""
+    """2^exponents, float32, for integers within -126..127.
+
+    The numbers are made from their bits, as pow and ldexp are not guaranteed to be exact.
+    """
     return (exponents.to(torch.int32) + 127 << 23).view(torch.float32)
 
 
@@ -52,7 +59,10 @@ def container(magnitude: float, name: str) -> torch.dtype:
 
 
 def grid(grids: Mapping[str, Tensor], key: str, shape: tuple[int, ...], low: int, high: int, owner: str) -> Tensor:
-    """Integers of a checkpoint, as int32. Raises CheckpointError unless shape and range are these."""
+    """The integers of one grid of a checkpoint, as int32.
+
+    Raises CheckpointError if the grid is missing, or if its shape or range is wrong. owner: the layer, for the message.
+    """
     if key not in grids:
         raise CheckpointError(f"The checkpoint lacks the grid {key} of {owner}.")
     values = grids[key]
@@ -69,11 +79,11 @@ def _exponents(grids: Mapping[str, Tensor], key: str, channels: int, owner: str)
 class ExactConv(nn.Module):
     """Twin of a Conv2d or ConvTranspose2d.
 
-    The input becomes integers, Q input[c] in channel c, clamped to +-limit. Weights are integers Q output[o] - input[c]
-    and the bias Q output[o]; so the sums are integers Q output[o]. They are added up in words (1x1 convolutions that
-    fit; see `words`), or else in float32 or float64. What comes out is the sum, rounded to float32, times a power of
-    two. Float weights and biases are held multiplied by it: a power of two for all terms of a sum changes their
-    exponents and nothing else.
+    The input is rounded to integers, Q input[c] in channel c, and clamped to +-limit. Weights are integers
+    Q (output[o] - input[c]) and the bias is Q output[o], so the sums are integers Q output[o]. For 1x1 convolutions
+    that fit, they are computed by int8 matrix products (see `words`), and otherwise in float32 or float64. The result
+    is the sum, rounded to float32, times a power of two. Weights and biases held as floats are already multiplied by
+    that power. This is exact: a power of two that multiplies all terms of a sum changes only their exponents.
     """
 
     weight: Tensor
@@ -108,7 +118,7 @@ class ExactConv(nn.Module):
         self.register_buffer("input_scale", power_of_two(inputs).view(1, -1, 1, 1))
 
     def scale_output(self, exponents: Tensor) -> None:
-        """Multiply output channel o by 2^exponents[o] from now on; exponents: (C_out,) integers."""
+        """Make this layer multiply its output channel o by 2^exponents[o] from now on; exponents: (C_out,) integers."""
         scale = power_of_two(exponents)
         if self.output_scale is not None:
             self.output_scale *= scale
@@ -118,12 +128,18 @@ class ExactConv(nn.Module):
         self.bias *= scale
 
     def feed(self, reader: "ExactConv") -> None:
-        """Let this layer scale its output for `reader`, the only one that reads it (a LeakyReLU may be between)."""
+        """Make this layer scale its output as `reader` needs its input, so that `reader` need not scale it.
+
+        No other layer may read the output. A LeakyReLU may be in between.
+        """
         self.scale_output(reader._inputs)
         reader.input_scale = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C_in, h, w) float32 -> (B, C_out, h', w') float32. Overwrites x if it comes scaled (see `feed`)."""
+        """x: (B, C_in, h, w) float32 -> (B, C_out, h', w') float32.
+
+        If the layer before has scaled x already (see `feed`), x is overwritten.
+        """
         if self.input_scale is not None:
             x = x * self.input_scale
         x = x.round_().clamp_(-self.limit, self.limit)
@@ -135,13 +151,13 @@ class ExactConv(nn.Module):
 
 
 def is_pointwise(layer: nn.Conv2d | nn.ConvTranspose2d) -> bool:
-    """It is a 1x1 convolution: a matrix product."""
+    """Whether the layer is a 1x1 convolution, which is a matrix product."""
     shape = (layer.kernel_size, layer.stride, layer.padding, layer.groups)
     return isinstance(layer, nn.Conv2d) and shape == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def _convolution_of(layer: nn.Conv2d | nn.ConvTranspose2d, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The function of (x, weight, bias) that the layer is."""
+    """The function of (x, weight, bias) that the layer computes."""
     if isinstance(layer, nn.ConvTranspose2d):
         if layer.stride != layer.kernel_size or any((*layer.padding, *layer.output_padding, layer.groups - 1)):
             raise CheckpointError(f"{name} is a transposed convolution whose outputs overlap.")
@@ -158,8 +174,9 @@ def _convolution_of(layer: nn.Conv2d | nn.ConvTranspose2d, name: str) -> Callabl
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """3x3 convolution of every channel with its own kernel: x (B, C, h, w), weight (C, 1, 3, 3), bias (C,).
 
-    As a convolution where that is fast. PyTorch's own CPU kernels go through the channels one by one, or on ARM (macOS)
-    use Winograd, which rounds (Convolution.cpp, use_cpu_depthwise3x3_winograd); there it is nine products of planes.
+    Where oneDNN or CUDA is used, this calls PyTorch's convolution. Without them, PyTorch's own CPU kernels process the
+    channels one by one, or on ARM (macOS) use Winograd, which rounds (Convolution.cpp, use_cpu_depthwise3x3_winograd).
+    So there the convolution is computed as the sum of nine shifted planes, each multiplied by one weight per channel.
     """
     onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and x.dtype == torch.float32
     if onednn or x.is_cuda:
@@ -171,7 +188,8 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         for row in range(3)
         for column in range(3)
     ]
-    # The first sum makes a new tensor. An expanded bias could be the model's own bias, which must not be written to.
+    # The first sum makes a new tensor: an expanded bias might share the memory of the model's own bias, which must not
+    # be overwritten.
     result = torch.addcmul(bias[:, None, None], *terms[0])
     for plane, factor in terms[1:]:
         result.addcmul_(plane, factor)
@@ -181,7 +199,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def integer_weights(layer: nn.Conv2d | nn.ConvTranspose2d, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias as integers, float64: round(w 2^(output - input)) and round(b 2^output).
 
-    inputs: (C_in,), outputs: (C_out,) exponents; scaling by powers of two is exact, so there is one rounding.
+    inputs: (C_in,) and outputs: (C_out,) exponents. Scaling by powers of two is exact, so each number is rounded once.
     """
     assert layer.bias is not None
     scale, scale_out = _weight_scales(layer, inputs, outputs)
@@ -192,13 +210,13 @@ def integer_weights(layer: nn.Conv2d | nn.ConvTranspose2d, inputs: Tensor, outpu
 def float_weights(
     layer: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor, bias: Tensor, inputs: Tensor, outputs: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias, float64, of which `integer_weights` makes these integers: the inverse, and exact."""
+    """The exact inverse of `integer_weights`: the weight and bias, float64, from which it makes these integers."""
     scale, scale_out = _weight_scales(layer, inputs, outputs)
     return weight.double() / scale, bias.double() / scale_out
 
 
 def _weight_scales(layer: nn.Conv2d | nn.ConvTranspose2d, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """What weight (shaped to broadcast) and bias (C_out,) are multiplied by to become integers, float64."""
+    """The float64 factors by which weight (in a shape that broadcasts) and bias (C_out,) become integers."""
     scale_in, scale_out = power_of_two(-inputs).double(), power_of_two(outputs).double()
     if isinstance(layer, nn.ConvTranspose2d):
         return scale_in[:, None, None, None] * scale_out[None, :, None, None], scale_out
@@ -208,9 +226,10 @@ def _weight_scales(layer: nn.Conv2d | nn.ConvTranspose2d, inputs: Tensor, output
 
 
 def output_sums(layer: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor) -> Tensor:
-    """sum |w| over what one output reads: (C_out,), for a transposed convolution the largest of its output phases.
+    """sum |w| over the inputs of one output: (C_out,).
 
-    Transposed convolutions of the entropy path have a stride as large as their kernel: an output reads one position.
+    In the entropy path the stride of a transposed convolution equals its kernel size, so an output reads one position
+    of the input. There the result is the largest sum over the output phases.
     """
     if isinstance(layer, nn.ConvTranspose2d):
         return weight.abs().sum(0).amax((1, 2))
@@ -218,14 +237,14 @@ def output_sums(layer: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor) -> Tensor
 
 
 def output_peaks(layer: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor) -> Tensor:
-    """max |w| over what one output reads: (C_out,)."""
+    """max |w| over the inputs of one output: (C_out,)."""
     return weight.abs().amax((0, 2, 3) if isinstance(layer, nn.ConvTranspose2d) else (1, 2, 3))
 
 
 class ExactAttend(nn.Module):
-    """Twin of Attend: both products on integers, the exponential from a table, one division.
+    """Twin of Attend. Both matrix products are of integers, a table gives the exponential, and one division follows.
 
-    query, key and value arrive scaled to their grids (see `convert.attach`), and are overwritten.
+    The layers before scale query, key and value to their grids (see `convert.attach`). All three are overwritten.
     """
 
     step: Tensor
@@ -233,9 +252,10 @@ class ExactAttend(nn.Module):
     value_scale: Tensor
 
     def __init__(self, channels: int, heads: int, grids: Mapping[str, Tensor], tokens: int, name: str) -> None:
-        """grids: "query", "key", "value" exponents (C,) and "limits" (2,) of query and key, and of value, integers.
+        """grids: integers. "query", "key" and "value" are exponents (C,).
 
-        tokens: keys in a window. Raises CheckpointError.
+        "limits" (2,) has first the limit of query and key, and second that of value. tokens: the number of keys in a
+        window. Raises CheckpointError.
         """
         super().__init__()
         query, key, value = (_exponents(grids, each, channels, name) for each in ("query", "key", "value"))
@@ -248,7 +268,7 @@ class ExactAttend(nn.Module):
         for magnitude in (per_head * self.limit**2, tokens * max(EXP_TABLE) * self.value_limit):
             if container(magnitude, name) != torch.float32:
                 raise CheckpointError(f"{name} cannot be computed exactly: its sums reach {magnitude}, over 2^24.")
-        # One multiplication by a float32 number, correctly rounded: scores to table steps, with the 1/sqrt(channels).
+        # One correctly rounded float32 factor converts scores to steps of the table; it includes the 1/sqrt(channels).
         step = power_of_two(-score[:, 0]) * torch.tensor(
             EXP_STEPS / math.sqrt(per_head), dtype=torch.float32, device="cpu"
         )
@@ -257,7 +277,10 @@ class ExactAttend(nn.Module):
         self.register_buffer("value_scale", power_of_two(-value).view(heads, 1, per_head))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
-        """All (B, windows, heads, tokens, channels); inside: which keys count, (windows, 1, 1, tokens) bool, or all."""
+        """query, key, value and the result: (B, windows, heads, tokens, channels).
+
+        inside: which keys count, (windows, 1, 1, tokens) bool; None if all do.
+        """
         query = query.round_().clamp_(-self.limit, self.limit)
         key = key.round_().clamp_(-self.limit, self.limit)
         value = value.round_().clamp_(-self.value_limit, self.value_limit)
@@ -272,7 +295,7 @@ class ExactAttend(nn.Module):
 
 
 class ExactRateTable(nn.Module):
-    """Twin of RateTable: the numbers of every whole quality, float32, each computed by single IEEE operations."""
+    """Twin of RateTable: the float32 numbers of every integer quality, each computed by single IEEE operations."""
 
     rows: Tensor
 

@@ -1,6 +1,8 @@
-"""What replaces the parts of a memory bank? Twins that compute with integers, mostly in float64, as planes are small.
+"""The exact twins that replace the parts of a memory bank.
 
-Contexts become integers Q10; one beyond +-1024 quantiser steps is clamped, alike on both sides. The largest sums:
+They compute with integers, mostly in float64, since their planes are small. Contexts are rounded to integers Q10 ("Q"
+is explained in `layers`). Values beyond +-1024 quantiser steps are clamped, alike in the encoder and the decoder. The
+magnitudes of sums stay below these bounds:
 
     Pool           4 x 4 positions below 2^20, in float32                                              2^24
     GridMean       positions of s3 (2^28 pixels, padded, are fewer than 2^22) below 2^24               2^46
@@ -9,7 +11,7 @@ Contexts become integers Q10; one beyond +-1024 quantiser steps is clamped, alik
                    softmax: phi below 2^8, tokens of a lattice of s1 fewer than 2^18                   2^46
                    read: phi below 2^18, means of values below 2^20 times 2^5, 2^8 channels            2^51
 
-Nothing but single operations is left then: divisions, and look-ups in the table of exponentials.
+All other operations are single ones: divisions, and look-ups in the table of exponentials.
 """
 
 from collections.abc import Callable
@@ -24,15 +26,15 @@ from hpcmref.exact.layers import EXP_STEPS, EXP_TABLE
 from hpcmref.model.memory import GridMean, LinearAttend, Pool, Recall, top
 
 FRACTION = 10
-"""Contexts, keys, queries and values are integers Q of this."""
+"""Contexts, keys, queries and values are integers Q FRACTION: they have this many fractional bits."""
 
 CONTEXT_LIMIT, KEY_LIMIT, PHI_LIMIT = 2**20 - 1, 2**21 - 1, 2**18 - 1
 
 SIMILARITY = 2**20
-"""Steps of a cosine between 0 and 1."""
+"""Cosines are integers in units of 1 / SIMILARITY."""
 
 MEAN_FRACTION = 5
-"""Means of values get so many bits more."""
+"""Means of values have this many fractional bits more."""
 
 
 def _whole(x: Tensor, limit: int = CONTEXT_LIMIT) -> Tensor:
@@ -41,7 +43,7 @@ def _whole(x: Tensor, limit: int = CONTEXT_LIMIT) -> Tensor:
 
 
 class _WithTable(nn.Module):
-    """A module that looks exponentials up."""
+    """A module that takes exponentials from a table."""
 
     table: Tensor
 
@@ -94,7 +96,7 @@ class ExactSigmoid(_WithTable):
 
 
 class ExactRecall(_WithTable):
-    """Twin of Recall: similarities are integers, and so are their exponentials."""
+    """Twin of Recall. Similarities are integers, and their exponentials are too."""
 
     def __init__(self, recall: Recall) -> None:
         super().__init__()
@@ -117,14 +119,15 @@ class ExactRecall(_WithTable):
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Of integers (B, d, h, w): (B, h, w), integers of SIMILARITY steps."""
+    """The cosine similarity of integers (B, d, h, w): (B, h, w), integers in units of 1 / SIMILARITY."""
     return ((a * b).sum(1) / (_root((a * a).sum(1)) * _root((b * b).sum(1))) * SIMILARITY).round_()
 
 
 def _root(n: Tensor) -> Tensor:
-    """The square root of integers below 2^52, at least 1: the whole root, which is certain, and one step of Newton's.
+    """Approximate the square roots of integers below 2^52 alike on every machine. The result is at least 1.
 
-    PyTorch's own square root of float64 is not always correctly rounded (MKL's on x86).
+    PyTorch's own square root of float64 is not always correctly rounded (MKL's on x86). So only its whole part is used,
+    which an integer test corrects, and one step of Newton's method refines it.
     """
     whole = n.sqrt().floor_()
     whole = whole - (whole * whole > n).double()
@@ -133,14 +136,14 @@ def _root(n: Tensor) -> Tensor:
 
 
 class ExactLinearAttend(_WithTable):
-    """Twin of LinearAttend; sums of several contexts are integers in float64."""
+    """Twin of LinearAttend. The sums over several contexts are integers held in float64."""
 
     def __init__(self, attend: LinearAttend) -> None:
         super().__init__()
         self.attend = attend
 
     def summary(self, key: Tensor, value: Tensor, sharpness: Tensor) -> tuple[Tensor, Tensor]:
-        """As LinearAttend's, of float32; the results are integers."""
+        """As LinearAttend.summary. The arguments are float32, and the results are integers."""
         key, value = self.attend.tokens(key) * sharpness, _whole(self.attend.tokens(value))
         if self.attend.feature_map != "softmax":
             phi = self._phi(key)
@@ -150,9 +153,9 @@ class ExactLinearAttend(_WithTable):
         return means, torch.ones_like(means[..., :1])
 
     def forward(self, query: Tensor, values: Tensor, weights: Tensor, sharpness: Tensor) -> Tensor:
-        """As LinearAttend's; query and the result are float32."""
+        """As LinearAttend.forward. query and the result are float32."""
         query_tokens = self.attend.tokens(query) * sharpness
-        if self.attend.feature_map == "elu":  # a factor of phi cancels; without it, exponentials could all round to 0
+        if self.attend.feature_map == "elu":  # the factor cancels; it keeps exponentials from all rounding to 0
             query_tokens = query_tokens - query_tokens.amax(3, keepdim=True).clamp_(max=0)
         phi = self._phi(query_tokens)
         if phi.shape[3] > 2**8:

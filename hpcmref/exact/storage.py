@@ -1,8 +1,9 @@
 """The entropy path as a model file stores it: the integers that the exact layers compute with.
 
 A convolution is stored as its integer weight and bias (`layers.integer_weights`), in the narrowest of int8, int16 and
-int32; everything else as float32. Multiplied by powers of two the integers become float32 numbers, from which the same
-integers follow again. So the exact layers of a stored model are those of the model that was stored, bit for bit.
+int32. Everything else is stored as float32. When a model is loaded, the integers are multiplied by powers of two and
+become float32 numbers, from which `attach` makes the same integers again. So a stored model has the same exact layers
+as the model from which it was stored, bit for bit.
 """
 
 import torch
@@ -29,9 +30,10 @@ def stored(entropy: EntropyPath, grids: Grids) -> dict[str, Tensor]:
 
 
 def restored(entropy: EntropyPath, tensors: dict[str, Tensor], grids: Grids) -> dict[str, Tensor]:
-    """The inverse of `stored`, float32; `entropy`: gives the layers and may be on the meta device.
+    """The inverse of `stored`: float32 tensors.
 
-    Raises CheckpointError if a grid is damaged, or an integer has more bits than float32 holds.
+    entropy: only its layers' types and sizes are used, so it may be on the meta device. Raises CheckpointError if a
+    grid is damaged, or an integer has more bits than float32 holds.
     """
     result = dict(tensors)
     for name, layer in _convolutions(entropy).items():
@@ -46,7 +48,7 @@ def restored(entropy: EntropyPath, tensors: dict[str, Tensor], grids: Grids) -> 
 
 
 def grid_shapes(entropy: EntropyPath) -> Shapes:
-    """The grids that a file must hold for `entropy`, which may be on the meta device."""
+    """The shapes of the grids that a file must hold for `entropy`, which may be on the meta device."""
     shapes: Shapes = {}
     for name, module in entropy.named_modules():
         if isinstance(module, Convolution):
@@ -58,7 +60,7 @@ def grid_shapes(entropy: EntropyPath) -> Shapes:
 
 
 def check_grids(entropy: EntropyPath, grids: Grids) -> None:
-    """Raise CheckpointError unless all grids of `entropy` are there, with integers in range."""
+    """Raise CheckpointError unless all grids of `entropy` are present and hold integers in range."""
     for name, shapes in grid_shapes(entropy).items():
         for key, shape in shapes.items():
             low, high = (1, BOUNDS[torch.float32] - 1) if key.startswith("limit") else (-EXPONENTS, EXPONENTS)

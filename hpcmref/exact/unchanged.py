@@ -1,7 +1,7 @@
-"""Has anything written into a network since it was made? Version counters and a SHA-256 of its tensors tell.
+"""Detect that something has written into a network, by the version counters and a SHA-256 of its tensors.
 
-An operation that by mistake writes into a parameter would change every file that the process encodes after it, and
-other processes could not decode them. So the codec asks before it returns a file.
+If an operation overwrote a parameter by mistake, every file that the process encodes afterwards would be different, and
+other processes could not decode it. So the codec checks its network before it returns a file.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ class Unchanged:
         self.digest = digest(network)
 
     def check(self) -> None:
-        """Compare PyTorch's version counters, which every in-place operation raises: some microseconds.
+        """Compare PyTorch's version counters, which every in-place operation raises. This takes some microseconds.
 
-        Tensors that were made in inference mode have none. A network that has such tensors is hashed each time.
+        Tensors that were made in inference mode have no counter. A network with such tensors is hashed each time.
         """
         if self._versions is None:
             self._check_digest()
@@ -32,7 +32,10 @@ class Unchanged:
             raise ModelChangedError(_MESSAGE)
 
     def check_all(self) -> None:
-        """Compare the SHA-256 of all tensors too, which also sees writes past PyTorch: some milliseconds."""
+        """Compare the SHA-256 of all tensors too, which takes some milliseconds.
+
+        This also detects writes that did not go through PyTorch.
+        """
         self.check()
         self._check_digest()
 

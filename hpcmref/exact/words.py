@@ -1,11 +1,14 @@
-"""How are integers of 16 bits multiplied with integers of 8? As two bytes each, in units that multiply bytes.
+"""Matrix products of 16-bit inputs and 8-bit weights, computed as two int8 matrix products.
+
+Each input x (a "word") is split into two signed bytes:
 
     x = 256 high + low        -127 <= high <= 127, -128 <= low <= 127
     sum w x = 256 sum w high + sum w low
 
-Processors multiply bytes four times as fast as float32 numbers, so both products together take half the time of one in
-float32, and neither loses a bit: they are added up in 32 bits. Where there are no such units, or they saturate (AVX2
-without VNNI), the same two products are computed in float32, in which they are exact too; or one, if that is.
+The int8 instructions of a processor (such as AVX-512 VNNI) are four times as fast as float32 arithmetic. So both int8
+products together take half the time of one product in float32. They are exact, since they add up in 32-bit integers.
+Where a processor has no such instructions, or they saturate (AVX2 without VNNI), the same two products are computed in
+float32, in which they are exact too. If the whole sum is exact in float32, a single float32 product is enough there.
 """
 
 from functools import lru_cache
@@ -18,16 +21,22 @@ from hpcmref.model.layers import pointwise
 from hpcmref.runtime.torch_names import has_byte_units, int_mm
 
 LIMIT = 127 * 256 + 127
-"""The largest magnitude that two bytes hold so."""
+"""The largest magnitude of x that can be split into two signed bytes in this way."""
 
 WEIGHT_LIMIT = 127
 
 WIDE = 2**20
-"""Sums that residual blocks hold at a time: less than in float, as there are more numbers on the way to each."""
+"""The number of sums that residual blocks hold at a time (see `ResidualBlock.wide`).
+
+It is smaller than for float layers, because each sum here needs more intermediate values.
+"""
 
 
 def fits(weight: Tensor, bias: Tensor, limit: int) -> Tensor:
-    """For which outputs the integers may be used here: weight (C_out, C_in, 1, 1), bias (C_out,), |x| <= limit."""
+    """For which output channels the integers are small enough for `product`: (C_out,) bool.
+
+    weight: (C_out, C_in, 1, 1); bias: (C_out,); both integers in any type. The inputs have |x| <= limit.
+    """
     weight = weight.abs().flatten(1)
     sums = weight.sum(1)
     in_bytes = (weight.amax(1) <= WEIGHT_LIMIT) & (limit <= LIMIT)
@@ -35,16 +44,17 @@ def fits(weight: Tensor, bias: Tensor, limit: int) -> Tensor:
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low bytes, int8, of integers up to LIMIT in any type."""
+    """The high and the low bytes, both int8, of integers of any type and of magnitude up to LIMIT."""
     words = x.to(torch.int16)
     high = (words + 128).bitwise_right_shift_(8)
     return high.to(torch.int8), torch.sub(words, high, alpha=256).to(torch.int8)
 
 
 def product(x: Tensor, weight: Tensor, limit: int, narrow: bool = False) -> Tensor:
-    """The sums of rows x (n, C_in), integers up to `limit` held as float32, times weight (C_in, C_out) int8.
+    """The matrix product of x (n, C_in), integers up to `limit` held as float32, and weight (C_in, C_out) int8.
 
-    narrow: all of them, with the bias that follows, are below 2^24. Only then may they come as float32, else as int32.
+    narrow: all sums are below 2^24, even with the bias that is added later. Only then may the result be float32;
+    otherwise it is int32.
     """
     fast = has_units(x.device.type)
     if narrow and not fast:
@@ -62,13 +72,16 @@ def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def has_units(device: str) -> bool:
-    """Whether this device multiplies bytes in units of their own, and exactly; device: "cpu" or "cuda"."""
+    """Whether this device has int8 instructions that are used here and are exact; device: "cpu" or "cuda"."""
     return device == "cpu" and bool(torch.backends.mkldnn.enabled) and _multiplies_bytes()
 
 
 @lru_cache(maxsize=1)
 def _multiplies_bytes() -> bool:
-    """The processor has such units, and PyTorch finds the known answers with them; asked once per process."""
+    """Whether the processor has int8 instructions, and PyTorch computes known answers correctly with them.
+
+    This is checked once per process.
+    """
     if not has_byte_units() or not torch.backends.mkldnn.is_available():
         return False
     random = np.random.RandomState(0)

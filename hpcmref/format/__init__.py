@@ -1,1 +1,1 @@
-"""The bytes of a file: the container and the range coder. Knows nothing of images and models, and needs no torch."""
+"""The bytes of a file: the container and the range coder. This package does not use images, models or torch."""

@@ -1,9 +1,9 @@
-"""Which bytes make up a file? Writes and parses them, and knows nothing of images, models or arithmetic.
+"""Write and parse the bytes of a file. This module does not depend on images, models or arithmetic.
 
     magic | version | flags coding | width height | encoder | learned stream's header | chunks | payload | crc32
 
-Files of version 2 are written, those of versions 1 and 2 are read. Every accepted file has exactly one meaning, and for
-version 2 every meaning exactly one file: `write(parse(data)) == data`. `FORMAT.md` is the specification.
+Files of version 2 are written, and files of versions 1 and 2 are read. Every accepted file has exactly one meaning. In
+version 2, every meaning also has exactly one file: `write(parse(data)) == data`. `FORMAT.md` is the specification.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_PIXELS = 1 << 28
 MAX_QUALITY = 63
 MAX_CHUNKS = 64
 CRITICAL = 128
-"""Chunks with a tag from here on change what the pixels are: a reader that does not know one refuses the file."""
+"""Chunks with this tag or a higher one change what the pixels are. Readers refuse files with an unknown one."""
 
 _FIXED_1 = struct.Struct(
     "<"
@@ -60,7 +60,7 @@ _LEARNED = struct.Struct(
 )
 _U32 = struct.Struct("<I")
 LEARNED_BYTES = _LEARNED.size
-"""What a learned payload adds to the header."""
+"""The number of bytes that a learned payload adds to the header."""
 
 _HAS_CHUNKS = 1 << 0
 _GREY = 1 << 1
@@ -93,12 +93,12 @@ class Tag(IntEnum):
 
 
 METADATA = (Tag.ICC, Tag.EXIF, Tag.XMP, Tag.IPTC, Tag.TEXT)
-"""The chunks that an image can do without, and that can be large."""
+"""The chunks that are not needed to show the image, and that can be large."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What wrote the file: version of hpcmref, and effort 0..9. All zero in files of version 1, which do not say it."""
+    """The version of hpcmref that wrote the file, and its effort 0..9. In files of version 1 all are unknown, and 0."""
 
     major: int = 0
     minor: int = 0
@@ -107,7 +107,10 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Checksums:
-    """Checksums over the decoded latents: up to the end of s1 and of s2 (16 bits; None in version 1), and of all."""
+    """Checksums of the decoded latents: up to the end of s1, up to the end of s2, and of all.
+
+    The first two have 16 bits, and are None in version 1.
+    """
 
     s1: int | None
     s2: int | None
@@ -120,7 +123,7 @@ class Checksums:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a decoder must know before it reads a learned payload.
+    """The header fields that a decoder needs before it reads a learned payload.
 
     arithmetic: number of the entropy path's arithmetic; the codec knows which numbers it can decode.
     fingerprint: 4 bytes that name the model.
@@ -135,11 +138,11 @@ class Learned:
 
 @dataclass(frozen=True)
 class Container:
-    """What one file holds. Making one with a value that the format cannot hold raises ConfigError.
+    """The contents of one file. Making one with a value that the format cannot hold raises ConfigError.
 
     width, height: pixels of the image, after orientation.
     grey: the image has one channel.
-    learned: the header of a learned payload, or None for a payload without loss.
+    learned: the header of a learned payload, or None for a lossless payload.
     payload: the bytes of the range coder, or of a lossless codec.
     coding: how the payload holds the pixels.
     chunks: (tag 1..255, bytes) in file order, at most 64, each tag of `Tag` at most once; a reader skips the tags below
@@ -225,10 +228,10 @@ def parse(data: bytes, partial: bool = False, damaged: bool = False) -> Containe
     Raises FormatError if the bytes are not a file of this format or are damaged, UnsupportedError if the file needs
     a newer version, and ArgumentTypeError for what is not bytes. Nothing larger than `data` is ever allocated.
 
-    partial: accept a file that ends within its payload, as it is after an interrupted transfer; the payload is then
-    what there is of it, in whole words of the range coder.
-    damaged: accept a file whose checksum does not match but whose structure does; the container then says `damaged`,
-    and nothing in it can be trusted.
+    partial: accept a file that ends within its payload, as after an interrupted transfer. The payload is then the part
+    that is present, cut to whole 32-bit words of the range coder.
+    damaged: accept a file whose structure is valid although its checksum does not match. The container then has
+    `damaged` set, and nothing in it can be trusted.
     """
     data = bytes_like("data", data)
     if data[: len(MAGIC)] != MAGIC:
@@ -253,7 +256,7 @@ def parse(data: bytes, partial: bool = False, damaged: bool = False) -> Containe
 
 
 def _parse_truncated(body: bytes) -> Container | None:
-    """The container of a body without its end; None if it is all there."""
+    """The container of a truncated body, or None if the body is complete."""
     file = io.BytesIO(body)
     reader = _Reader(file)
     fields = _fields(reader, skip=())
@@ -265,7 +268,7 @@ def _parse_truncated(body: bytes) -> Container | None:
 
 
 def peek(file: IO[bytes]) -> Container:
-    """The container that begins in an open file, without reading what may be long: payload and alpha come out empty.
+    """The container at the start of an open file. Payload and alpha may be long, so they are not read, but left empty.
 
     No checksum is compared. Raises as `parse` does.
     """
@@ -275,7 +278,7 @@ def peek(file: IO[bytes]) -> Container:
 
 
 def _fields(reader: _Reader, skip: Collection[int]) -> dict[str, Any]:
-    """What stands before the payload, as arguments of Container; chunks with a tag in `skip` come out empty."""
+    """The fields before the payload, as arguments of Container. Chunks with a tag in `skip` are empty in the result."""
     (version,) = reader.take(1)
     _refuse_newer(version)
     return {"version": version, **(_fields_1(reader, skip) if version < 2 else _fields_2(reader, skip))}
@@ -370,7 +373,7 @@ class _Reader:
     def take(self, length: int) -> bytes:
         pieces = []
         while length:
-            # In pieces, because a file makes room for all that it is asked for before it looks at what it has.
+            # In pieces, because read() allocates memory for all requested bytes, even if the file has fewer.
             piece = self._file.read(min(length, _PIECE))
             if not piece:
                 raise FormatError(f"the file is damaged: it ends {length} bytes too early")
@@ -396,7 +399,7 @@ class _Reader:
     def chunks(self, skip: Collection[int]) -> tuple[tuple[int, bytes], ...]:
         found: list[tuple[int, bytes]] = []
         while (tag := self.take(1)[0]) != _END_OF_CHUNKS:
-            if len(found) == MAX_CHUNKS:  # now, as empty chunks take far more memory than file
+            if len(found) == MAX_CHUNKS:  # checked here: empty chunks take far more memory than bytes of the file
                 raise FormatError(f"the file is damaged: it has more than {MAX_CHUNKS} chunks")
             length = self.varint()
             if tag in skip:

@@ -1,7 +1,7 @@
-"""How do integer symbols become bytes, and bytes symbols again? Two classes in front of one of two rANS coders.
+"""Convert integer symbols to bytes and back, with one of two rANS coders behind two common classes.
 
-CompressAI's (`rans_compressai`, the reference) is used where it is installed, else the one of this package
-(`rans_builtin`). Both write and read the same bytes. HPCMREF_RANGECODER=compressai or builtin forces one.
+If CompressAI is installed, its coder is used (`rans_compressai`, the reference), and otherwise that of this package
+(`rans_builtin`). Both write and read the same bytes. HPCMREF_RANGECODER=compressai or builtin selects one of them.
 
 Every symbol is coded with one of 60 stored tables, the cumulative frequencies (16 bits) of a generalized Gaussian
 (beta = 1.5) at the scales of `scale_table()`. The last symbol of a table is its escape: it stands for every value
@@ -9,33 +9,36 @@ outside the table's range, and the value follows as two bytes.
 
 Why a hostile file cannot make the decoder read outside its buffer
 ------------------------------------------------------------------
-CompressAI's decoder neither knows where its buffer ends nor bounds its own escapes, which read as many words as the
-stream tells them to. Three things make that harmless:
+CompressAI's decoder does not know where its buffer ends. It also sets no limit to its own escapes, which read as many
+words as the stream tells them to. Three measures make that harmless:
 
-1. Its escape is the last entry of a table. Here every table is given one more entry, equal to the total 65536: the new
-   escape has frequency 0, and as the decoder takes the first entry above a number below 65536 it is never decoded.
-   The table's own escape becomes an ordinary symbol. (A debug build of CompressAI asserts that entries grow, and would
-   stop at this; the published wheels and every default build are without asserts.)
-2. Ordinary symbols then read at most one 32-bit word each, and at most one word for two symbols. Decoding maps a state
-   x to f * (x >> 16) + r, with frequency f >= 1 and 0 <= r < f, and reads a word if the result is below 2^31. From
-   2^31 <= x < 2^63 (checked for the first state, which is the first 8 bytes) the result is at least 2^15 and below
+1. CompressAI takes the last entry of a table as its escape. Here every table is given one more entry, equal to the
+   total 65536. So CompressAI's escape has frequency 0, and it is never decoded, because the decoder takes the first
+   entry above a number that is below 65536. The table's own escape becomes an ordinary symbol. (A debug build of
+   CompressAI asserts that entries increase, and would stop here. The published wheels and every default build have no
+   asserts.)
+2. Then each symbol reads at most one 32-bit word, and two consecutive symbols together at most one. Decoding maps a
+   state x to f * (x >> 16) + r, with frequency f >= 1 and 0 <= r < f, and reads a word if the result is below 2^31.
+   From 2^31 <= x < 2^63 (checked for the first state, which is the first 8 bytes) the result is at least 2^15 and below
    2^63; if it is below 2^31 the word makes it 2^47..2^63; and from 2^47 on the result is at least 2^31, so the next
    symbol reads nothing.
-3. The number of symbols is known: those the caller asks for, and two bytes for each escape. Take the encoder's state
-   and the words it has written as one number: no symbol lowers it, a byte multiplies it by 256, and an escape
-   (frequency at most 422 of 65536) by more than 100, both but for a factor of 1 - 2^-14. So each escape takes more
-   than 16 bits of the payload, and a decoder that meets more of them than that is decoding a forgery and stops.
+3. The number of symbols is known: those that the caller asks for, and two bytes for each escape. Regard the encoder's
+   state and the words it has written as one number. No symbol lowers it, a byte multiplies it by 256, and an escape
+   (with a frequency of at most 422 of 65536) by more than 100, both up to a factor of 1 - 2^-14. So each escape takes
+   more than 16 bits of the payload. A decoder that finds more escapes than fit is decoding a forged payload, and stops.
 
-So a payload is filled up with zeros to the state and a word for every two symbols, and no read leaves that.
+So each payload is padded with zeros to the length of the state and one word for every two symbols. No read goes beyond
+that length.
 
-That is much where a forged header announces a large image and nothing follows. So the decoder also counts what its
-symbols cost, and stops soon after the end of the payload. Decoding a symbol of frequency f lowers log2(state) by
-16 - log2(f), but for a rounding of less than 2^-14, and a word adds 32 to it. With 31 <= log2(state) < 63 this tells
-how many words have been read, but for two and the rounding. After each block of symbols the decoder goes on only if
-they can have come from the payload, and so the zeros must last for one more block.
+This padding would be large if a forged header announces a large image but little payload follows. So the decoder also
+adds up the bits of its symbols, and stops soon after the end of the payload. Decoding a symbol of frequency f lowers
+log2(state) by 16 - log2(f), up to a rounding of less than 2^-14, and reading a word adds 32 to it. As
+31 <= log2(state) < 63, this gives the number of words that have been read, up to two words and the rounding. After each
+block of symbols, the decoder continues only if the words can have come from the payload. So the zeros need to last only
+for one more block.
 
-The built-in coder knows where its buffer ends and takes words of 0 from there on, so it needs none of this. It is held
-to the same limits, so that both give the same result or the same error for every payload.
+The built-in coder knows where its buffer ends, and continues with words of 0 from there, so it needs none of this. It
+has the same limits, so that both coders give the same result or the same error for every payload.
 """
 
 from __future__ import annotations
@@ -54,12 +57,12 @@ from hpcmref.format import rans_builtin, rans_compressai
 _TOTAL = 1 << 16  # of the frequencies in a table
 _STATE_BYTES = 8
 _WORD_BYTES = 4
-_BLOCK = 1 << 16  # symbols between two looks at what is left of the payload
-_ROUNDING = 2.0**-14  # bits; above that of one symbol
+_BLOCK = 1 << 16  # symbols between two checks of what is left of the payload
+_ROUNDING = 2.0**-14  # bits; an upper bound of the rounding of one symbol
 
 
 class Tables(NamedTuple):
-    """The 60 tables and, after them, the uniform table of bytes, as the coders take them.
+    """The 60 tables, followed by the uniform table of bytes, in the form that the coders need.
 
     cdfs: cumulative frequencies from 0 to 65536, then 65536 again (see the top of the file).
     lengths: number of entries of each.
@@ -75,27 +78,27 @@ class Tables(NamedTuple):
 
     @property
     def of_bytes(self) -> int:
-        """Index of the uniform table, and so the number of the others."""
+        """Index of the uniform table, which is also the number of the other tables."""
         return len(self.cdfs) - 1
 
 
 class SymbolEncoder:
     """Collects symbols with `put`; `finish` turns them into bytes.
 
-    CompressAI's encoder takes six bytes for every symbol before it writes the first word, so it gets them at the end,
-    when the networks need no memory any more.
+    CompressAI's encoder needs six bytes of memory for every symbol until it writes the first word. So it gets all
+    symbols at the end, when the networks need no memory any more.
     """
 
     def __init__(self) -> None:
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []
 
     def put(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
-        """Appends `symbols`, and after them the values of those that were escaped.
+        """Append `symbols`, and after them the values of the escaped ones.
 
         symbols: (n,) integers from -32768 to 32767.
         indexes: (n,) integers from 0 to 59, the table of each symbol.
 
-        Raises ConfigError if shapes or ranges are others.
+        Raises ConfigError if shapes or ranges are different.
         """
         tables = _tables()
         _check_indexes(indexes)
@@ -117,25 +120,28 @@ class SymbolEncoder:
             self._append(escaped_bytes, np.full(escaped_bytes.size, tables.of_bytes))
 
     def finish(self) -> bytes:
-        """The bytes of all symbols: empty without any, else a multiple of 4, at least 8. Ends the encoder's life."""
+        """The payload of all symbols. The encoder cannot be used after this call.
+
+        It is empty if there are no symbols. Otherwise its length is a multiple of 4, and at least 8 bytes.
+        """
         if not self._parts:
             return b""
-        # CompressAI allocates one word per symbol and writes up to one per two symbols and two for the state: too many
-        # for one or two symbols. Two more make room; the decoder never asks for them, and as the likeliest symbol of
-        # table 0 they cost 0.0002 bits.
+        # CompressAI allocates one word per symbol. It writes up to one word per two symbols, and two words for the
+        # state, which is more than it allocates for one or two symbols. So two symbols are added. The decoder never
+        # asks for them. As they are the likeliest symbol of table 0, they cost 0.0002 bits.
         self._append(np.zeros(2, np.int32), np.zeros(2, np.int32))
         parts, self._parts = self._parts, []
         return _coder().encode(parts, _tables())
 
     def _append(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
-        """Symbols and escapes as tables have them."""
+        """Append symbols that are in their tables, or are the escape of their table."""
         self._parts.append((symbols.astype(np.int16), indexes.astype(np.uint8)))
 
 
 class SymbolDecoder:
     """Returns the symbols of a payload in the order in which they were put.
 
-    Damage must be found by the caller's checksums; what is noticed here is a payload that is too short for its symbols.
+    The caller must detect damage by checksums. This class detects only that a payload is too short for its symbols.
     """
 
     def __init__(self, payload: bytes, count: int) -> None:
@@ -164,7 +170,7 @@ class SymbolDecoder:
 
     @property
     def is_whole(self) -> bool:
-        """All symbols so far certainly came from the payload, rather than from behind the end of a truncated one."""
+        """Whether all symbols so far certainly came from the payload, not from zeros that follow a truncated one."""
         return self._bits_left - self._rounding >= 64
 
     def get(self, indexes: np.ndarray) -> np.ndarray:
@@ -172,8 +178,9 @@ class SymbolDecoder:
 
         indexes: (n,) integers from 0 to 59, the tables that the symbols were put with, n as in that call of `put`.
 
-        Raises ConfigError if shape or range are others or more symbols are asked for than announced, TruncatedError if
-        the payload ends before its symbols do, FormatError if it holds more escapes than fit into it.
+        Raises ConfigError if the shape or the range is different, or if more symbols are asked for than announced.
+        Raises TruncatedError if the payload ends before its symbols do, and FormatError if it has more escapes than can
+        fit into it.
         """
         tables = _tables()
         _check_indexes(indexes)
@@ -214,7 +221,7 @@ def scale_table() -> np.ndarray:
 
 
 def _check_indexes(indexes: np.ndarray) -> None:
-    # CompressAI's coder takes every index on trust.
+    # CompressAI's coder does not check any index.
     if indexes.ndim != 1:
         raise ConfigError(f"table indexes have shape {indexes.shape}, and must be flat")
     count = _tables().of_bytes
@@ -257,7 +264,7 @@ def _costs() -> np.ndarray:
 
 
 def symbol_bits(limit: int) -> np.ndarray:
-    """Bits of each symbol from -limit to limit in each table, with the bytes of escapes: (60, 2 limit + 1) float32."""
+    """Bits of each symbol from -limit to limit in each table, including escaped values: (60, 2 limit + 1) float32."""
     tables, costs = _tables(), _costs()
     symbols = np.arange(-limit, limit + 1)
     result = np.empty((tables.of_bytes, len(symbols)), np.float32)

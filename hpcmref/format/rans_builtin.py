@@ -1,7 +1,7 @@
 """The range coder of this package: `librans/rans.c`, loaded with ctypes, or the same in Python, which is slow.
 
-Writes and reads the same bytes as CompressAI's. Both forms know the length of their buffer: words behind the end of a
-payload are 0.
+It writes and reads the same bytes as CompressAI's coder. Both forms know the length of their buffer, and continue with
+words of 0 after the end of a payload.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Decoder:
     def __init__(self, payload: bytes, most_words: int, tables: Tables) -> None:
         """
         payload: a valid state of 8 bytes and words of 4.
-        most_words: not used: words behind the end are 0 however many are read.
+        most_words: not used, since any number of words of 0 can be read after the end.
         """
         self._payload = payload
         self._tables = tables
@@ -110,12 +110,12 @@ class Decoder:
 
 
 def name() -> str:
-    """What `implementation` of the range coder says of this one."""
+    """The name of this coder, for `rangecoder.implementation`."""
     return "builtin (Python)" if _library() is None else "builtin (C)"
 
 
 def library_path() -> Path:
-    """Where the compiled coder of this platform would be."""
+    """The path at which the compiled coder for this platform is expected."""
     system, machine = platform.system().lower(), platform.machine().lower()
     if system == "windows":  # whose platform.machine() may name the processor where Python itself is emulated
         machine = sysconfig.get_platform().removeprefix("win-")
@@ -139,7 +139,7 @@ def _encode_in_python(symbols: list[int], indexes: list[int], tables: Tables) ->
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled coder, or None where there is none for this platform: warns once that Python takes its place."""
+    """The compiled coder, or None if this platform has none. Then a warning says once that Python is used instead."""
     try:
         if sys.maxsize < 1 << 32:
             raise OSError("32-bit Python")
@@ -156,7 +156,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _packed(tables: Tables) -> tuple[_CTables, tuple[np.ndarray, ...]]:
-    """The tables as rans.c takes them, and the arrays that they point to, which must live as long."""
+    """The tables in the form of rans.c, and the arrays that they point to, which must be kept as long as the tables."""
     kept = _cached_pack.get("tables")
     if kept is None or kept[0] is not tables:
         cdfs = np.zeros((len(tables.cdfs), max(tables.lengths)), np.uint32)

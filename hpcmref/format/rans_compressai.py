@@ -1,7 +1,7 @@
 """The range coder of CompressAI (`compressai.ans`, C++), the reference implementation.
 
-Its decoder neither knows where its buffer ends nor bounds its own escapes: `hpcmref.format.rangecoder` says why it
-cannot be led outside the buffer that it is given here.
+Its decoder does not know where its buffer ends, and sets no limit to its own escapes. `hpcmref.format.rangecoder`
+explains why it still cannot read outside the buffer that it is given here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def encode(parts: Iterable[tuple[np.ndarray, np.ndarray]], tables: Tables) -> by
     """The payload of symbols, int16 (n,), and table indexes, uint8 (n,), in the order of `parts`."""
     coder = ans().BufferedRansEncoder()
     for symbols, indexes in parts:
-        # As lists: the extension converts arrays three times slower, element by element.
+        # As lists: the extension converts arrays element by element, which is three times slower.
         coder.encode_with_indexes(symbols.tolist(), indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
     return coder.flush()
 
@@ -37,7 +37,7 @@ class Decoder:
     def __init__(self, payload: bytes, most_words: int, tables: Tables) -> None:
         """
         payload: a valid state of 8 bytes and words of 4.
-        most_words: number of words that will be read at most; missing ones are filled up with zeros.
+        most_words: the largest number of words that can be read; the payload is padded with zeros to that number.
         """
         self._tables = tables
         self._coder = ans().RansDecoder()
@@ -51,13 +51,13 @@ class Decoder:
 
 
 def name() -> str:
-    """What `implementation` of the range coder says of this one."""
+    """The name of this coder, for `rangecoder.implementation`."""
     return "compressai"
 
 
 @cache
 def find() -> importlib.machinery.ModuleSpec | None:
-    """Where the extension module is, or None if CompressAI is not installed; imports nothing."""
+    """The spec of the extension module, or None if CompressAI is not installed. Nothing is imported."""
     package = importlib.util.find_spec("compressai")
     folders = package.submodule_search_locations if package else None
     return importlib.machinery.PathFinder.find_spec("compressai.ans", list(folders)) if folders else None

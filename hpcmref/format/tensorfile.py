@@ -1,10 +1,10 @@
-"""Tensors in a safetensors file: a header that is checked before any tensor is read, and a SHA-256 over everything.
+"""Read tensors from a safetensors file. Its header is checked before any tensor is read; a SHA-256 covers everything.
 
     length u64 | header, JSON: name -> {dtype, shape, data_offsets}, "__metadata__" -> {name: text} | data
 
-The header is parsed here and not by the safetensors library, for three reasons: a model file is untrusted input, so
-every limit must hold before memory is allocated; what was checked must be what is read, so one parser must do both; and
-listing models must import neither torch nor NumPy.
+The header is parsed here and not by the safetensors library, for three reasons. A model file is untrusted input, so
+every limit must be checked before memory is allocated. The same parser must check and read, so that exactly what was
+checked is read. And listing models must import neither torch nor NumPy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_FILE = 2**30
 """Bytes of the whole file. The largest preset in float32 has 0.4 * 2^30."""
 
 MAX_LEVELS = 16
-"""Levels of arrays and objects within each other in the JSON."""
+"""The deepest nesting of arrays and objects in the JSON."""
 
 DTYPES = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "F16": "<f2", "F32": "<f4"}
 """Names of element types in the header -> NumPy's names. Model files hold no other types."""
@@ -92,9 +92,9 @@ class TensorFile:
 def opened(path: Path) -> Iterator[TensorFile]:
     """Open a model file and check its header against the size of the file; no tensor is read.
 
-    Raises CheckpointError for what is not a regular file, cannot be read, is larger than MAX_FILE, or whose header is
-    longer than MAX_HEADER, is no valid JSON, or describes tensors of other types, or tensors that overlap, leave gaps
-    or do not end where the file ends.
+    Raises CheckpointError if the path is not a regular file, cannot be read or is larger than MAX_FILE. Raises it also
+    if the header is longer than MAX_HEADER, is not valid JSON, or describes tensors of other types, or tensors that
+    overlap, leave gaps or do not end where the file ends.
     """
     try:
         stream = path.open("rb", buffering=0) if path.is_file() else None
@@ -143,7 +143,7 @@ def strict_json(text: bytes | str) -> Any:
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    """What an array or object holds."""
+    """The elements of an array, or the values of an object."""
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
@@ -204,9 +204,10 @@ def _bytes_of(entry: Entry) -> int:
 
 
 def digest(text: str, arrays: Mapping[str, np.ndarray]) -> hashlib._Hash:
-    """Return the SHA-256 of a text and of tensors: of each, in the order of their names, name, type, shape and bytes.
+    """Return the SHA-256 of a text and of tensors.
 
-    It does not depend on where a tensor lies in the file. Bytes are little-endian.
+    For each tensor, in the order of their names, it covers the name, type, shape and little-endian bytes. It does not
+    depend on where a tensor lies in the file.
     """
     import hashlib
 

@@ -1,6 +1,6 @@
-"""What happens to the latents of one step: estimate their bits, write their symbols, or read them.
+"""The coders, which process the latents of one step: they estimate the bits, write the symbols, or read them.
 
-The context model asks a coder at every step and never knows which one it has; see `context.py`.
+The context model (`context.py`) calls a coder at every step. It is the same code for all coders.
 """
 
 import zlib
@@ -40,11 +40,11 @@ class SymbolSource(Protocol):
 
 
 Part = tuple[Step | None, Tensor, Tensor]
-"""What was coded in one step (None: z): symbols int16 and rows of the CDF table uint8, both (B, C/G, h, w)."""
+"""One coded step (None for z), its symbols (int16) and their rows of the CDF table (uint8), both (B, C/G, h, w)."""
 
 
 class _Target:
-    """The true latents, cut to what each step codes."""
+    """The true latents, from which it selects those that a step codes."""
 
     def __init__(self, y: Tensor, z: Tensor) -> None:
         self._planes = lattices(y)
@@ -55,10 +55,10 @@ class _Target:
 
 
 class Estimator:
-    """Quantises the true latents and collects what their likelihoods are of: training and evaluation.
+    """Quantises the true latents and computes their likelihoods, for training and evaluation.
 
-    With `noise` (training) the likelihoods are of the residual plus uniform noise, and rounding passes gradients;
-    without, of the rounded residual. y: (B, M, H, W), z: (B, N, H/4, W/4).
+    With `noise` (training), the likelihoods are those of the residual plus uniform noise, and the gradient of rounding
+    is 1 (straight-through). Without it, they are those of the rounded residual. y: (B, M, H, W), z: (B, N, H/4, W/4).
     """
 
     def __init__(self, y: Tensor, z: Tensor, noise: bool) -> None:
@@ -92,9 +92,9 @@ class Estimator:
 
 
 class _Checksummed:
-    """CRC-32 of the coded symbols of each image, as little-endian 16-bit numbers in coding order.
+    """Computes the CRC-32 of the coded symbols of each image, as little-endian 16-bit numbers in coding order.
 
-    checksums: for each image a dictionary; entry `scale` covers z and all steps up to the end of s1, s2 or s3.
+    checksums: one dictionary for each image. Its entry 1, 2 or 3 covers z and all steps up to the end of that scale.
     """
 
     def __init__(self, batch: int) -> None:
@@ -109,9 +109,9 @@ class _Checksummed:
 
 
 class SymbolWriter(_Checksummed):
-    """Quantises the true latents; `finish` hands the symbols to one range encoder an image.
+    """Quantises the true latents. `finish` passes the symbols to the range encoders, one for each image.
 
-    Until then they stay on the device, so that a GPU need not wait for the host at every step.
+    Until then the symbols stay on the device, so that a GPU need not wait for the host at every step.
     """
 
     def __init__(self, y: Tensor, z: Tensor, thresholds: Tensor, sinks: Sequence[SymbolSink]) -> None:
@@ -129,7 +129,7 @@ class SymbolWriter(_Checksummed):
         return symbols + means
 
     def finish(self) -> list[Part]:
-        """Hand over what was coded, after the last step, and return it."""
+        """After the last step: pass all symbols to the range encoders, and return them."""
         for step, symbols, rows in self._parts:
             for image, sink in enumerate(self._sinks):
                 flat = _flat(symbols[image])
@@ -140,7 +140,10 @@ class SymbolWriter(_Checksummed):
 
 
 class SymbolReader(_Checksummed):
-    """Asks one range decoder an image for the symbols, up to the end of a scale; what follows is taken as predicted."""
+    """Reads the symbols from range decoders, one for each image, up to the end of the scale `upto`.
+
+    The latents of later scales are set to their predicted means.
+    """
 
     def __init__(self, thresholds: Tensor, sources: Sequence[SymbolSource], upto: int = 3) -> None:
         super().__init__(len(sources))

@@ -1,4 +1,4 @@
-"""Which networks does a model have? One frozen description, and the presets."""
+"""The configuration of a model, which determines its networks, and the presets."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -8,14 +8,15 @@ from hpcmref.errors import ConfigError
 T = TypeVar("T", "MemoryConfig", "HPCMConfig")
 
 MAX_CHANNELS, MAX_BLOCKS, MAX_FACTOR, MAX_HEADS, MAX_WINDOW, MAX_ANCHORS = 4096, 32, 16, 256, 32, 64
-"""Limits of a configuration: channels (M and N: a fourth), residual blocks in a row, factors by which blocks
-widen, attention heads, sides of windows, rate anchors. A model file over them is refused before networks are made."""
+"""Upper limits of a configuration: channels (a fourth of it for M and N), consecutive residual blocks, expansion
+factors of blocks, attention heads, sides of windows, and rate anchors. A model file that exceeds one of them is refused
+before networks are made."""
 
 MAX_SCORES = 2**25
-"""Scores of one window of attention, a float32 each: heads x queries x keys. (The largest preset has 2^17.)"""
+"""Limit of the float32 scores of one attention window: heads x queries x keys. (The largest preset has 2^17.)"""
 
 MAX_REFERENCES, MAX_RESOLUTION, MAX_STATE = 16, 32, 1024
-"""Limits of a memory: references kept, side of the grid of values, channels of a state (see docs/limits.md)."""
+"""Limits of a memory: references kept, side of the grid of values, and channels of a state (see docs/limits.md)."""
 
 QUALITIES = 64
 """Quality settings of a variable-rate model: 0 (smallest file) to 63 (best picture)."""
@@ -23,15 +24,21 @@ QUALITIES = 64
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """The shape of a memory bank (see `memory.py`). Checked when it is made (ConfigError).
+    """The configuration of a memory bank (see `memory.py`). Making an invalid one raises ConfigError.
 
-    scales: which of s1, s2 and s3 have one; transfer: each goes on with the references of the one before.
-    before_prior: what is read goes into the next prior alone, and not into the context that attention sees.
-    max_refs, topk: references kept and recalled (light, full; cross recalls all that it keeps), in s1, s2 and s3.
-    compress_ratio, temperature: divide the channels of keys, and the similarities (light, full).
-    value_resolution: side of the grid of values (full, linear). feature_map: of linear.
-    per_position: light and full choose references for every position, not once an image.
-    width: channels of the state (state, which runs through all scales and uses no other number).
+    mode: one of the modes that `memory.py` describes. Some settings are used by the modes in brackets only.
+    scales: which of s1, s2 and s3 have a bank.
+    transfer: the bank of a scale starts with the references of the scale before.
+    before_prior: the bank is read just before the prior. What it recalls then goes into the prior only, and not into
+        the context that attention reads.
+    max_refs, topk: the numbers of references kept and recalled in s1, s2 and s3 (light, full). cross recalls all the
+        references that it keeps.
+    compress_ratio: keys have the number of channels of a context divided by this (all modes but state).
+    temperature: similarities are divided by it (light, full).
+    value_resolution: the side of the grid of values (full, linear).
+    feature_map: the feature map of linear attention (linear).
+    per_position: references are chosen for every position, and not once for the whole image (light, full).
+    width: the number of channels of the state (state). This mode has a state in all scales and uses no other number.
     """
 
     mode: str
@@ -68,7 +75,7 @@ class MemoryConfig:
             raise ConfigError(f"The feature map is {self.feature_map!r:.40}; it must be 'elu' or 'relu'.")
 
     def _check_limits(self) -> None:
-        """Types and ranges, as the values may come from a file."""
+        """Check types and ranges, since the values may come from a file."""
         for name in ("transfer", "before_prior", "per_position"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"The memory's {name} must be true or false.")
@@ -97,12 +104,13 @@ _YOUNGER = ("width",)
 
 @dataclass(frozen=True)
 class HPCMConfig:
-    """The shape of one HPCM model. Checked when it is made (ConfigError).
+    """The configuration of one HPCM model. Making an invalid one raises ConfigError.
 
-    M and N are the channels of y and z. `stages` describes g_a as (width, blocks) from full to low resolution and
-    `synthesis` g_s in the opposite order; `transform` says how they are wired: "conv" is the paper's (halving the
-    resolution before every stage), "dct" works at 1/8 resolution and starts as a DCT. `lambdas` are the rate anchors
-    of a variable-rate model, ascending; none for a model of one rate. Without `memory` it is plain HPCM.
+    M and N are the numbers of channels of y and z. `stages` describes g_a by the width and the number of blocks of each
+    stage, from high to low resolution. `synthesis` describes g_s in the opposite order. `transform` selects their
+    architecture: "conv" is the paper's, which halves the resolution before every stage; "dct" works at 1/8 of the
+    resolution and is initialised as a DCT. `lambdas` are the rate anchors of a variable-rate model, ascending; a model
+    of one rate has none. Without `memory` the model is plain HPCM.
     """
 
     preset: str
@@ -143,7 +151,7 @@ class HPCMConfig:
             self._check_memory(self.memory)
 
     def _check_limits(self) -> None:
-        """Types and ranges, as the values may come from a file."""
+        """Check types and ranges, since the values may come from a file."""
         if not isinstance(self.preset, str) or len(self.preset) > 64:
             raise ConfigError("The preset's name must be a text of at most 64 characters.")
         for name in ("M", "N"):
@@ -203,14 +211,15 @@ class HPCMConfig:
 
     @property
     def state_width(self) -> int:
-        """Channels of the state that coding steps hand on; 0 for a model without one."""
+        """Channels of the state that each coding step passes to the next; 0 for a model without a state."""
         return self.memory.width if self.memory is not None and self.memory.mode == "state" else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `from_dict` is its inverse. Without a memory there is no word of it.
+        """The configuration as a dictionary for JSON; `from_dict` is the inverse.
 
-        Settings that are younger than the first model files (`_YOUNGER`) are left out while they have their defaults:
-        a model's fingerprint depends on this form, and must stay what it was.
+        The entry "memory" is left out if there is no memory. Settings that are newer than the first model files
+        (`_YOUNGER`) are left out if they have their defaults: a model's fingerprint depends on this form, and must not
+        change.
         """
         values = asdict(self)
         if self.memory is None:
@@ -241,7 +250,7 @@ def _check_scores(heads: int, window: int, contexts: int) -> None:
 
 
 def _made(cls: type[T], values: Any) -> T:
-    """A configuration from its names and JSON values. Raises ConfigError."""
+    """Make a configuration from a dictionary of JSON values. Raises ConfigError."""
     if not isinstance(values, dict):
         raise ConfigError("Not a model configuration: it must be names with their values.")
     try:

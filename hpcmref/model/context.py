@@ -8,11 +8,12 @@
                 |  up to s3, hyper parameters on the new positions, 1x1
     s3  [ prior -> step -> attention ] x 6          (no attention after the last step: nothing reads it)
 
-A prior sees what all steps before it left: context_next (2M) and y_hat so far (M, zero where nothing is coded yet). Its
-output `context` is the scales and means of this step; cross attention over the last context_next makes the next one.
-Where a scale has a memory bank (`memory.py`), each context_next that is replaced is written to it, and what is read
-joins the new one. The bank of the mode `state` sits elsewhere: priors have more outputs, which add up to a state that
-runs from s1 to s3, and adaptors read it.
+The inputs of a prior are the results of the steps before it: context_next (2M channels) and y_hat so far (M channels,
+zero where nothing is coded yet). Its output `context` holds the scales and means of this step. Cross attention, with
+queries from `context` and keys and values from the last context_next, makes the new context_next. If a scale has a
+memory bank (`memory.py`), each context_next that is replaced is written to the bank, and the new one is combined with
+what is read from it. The mode `state` works differently: priors have additional output channels, which are added to a
+state that is kept from s1 to s3, and the adaptors read that state.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,10 @@ from hpcmref.model.strips import POSITIONS, in_strips
 
 
 class SpatialPrior(nn.Module):
-    """Predicts the context (2M) of one step: residual blocks, a factor per channel and step, and more blocks."""
+    """Predicts the context (2M) of one step.
+
+    It consists of residual blocks, a factor that depends on the channel and the step, and more residual blocks.
+    """
 
     def __init__(self, width: int, outputs: int, depth: tuple[int, int]) -> None:
         super().__init__()
@@ -49,15 +53,18 @@ class Attend(nn.Module):
     """softmax(query key^T / sqrt(channels)) value."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
-        """All (B, windows, heads, tokens, channels); inside: which keys count, (windows, 1, 1, tokens) bool, or all."""
+        """query, key, value and the result: (B, windows, heads, tokens, channels).
+
+        inside: which keys count, (windows, 1, 1, tokens) bool; None if all do.
+        """
         return F.scaled_dot_product_attention(query, key, value, attn_mask=inside)
 
 
 class CrossAttentionCell(nn.Module):
-    """Attention inside windows: queries from this step's context, keys and values from contexts before it."""
+    """Attention inside windows. Queries come from this step's context, keys and values from earlier contexts."""
 
     def __init__(self, channels: int, window: int, heads: int, contexts: int = 1) -> None:
-        """contexts: the most that there are before."""
+        """contexts: the largest number of earlier contexts."""
         super().__init__()
         self.window = window
         self.tokens = contexts * window**2
@@ -69,7 +76,7 @@ class CrossAttentionCell(nn.Module):
         self.attend = Attend()
 
     def forward(self, context: Tensor, *contexts_prev: Tensor) -> Tensor:
-        """All (B, C, h, w), also the result. Windows that reach over the edge see what is inside."""
+        """All arguments and the result are (B, C, h, w). In windows across the edge, only positions inside count."""
         height, width = context.shape[2:]
         query = self._windows(self.conv_q(context))
         key, value = (
@@ -115,12 +122,12 @@ def _joined(tokens: list[Tensor]) -> Tensor:
 
 
 class Bank(Protocol):
-    """A memory bank, whose state is a value: see `memory.py`."""
+    """A memory bank. Its state is a value that the caller keeps (see `memory.py`)."""
 
     before_prior: bool
 
     def start(self, quality: Tensor, before: Any) -> Any:
-        """The state at the start of a scale: quality (B,), and the state that the scale before ended with."""
+        """The state at the start of a scale. quality: (B,); before: the state at the end of the scale before."""
 
     def write(self, state: Any, context: Tensor) -> Any:
         """The state with one more context."""
@@ -130,20 +137,24 @@ class Bank(Protocol):
 
 
 class Carry(Protocol):
-    """Carries a state (B, width, h, w) from step to step: see `memory.StateBank`."""
+    """Keeps a state (B, width, h, w) from step to step (see `memory.StateBank`)."""
 
     def start(self, context: Tensor) -> Tensor:
         """The state before the first step of s1, whose context is (B, 2M, h, w)."""
 
     def write(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """The context (B, 2M, h, w) and the state after a prior whose result is out (B, 2M + width, h, w)."""
+        """The context (B, 2M, h, w) and the new state. out: the result (B, 2M + width, h, w) of a prior."""
 
     def finer(self, state: Tensor) -> Tensor:
         """The state for the next scale: (B, width, 2h, 2w)."""
 
 
 class Known(NamedTuple):
-    """What the steps so far leave to the next: planes (B, 2M, M or width, h, w) of its scale, and a bank's state."""
+    """What the steps so far pass to the next one.
+
+    context_next (B, 2M, h, w), y_hat (B, M, h, w) and state (B, width, h, w) are on the lattice of the next step.
+    memory: the bank of the scale and its state.
+    """
 
     context_next: Tensor
     y_hat: Tensor
@@ -155,7 +166,7 @@ class ContextModel(nn.Module):
     """HPCM's hierarchical progressive context model (paper section 3; official HPCM_Base.py, forward_hpcm)."""
 
     def __init__(self, config: HPCMConfig, banks: nn.ModuleDict, state: Carry | None = None) -> None:
-        """banks: a memory bank for some of the scales "s1", "s2" and "s3"; state: what carries one through all."""
+        """banks: memory banks of some of the scales "s1", "s2" and "s3". state: for the mode `state`, else None."""
         super().__init__()
         width, both = config.context_width, 2 * config.M
         self.displaced_s2 = config.displaced_s2
@@ -176,13 +187,13 @@ class ContextModel(nn.Module):
         self.banks = banks
 
     def forward(self, hyper: Tensor, quality: Tensor, coder: Coder) -> Tensor:
-        """Walk the schedule once.
+        """Code all steps of the schedule in order.
 
-        hyper: (B, 2M, H, W), the scales and means that h_s predicts, H and W multiples of 4; quality: (B,). Returns
-        y_hat (B, M, H, W).
+        hyper: (B, 2M, H, W), the scales and means that h_s predicts, where H and W are multiples of 4. quality: (B,).
+        Returns y_hat (B, M, H, W).
         """
-        # Without gradients, y_hat, the context of each scale and the state are planes that are overwritten, and hyper
-        # becomes one.
+        # Without gradients, y_hat, the context of each scale and the state are updated in place, and hyper is
+        # overwritten by the context of s3.
         rows = [table(quality) for table in self.quant_steps]
 
         hyper_s2 = _halves(S2.down, hyper)
@@ -212,7 +223,7 @@ class ContextModel(nn.Module):
         quant_steps: list[Tensor],
         attention: CrossAttentionCell | None,
     ) -> Known:
-        """The network steps of one scale: what is known after them."""
+        """Run those steps of one scale that use networks. Returns what is known after them."""
         context_next, y_hat, state, memory = known
         replaced = None
         for step, adaptor, quant_step in zip(steps, adaptors, quant_steps, strict=True):
@@ -230,7 +241,8 @@ class ContextModel(nn.Module):
                 context_next = context
             else:
                 plane = context_next if memory is None else None
-                # Smaller strips: query, key, value and their products take ten times the plane.
+                # The strips are smaller here, since query, key, value and their products take ten times the memory of
+                # the plane.
                 attend = partial(in_strips, attention, halo=0, unit=attention.window, positions=POSITIONS // 4)
                 context_next = attend(context, context_next, into=plane)
             del context
@@ -240,7 +252,10 @@ class ContextModel(nn.Module):
     def _finer(
         self, known: Known, scale: str, quality: Tensor, lattice: Lattice, hyper: Tensor, mix: nn.Module
     ) -> Known:
-        """What is known on the next lattice, `scale`: hyper (B, 2M, 2h, 2w) are its scales and means from h_s."""
+        """Transfer what is known to the next lattice, `scale`.
+
+        hyper: (B, 2M, 2h, 2w), the scales and means from h_s on that lattice.
+        """
         context = _mixed(mix, _put(lattice, hyper, known.context_next))
         state = known.state
         if self.state is not None and state is not None:
@@ -248,7 +263,7 @@ class ContextModel(nn.Module):
         return Known(context, lattice.up(known.y_hat), state, self._memory(scale, quality, known.memory))
 
     def _memory(self, scale: str, quality: Tensor, before: tuple[Bank, Any] | None) -> tuple[Bank, Any] | None:
-        """The bank of a scale and its state at the start, if it has one."""
+        """The bank of a scale and the state it starts with, or None if the scale has no bank."""
         if scale not in self.banks:
             return None
         bank: Any = self.banks[scale]
@@ -258,9 +273,10 @@ class ContextModel(nn.Module):
 def _remember(
     memory: tuple[Bank, Any] | None, replaced: Tensor | None, context: Tensor, before_prior: bool
 ) -> tuple[Tensor, tuple[Bank, Any] | None]:
-    """Write the context that was replaced, and join the new one with what is read: its result, and the memory.
+    """Write the replaced context to the bank, and combine the new one with what is read from it.
 
-    before_prior: where this is; a bank acts in one of the two places.
+    Returns the combined context and the memory. before_prior: whether this call is just before the prior (or after
+    attention). A bank does something in only one of the two places, and nothing in the other.
     """
     if memory is None or memory[0].before_prior != before_prior:
         return context, memory
@@ -271,12 +287,15 @@ def _remember(
 
 
 def _predict(prior: SpatialPrior, adaptor: nn.Module, quant_step: Tensor, *known: Tensor) -> Tensor:
-    """The context of one step (B, 2M, h, w), with what is added to the state, from the planes known before it."""
+    """The context of one step (B, 2M, h, w), computed from the planes known before it.
+
+    In the mode `state`, the channels that are added to the state follow.
+    """
     return prior(adaptor(torch.cat(known, dim=1)), quant_step)
 
 
 def _code(step: Step, context: Tensor, y_hat: Tensor, coder: Coder) -> Tensor:
-    """y_hat (B, M, h, w) with the latents of one step at their places."""
+    """Code the latents of one step, and return y_hat (B, M, h, w) with them at their positions."""
     scales, means = context.chunk(2, dim=1)
     return step.put(y_hat, coder.code(step, step.select(scales), step.select(means)))
 
@@ -292,8 +311,9 @@ def _halves(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _put(lattice: Lattice, hyper: Tensor, context: Tensor) -> Tensor:
-    """Hyper parameters on the finer lattice, with the positions coded so far replaced by their context: hyper itself,
-    or with gradients a copy.
+    """Hyper parameters on the finer lattice, with the context in place of those at positions coded so far.
+
+    Without gradients, `hyper` is overwritten and returned; with gradients, the result is a copy.
     """
     pairs = zip(hyper.chunk(2, dim=1), context.chunk(2, dim=1), strict=True)
     halves = [lattice.put(fine, coarse) for fine, coarse in pairs]

@@ -1,4 +1,4 @@
-"""How much arithmetic does a model need? Multiplications counted by hooks, on tensors without data."""
+"""Count the multiplications that a model needs, with forward hooks and tensors on the meta device (without data)."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -16,9 +16,9 @@ PARTS = ("g_a", "h_a", "h_s", "context", "g_s")
 
 
 def macs_per_pixel(config: HPCMConfig, side: int = 4 * STRIDE) -> dict[str, float]:
-    """Multiply-accumulates per pixel of each part of a model of this shape, for images of `side` x `side` pixels.
+    """Multiply-accumulates per pixel of each part of a model with this configuration, for side x side pixels.
 
-    Those of convolutions and of attention's two products; what is done once for each number does not count.
+    Convolutions and the two matrix products of attention are counted. Elementwise operations are not.
     """
     with torch.device("meta"):
         model = HPCM(config).eval()

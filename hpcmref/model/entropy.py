@@ -1,4 +1,4 @@
-"""How many bits does a symbol cost? The generalized Gaussian of y and z."""
+"""The probability model of symbols: the generalized Gaussian of y and z, from which the number of bits follows."""
 
 import math
 
@@ -20,7 +20,7 @@ SYMBOL_MIN, SYMBOL_MAX = -(2**15), 2**15 - 1
 
 
 class _LowerBound(torch.autograd.Function):
-    """max(x, bound), whose gradient also passes below the bound where it would raise x."""
+    """max(x, bound). Below the bound, the gradient still passes if a descent step would raise x."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, bound: float) -> Tensor:
@@ -36,7 +36,7 @@ class _LowerBound(torch.autograd.Function):
 
 
 def _passed(grad: Tensor, x: Tensor, bound: float) -> Tensor:
-    """The gradient of max(x, bound): zero where x is below the bound and would be lowered further."""
+    """The gradient of max(x, bound): zero where x is below the bound and a descent step would lower it further."""
     return grad * ((x >= bound) | (grad < 0))
 
 
@@ -46,7 +46,7 @@ def lower_bound(x: Tensor, bound: float) -> Tensor:
 
 
 class _Likelihood(torch.autograd.Function):
-    """See `likelihood`; the gradient of the cumulative distribution is the density."""
+    """See `likelihood`. The gradient uses that the derivative of the cumulative distribution is the density."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, residual: Tensor, scales: Tensor) -> Tensor:
@@ -72,9 +72,10 @@ class _Likelihood(torch.autograd.Function):
 def likelihood(residual: Tensor, scales: Tensor) -> Tensor:
     """Probability of the unit interval around `residual` under the generalized Gaussian of `scales`.
 
-    Both of any one shape; the result has that shape and is at least LIKELIHOOD_BOUND. It is what the official
-    entropy_models.py (GGM.forward) computes, but from the tail that the interval lies in, so that small probabilities
-    do not vanish in rounding. Both bounds have the gradient of `lower_bound`.
+    Both arguments have the same shape, which may be any. The result has that shape and is at least LIKELIHOOD_BOUND.
+    The official entropy_models.py (GGM.forward) computes the same function. Here the probability is the difference of
+    two values of the tail on the interval's own side, so that small probabilities are not lost to rounding. The bounds
+    of scale and likelihood have the gradient of `lower_bound`.
     """
     return _Likelihood.apply(residual, scales)
 
@@ -85,10 +86,10 @@ def bits(likelihoods: Tensor) -> Tensor:
 
 
 def scale_index(scales: Tensor, thresholds: Tensor) -> Tensor:
-    """Row of the CDF table of each scale: the number of `thresholds` (ascending, (59,)) below it, int32."""
+    """Row of the CDF table for each scale, int32: the number of `thresholds` (ascending, (59,)) below the scale."""
     return torch.bucketize(scales.contiguous(), thresholds, out_int32=True)
 
 
 def quantise(residual: Tensor) -> Tensor:
-    """The symbol of a residual: rounded half to even, within what the file format holds."""
+    """The symbol of a residual: rounded half to even, and clamped to the range of the file format."""
     return residual.round().clamp_(SYMBOL_MIN, SYMBOL_MAX)

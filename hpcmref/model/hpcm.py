@@ -1,4 +1,4 @@
-"""HPCM: the transforms and the entropy path, put together."""
+"""The HPCM model, which combines the transforms and the entropy path."""
 
 import math
 from collections.abc import Callable
@@ -36,9 +36,10 @@ class Estimate(TypedDict):
 
 
 class EntropyPath(nn.Module):
-    """Everything that turns decoded symbols into the scales and means of the next symbols: z prior, h_s, context model.
+    """The networks that predict the scales and means of the next symbols from the symbols decoded so far.
 
-    It must give the same numbers in the encoder and in the decoder; no other part of the model has to.
+    They are the prior of z, h_s and the context model. They must give the same numbers in the encoder and in the
+    decoder. No other part of the model has to.
     """
 
     def __init__(self, config: HPCMConfig) -> None:
@@ -53,7 +54,7 @@ class EntropyPath(nn.Module):
         self.context = ContextModel(config, banks(config), state(config))
 
     def forward(self, quality: Tensor, size: tuple[int, int], coder: Coder) -> Tensor:
-        """Code one batch: quality (B,), size of z (h, w) -> y_hat (B, M, 4h, 4w)."""
+        """Code one batch. quality: (B,); size: (h, w) of z. Returns y_hat (B, M, 4h, 4w)."""
         shape = (len(quality), self.N, *size)
         z_hat = coder.code(None, self.scales_hyper(quality).expand(shape), self.means_hyper(quality).expand(shape))
         hyper = in_strips(self.h_s, z_hat, halo=self.halo, positions=POSITIONS // 16)
@@ -61,10 +62,10 @@ class EntropyPath(nn.Module):
 
 
 class HPCM(nn.Module):
-    """A learned image codec's networks (arXiv 2507.19125), for one rate or for all of them.
+    """The networks of the learned image codec HPCM (arXiv 2507.19125), for a single rate or for a range of rates.
 
-    Models with rate anchors (`config.lambdas`) multiply y by a gain per channel before quantisation and y_hat by an
-    inverse gain after it, both interpolated in the log domain between the anchors around the quality.
+    A model with rate anchors (`config.lambdas`) multiplies y by a gain per channel before quantisation, and y_hat by an
+    inverse gain after it. Both gains are interpolated in the log domain between the two anchors around the quality.
     """
 
     def __init__(self, config: HPCMConfig) -> None:
@@ -77,13 +78,14 @@ class HPCM(nn.Module):
         self.log_gain: RateTable | None = None
         self.log_inverse_gain: RateTable | None = None
         if config.lambdas:
-            # Quantiser step 0.47 of the 0..1 pixel range at lambda 0.0018, and the square-root law of rate theory.
+            # The initial quantiser step is 0.47, in units of the 0..1 pixel range, at lambda 0.0018. It is proportional
+            # to 1 / sqrt(lambda), as rate-distortion theory predicts.
             start = [0.75 + 0.5 * math.log(each / 0.0018) for each in config.lambdas]
             self.log_gain = RateTable(torch.tensor(start), config.M)
             self.log_inverse_gain = RateTable(torch.tensor([-each for each in start]), config.M)
 
     def initialise(self) -> "HPCM":
-        """Prepare untrained weights: the DCT start of the dct transforms, scales that begin near 1."""
+        """Initialise untrained weights: the dct transforms become a DCT, and predicted scales start near 1."""
         if self.config.transform == "dct":
             start_as_dct(self.g_a, self.g_s)
         context = self.entropy.context
@@ -91,12 +93,15 @@ class HPCM(nn.Module):
             for part in (self.entropy.h_s, context.prior_s1_s2, context.prior_s3):
                 *_, head = (module for module in part.modules() if isinstance(module, nn.Conv2d))
                 assert head.bias is not None
-                head.weight[: 2 * self.config.M].mul_(0.1)  # scales and means, and not what goes to a state
+                head.weight[: 2 * self.config.M].mul_(0.1)  # the outputs for scales and means, not those for a state
                 head.bias[: self.config.M].fill_(1)
         return self
 
     def features(self, x: Tensor, prepare: Callable[[Tensor], Tensor] = _same) -> Tensor:
-        """g_a of an image (B, 3, H, W) that `prepare` brings to 0..1, strip by strip: (B, M, H/16, W/16)."""
+        """Apply g_a to an image (B, 3, H, W), strip by strip; the result is (B, M, H/16, W/16).
+
+        prepare: converts a strip of the image to 0..1.
+        """
         rows = halo(self.config, self.config.stages)
         return in_strips(lambda part: self.g_a(prepare(part)), x, halo=rows, unit=16, positions=POSITIONS * 256)
 
@@ -114,7 +119,10 @@ class HPCM(nn.Module):
         return self.latents(self.features(x), quality)
 
     def synthesise(self, y_hat: Tensor, quality: Tensor, finish: Callable[[Tensor], Tensor] = _same) -> Tensor:
-        """y_hat (B, M, H/16, W/16), quality (B,) -> image (B, 3, H, W), not clamped, each strip of it `finish`ed."""
+        """y_hat (B, M, H/16, W/16), quality (B,) -> image (B, 3, H, W), not clamped.
+
+        finish: a function that is applied to each strip of the image.
+        """
         gain = None if self.log_inverse_gain is None else self.log_inverse_gain(quality).exp()
 
         def strip(part: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The building blocks of every network: convolutions, the two residual blocks, and what depends on the rate."""
+"""The building blocks of all networks: convolutions, the two residual blocks, and tables that depend on the rate."""
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,14 @@ SLOPE = 0.01
 
 
 WIDE = 2**21
-"""Numbers in the wide middle of a residual block that are held at a time: few enough for a cache."""
+"""A residual block holds about this many numbers of its wide middle layer at a time: few enough for a cache."""
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """1x1 convolution: x (B, C, H, W), weight (C', C, 1, 1), bias (C',) -> (B, C', H, W).
 
-    With one thread as one of 16 images of one row, for PyTorch then has a slow kernel (half the speed) for fewer.
+    With one thread, PyTorch uses a kernel of half the speed for batches of fewer than 16 images. So the positions are
+    then arranged as a batch of 16 images of one row, if their number can be divided by 16.
     """
     batch, channels, height, width = x.shape
     if torch.get_num_threads() > 1 or batch * height * width % 16:
@@ -27,7 +28,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Pointwise(nn.Conv2d):
-    """1x1 convolution, which without gradients runs in the type of its weights whatever its input has."""
+    """1x1 convolution. Without gradients it runs in the type of its weights, whatever the type of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, C', H, W)."""
@@ -52,7 +53,7 @@ def up(inputs: int, outputs: int, kernel: int = 2) -> nn.ConvTranspose2d:
 
 
 class PartialConv(nn.Module):
-    """3x3 convolution of the first quarter of the channels; the others pass."""
+    """3x3 convolution of the first quarter of the channels. The other channels are unchanged."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -66,7 +67,10 @@ class PartialConv(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + 1x1(LeakyReLU(1x1(spatial(x)))): the frame of PConvRB and DWConvRB."""
+    """The common base of PConvRB and DWConvRB: x + 1x1(LeakyReLU(1x1(spatial(x)))).
+
+    wide: without gradients, strips of rows are computed such that the wide middle layer has about so many numbers.
+    """
 
     def __init__(self, channels: int, spatial: nn.Module, ratio: int) -> None:
         super().__init__()
@@ -80,7 +84,7 @@ class ResidualBlock(nn.Module):
         """x: (B, C, H, W); the result has the same shape."""
         mixed = self.spatial(x)
         if torch.is_grad_enabled():
-            # Not in place: autograd would copy what is before and after.
+            # Not in place: autograd would then copy the tensors before and after the operation.
             return x + self.project(F.leaky_relu(self.expand(mixed), SLOPE))
         rows = max(1, self.wide // (self.expand.out_channels * len(x) * x.shape[3]))
         for start in range(0, x.shape[2], rows):
@@ -107,10 +111,10 @@ class DWConvRB(ResidualBlock):
 
 
 def in_bfloat16(network: nn.Module) -> None:
-    """Keep the inner 1x1 convolutions of residual blocks in bfloat16: without gradients they then run in it.
+    """Convert the inner 1x1 convolutions of residual blocks to bfloat16, in which they run without gradients.
 
-    What is between the blocks stays in float32: latents reach values of a hundred quantiser steps, more than the 8 bits
-    of bfloat16 can hold to half a step.
+    Values between the blocks stay in float32. Latents reach values of a hundred quantiser steps, which the 8 bits of
+    bfloat16 cannot hold to half a step.
     """
     for block in network.modules():
         if isinstance(block, ResidualBlock):
@@ -128,10 +132,10 @@ def anchor_weights(quality: Tensor, anchors: int) -> Tensor:
 
 
 class RateTable(nn.Module):
-    """One number per channel that depends on the quality: learned at the rate anchors, linear between them."""
+    """One number per channel that depends on the quality. It is learned at the rate anchors and linear in between."""
 
     def __init__(self, anchors: Tensor, channels: int) -> None:
-        """anchors: (A,), where the numbers of every channel start."""
+        """anchors: (A,), the initial numbers at the anchors, alike for all channels."""
         super().__init__()
         self.values = nn.Parameter(anchors.view(-1, 1, 1, 1).expand(-1, channels, 1, 1).contiguous())
 

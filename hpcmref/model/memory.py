@@ -1,22 +1,24 @@
-"""The multi-reference memory bank: every coding step looks back at the contexts of all steps before it.
+"""The multi-reference memory bank, through which a coding step can use the contexts of all steps before it.
 
     context after attention --> read: recall what resembles it --> gate * recalled + (1 - gate) * context --> next step
     context that was replaced --> write: a reference for the steps that follow
 
-What a bank knows of an image is a value (`State`) that `write` and `read` take and `write` returns; nothing stays on a
-module. References of all scales live on the lattice of s1 (one position for `cell` x `cell` of s1, s2 or s3), so those
-of one scale can be handed to the next. The gate is closed when training begins: a bank changes nothing at first.
+What a bank has stored of an image is a value, a `State`: `write` and `read` take it as an argument, and `write` returns
+a new one. No module holds a state. References are on the lattice of s1 in all scales (`cell` x `cell` positions of s1,
+s2 or s3 become one position), so a scale can take over the references of the scale before. When training begins, the
+gate is 0, so that a bank has no effect at first. The modes are:
 
-light   a reference is a key, its mean, and a value, itself on the lattice of s1; recalled are the topk of the last
-        max_refs whose keys are the most similar to that of the present context (a 1x1 convolution of the mean is the
-        mean of the 1x1 convolution, and cheaper)
-full    the same, with values narrowed to fewer channels on a fixed grid, and widened again
-linear  all references together are two sums over such grids; every position attends to them linearly
-global  the same, over whole planes and with softmax as feature map
-cross   a reference is the context, narrowed; every position attends to its window in the last max_refs
+light   A reference consists of a key, made from the mean of a context, and a value, made from the context itself on the
+        lattice of s1. Of the last max_refs references, the topk are recalled whose keys are the most similar to the
+        query from the current context. (A 1x1 convolution of a mean equals the mean of the 1x1 convolution, and is
+        cheaper.)
+full    As light, but values have fewer channels and are on a fixed grid. They are expanded again when recalled.
+linear  All references together are kept as two sums over such grids. Every position reads them by linear attention.
+global  As linear, but over whole planes instead of grids, and with softmax as the feature map.
+cross   A reference is a context with fewer channels. Every position attends to its window in the last max_refs.
 
-The mode `state` is simpler, and takes the place of attention: a few channels at every position, to which each prior
-adds what the next steps should know, and which their adaptors read (`StateBank`).
+The mode `state` is simpler, and takes the place of attention. It keeps a few channels at every position. Each prior
+adds to them what the next steps need, and the adaptors of those steps read them (`StateBank`).
 
     prior --> scales, means --> code --> y_hat --+
       |                                          v
@@ -39,14 +41,14 @@ from hpcmref.model.strips import in_strips
 
 
 class State(NamedTuple):
-    """What a bank knows of a batch: numbers of its quality, and references, the oldest first."""
+    """What a bank has stored of a batch: its qualities (B,), and the references, with the oldest first."""
 
     quality: Tensor
     references: tuple[tuple[Tensor, ...], ...] = ()
 
 
 class Pool(nn.Module):
-    """Means over cells of cell x cell positions."""
+    """Divides a plane into cells of cell x cell positions, and computes the mean of each."""
 
     def __init__(self, cell: int) -> None:
         super().__init__()
@@ -58,7 +60,7 @@ class Pool(nn.Module):
 
 
 class GridMean(nn.Module):
-    """Means over a grid of at most side x side cells."""
+    """Divides a plane into at most side x side cells, and computes the mean of each."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
@@ -72,25 +74,25 @@ class GridMean(nn.Module):
 
 
 def from_grid(x: Tensor, size: torch.Size, side: int) -> Tensor:
-    """The cell of `GridMean` that every position is in: x (B, C, rows, columns) -> (B, C, *size)."""
+    """Give every position the value of its cell of `GridMean`: x (B, C, rows, columns) -> (B, C, *size)."""
     rows, columns = (_cells(length, side, x.device) for length in size)
     return x.index_select(2, rows).index_select(3, columns)
 
 
 def _cells(length: int, side: int, device: torch.device) -> Tensor:
-    """Which of at most `side` cells each position is in: (length,) int64."""
+    """The index of the cell, of at most `side` cells, that each position is in: (length,) int64."""
     cells = min(side, length)
     return torch.arange(length, device=device) * cells // length
 
 
 def _membership(length: int, side: int, device: torch.device) -> Tensor:
-    """Which positions are in which cell: (length, cells) float64 of 0 and 1."""
+    """1 where a position is in a cell, and 0 elsewhere: (length, cells) float64."""
     cells = torch.arange(min(side, length), device=device)
     return (_cells(length, side, device)[:, None] == cells).double()
 
 
 def top(similarity: Tensor, k: int) -> Tensor:
-    """Which k references are the most similar; of equal ones the oldest. similarity: (B, R, ...) -> bool, the same."""
+    """Which k references are the most similar; of equal ones, the oldest. (B, R, ...) -> bool (B, R, ...)."""
     order = torch.arange(similarity.shape[1], device=similarity.device)
     older = (order[:, None] > order).view(len(order), len(order), *[1] * (similarity.dim() - 2))
     one, other = similarity.unsqueeze(2), similarity.unsqueeze(1)
@@ -98,7 +100,7 @@ def top(similarity: Tensor, k: int) -> Tensor:
 
 
 class MemoryBank(nn.Module, ABC):
-    """What every mode shares: the lattice of s1, the gate, and the contract `start`, `write` and `read`."""
+    """The base class of all modes but `state`. It has the lattice of s1, the gate, and `start`, `write` and `read`."""
 
     def __init__(self, config: HPCMConfig, memory: MemoryConfig, scale: int) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class MemoryBank(nn.Module, ABC):
         self.opening = RateTable(torch.zeros(config.anchors), channels)
 
     def start(self, quality: Tensor, before: State | None = None) -> State:
-        """The state before a scale's first step: quality (B,); `before`: how the scale before it ended."""
+        """The state before the first step of a scale. before: the state at the end of the scale before."""
         return State(quality, before.references if before is not None and self.transfer else ())
 
     def write(self, state: State, context: Tensor) -> State:
@@ -118,7 +120,10 @@ class MemoryBank(nn.Module, ABC):
         return state._replace(references=self._with(state, _full(context, state)))
 
     def read(self, state: State, context: Tensor) -> Tensor:
-        """The context (B, 2M, h, w), joined by the gate with what the bank recalls; as it is if there is nothing."""
+        """The context (B, 2M, h, w), combined by the gate with what the bank recalls.
+
+        Without references, the result is the context itself.
+        """
         if not state.references:
             return context
         context = _full(context, state)
@@ -132,7 +137,7 @@ class MemoryBank(nn.Module, ABC):
         recalled = recalled[:, :, :, None, :, None] if coarse else recalled.view_as(blocks)
         change = (recalled - blocks).mul_(gate[:, :, :, None, :, None])
         joined = change.add_(blocks).flatten(4, 5).flatten(2, 3)
-        return torch.empty_like(context).copy_(joined)  # in its layout: kernels round by layout
+        return torch.empty_like(context).copy_(joined)  # keeps the memory layout, on which rounding in kernels depends
 
     def _on_lattice(self, x: Tensor) -> Tensor:
         return in_strips(self.pool, x, halo=0, unit=self.pool.cell)
@@ -143,18 +148,22 @@ class MemoryBank(nn.Module, ABC):
 
     @abstractmethod
     def _recall(self, state: State, context: Tensor, lattice: Tensor) -> Tensor:
-        """What the references hold for a context: (B, 2M, h, w), or on the lattice of s1 as `lattice`, its means."""
+        """What the references hold for a context (B, 2M, h, w).
+
+        lattice: the means of the context on the lattice of s1. The result has the shape of either of the two.
+        """
 
 
 def _full(context: Tensor, state: State) -> Tensor:
-    """Attention may have been computed in bfloat16 (training), also inside a bank."""
+    """Convert a context to full precision; in training, attention may have been computed in bfloat16."""
     return context.to(state.quality.dtype)
 
 
 class Recall(nn.Module):
-    """The values of the references whose keys are the most similar to the query (cosine): softmax, times similarity.
+    """Adds up the values of the topk references whose keys have the largest cosine similarity to the query.
 
-    Without that factor keys and queries would learn nothing where one reference is chosen: its softmax is 1.
+    The weight of a value is the softmax of the similarities, times the similarity itself. Without that factor, keys and
+    queries would get no gradient if topk is 1, because the softmax of a single reference is always 1.
     """
 
     def __init__(self, topk: int, temperature: float) -> None:
@@ -163,7 +172,10 @@ class Recall(nn.Module):
         self.temperature = temperature
 
     def forward(self, query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """query and every key: (B, d, h, w), where 1 x 1 holds for all positions; values: (B, C, H, W), the result."""
+        """query and every key: (B, d, h, w), or (B, d, 1, 1) for all positions at once.
+
+        Values and the result: (B, C, H, W).
+        """
         similarity = torch.stack([F.cosine_similarity(query, key, dim=1) for key in keys], dim=1)
         chosen = top(similarity, self.topk)
         weights = (similarity / self.temperature).masked_fill(~chosen, -torch.inf).softmax(1) * similarity
@@ -171,14 +183,15 @@ class Recall(nn.Module):
 
 
 class ReferenceBank(MemoryBank):
-    """The last contexts one by one, and those of them that resemble the present one: light and full."""
+    """The modes light and full: keeps the last contexts, and recalls those most similar to the current one."""
 
     def __init__(self, config: HPCMConfig, memory: MemoryConfig, scale: int) -> None:
         super().__init__(config, memory, scale)
         channels, narrow = 2 * config.M, 2 * config.M // memory.compress_ratio
         self.max_refs = memory.max_refs[scale - 1]
         self.side = memory.value_resolution if memory.mode == "full" else None
-        # Where values are kept (the lattice of s1, or a fixed grid over it), and what keys and queries are made of.
+        # grid: values are kept on the lattice of s1, or on a fixed grid over it. mean: keys and queries are made from
+        # every position, or from the mean of all.
         self.grid = GridMean(self.side) if self.side else nn.Identity()
         self.mean = nn.Identity() if memory.per_position else GridMean(1)
         self.conv_q = conv1x1(channels, narrow)
@@ -200,9 +213,10 @@ class ReferenceBank(MemoryBank):
 
 
 class LinearAttend(nn.Module):
-    """phi(query) sum(phi(key)^T value) / phi(query) sum(phi(key)): attention whose cost does not grow with its tokens.
+    """Linear attention: phi(query) sum(phi(key)^T value) / phi(query) sum(phi(key)).
 
-    phi is elu + 1, relu, or softmax: over the tokens for keys and over the channels for queries.
+    The cost of a query does not grow with the number of keys. phi is elu + 1, relu or softmax. The softmax is over the
+    tokens for keys, and over the channels for queries.
     """
 
     def __init__(self, heads: int, feature_map: str) -> None:
@@ -211,10 +225,10 @@ class LinearAttend(nn.Module):
         self.feature_map = feature_map
 
     def summary(self, key: Tensor, value: Tensor, sharpness: Tensor) -> tuple[Tensor, Tensor]:
-        """key (B, d, h, w), value (B, e, h, w), sharpness (B, heads, 1, 1) -> what `forward` needs of them.
+        """Compute what `forward` needs of key (B, d, h, w) and value (B, e, h, w); sharpness: (B, heads, 1, 1).
 
-        That is phi(key)^T value (B, heads, d/heads, e/heads), and the sum of phi(key) (B, heads, d/heads, 1); both of
-        several contexts may be added.
+        Returns phi(key)^T value (B, heads, d/heads, e/heads), and the sum of phi(key) (B, heads, d/heads, 1). The
+        summaries of several contexts may be added.
         """
         key, value = self.tokens(key) * sharpness, self.tokens(value)
         if self.feature_map == "softmax":
@@ -223,7 +237,7 @@ class LinearAttend(nn.Module):
         return phi.transpose(2, 3) @ value, phi.sum(2)[..., None]
 
     def forward(self, query: Tensor, values: Tensor, weights: Tensor, sharpness: Tensor) -> Tensor:
-        """query (B, d, h, w), what `summary` gave, sharpness (B, heads, 1, 1) -> (B, e, h, w)."""
+        """query: (B, d, h, w); values, weights: from `summary`; sharpness: (B, heads, 1, 1). Returns (B, e, h, w)."""
         phi = self._phi(self.tokens(query) * sharpness)
         return self.plane(phi @ values / (phi @ weights).clamp(min=1e-6), query.shape)
 
@@ -242,7 +256,10 @@ class LinearAttend(nn.Module):
 
 
 class LinearBank(MemoryBank):
-    """Linear attention of every position over a fixed grid of every context so far, whose sums are all that is kept."""
+    """The mode linear: every position attends linearly to all contexts so far, each reduced to a fixed grid.
+
+    Only the sums over these contexts are kept.
+    """
 
     def __init__(self, config: HPCMConfig, memory: MemoryConfig, scale: int) -> None:
         super().__init__(config, memory, scale)
@@ -272,7 +289,10 @@ class LinearBank(MemoryBank):
 
 
 class LinearGlobalInterContext(LinearBank):
-    """The global context of MLIC++ (arXiv 2307.15421): softmax over channels for queries, over the plane for keys."""
+    """The mode global, which is the global context of MLIC++ (arXiv 2307.15421).
+
+    The softmax is over the channels for queries, and over the plane for keys.
+    """
 
     def __init__(self, config: HPCMConfig, memory: MemoryConfig, scale: int) -> None:
         super().__init__(config, memory, scale)
@@ -281,7 +301,7 @@ class LinearGlobalInterContext(LinearBank):
 
 
 class MultiRefCrossAttentionCell(MemoryBank):
-    """Window attention whose keys and values come from the last contexts, not from one."""
+    """The mode cross: window attention whose keys and values come from the last max_refs contexts, not from one."""
 
     def __init__(self, config: HPCMConfig, memory: MemoryConfig, scale: int) -> None:
         super().__init__(config, memory, scale)
@@ -303,7 +323,7 @@ class MultiRefCrossAttentionCell(MemoryBank):
 
 
 class StateBank(nn.Module):
-    """The mode `state`: the sum of what all priors wrote, on the lattice of the present scale."""
+    """The mode `state`: the sum of what all priors have written, on the lattice of the current scale."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -314,18 +334,19 @@ class StateBank(nn.Module):
         return torch.zeros_like(context[:, : self.width])
 
     def write(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """out: (B, 2M + width, h, w), of a prior -> the context (B, 2M, h, w), a view of it, and the new state.
+        """Split the result `out` (B, 2M + width, h, w) of a prior, and add its second part to the state.
 
-        Without gradients it is `state` itself that is added to.
+        Returns the context (B, 2M, h, w), which is a view of `out`, and the new state. Without gradients, `state` is
+        updated in place.
         """
         context, written = out.split((out.shape[1] - self.width, self.width), dim=1)
         return context, torch.add(state, written, out=None if torch.is_grad_enabled() else state)
 
     def finer(self, state: Tensor) -> Tensor:
-        """(B, width, h, w) -> (B, width, 2h, 2w): every value 2 x 2 times."""
+        """(B, width, h, w) -> (B, width, 2h, 2w): every value is repeated 2 x 2 times."""
         batch, width, height, columns = state.shape
         rows = state.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
-        # Of one position, the reshaped tensor is still a view in which all positions share their memory.
+        # With one position, the reshaped tensor is still a view in which all positions share their memory.
         return rows.reshape(batch, 2 * height, 2 * columns, width).contiguous().permute(0, 3, 1, 2)
 
 
@@ -339,7 +360,10 @@ MODES: dict[str, type[ReferenceBank | LinearBank | MultiRefCrossAttentionCell]] 
 
 
 def banks(config: HPCMConfig) -> nn.ModuleDict:
-    """The banks of a model by scale ("s1", "s2", "s3"); none where the configuration has no memory, or a state."""
+    """The banks of a model by scale ("s1", "s2", "s3").
+
+    There are none if the configuration has no memory, or the mode `state`.
+    """
     memory = config.memory
     if memory is None or memory.mode == "state":
         return nn.ModuleDict()
@@ -347,5 +371,5 @@ def banks(config: HPCMConfig) -> nn.ModuleDict:
 
 
 def state(config: HPCMConfig) -> StateBank | None:
-    """What carries the state of a model of the mode `state`; None for all others."""
+    """The `StateBank` of a model with the mode `state`, and None for all other models."""
     return StateBank(config.state_width) if config.state_width else None

@@ -1,4 +1,4 @@
-"""Which latents are coded when: the lattices s1, s2 and s3 and their 2 + 3 + 6 steps, as data.
+"""The order in which latents are coded: the lattices s1, s2 and s3, and their 2 + 3 + 6 steps, as data.
 
 y (C, H, W)                       s3: every position of y; 6 steps code the 8 - 2 channel groups left at each position
   | channel group g of 8 keeps one phase of each 2x2 cell
@@ -6,9 +6,10 @@ s2 (C, H/2, W/2)                  3 steps code the 4 - 1 groups left
   | channel group g of 4 keeps one phase of each 2x2 cell
 s1 (C, H/4, W/4)                  2 steps
 
-In every step each position of the step's lattice codes exactly one channel group, so a step of G groups is a tensor
-(B, C/G, h, w) and a small table that says which group a position codes. Source: official src/models/base.py
-(get_mask_for_s2, get_mask_for_rec_s2, get_mask_two_parts, get_mask_four_parts, get_mask_eight_parts).
+In every step, exactly one channel group is coded at each position of the step's lattice. So a step with G groups codes
+a tensor (B, C/G, h, w), and a small table says which group belongs to which position. Source: official
+src/models/base.py (get_mask_for_s2, get_mask_for_rec_s2, get_mask_two_parts, get_mask_four_parts,
+get_mask_eight_parts).
 """
 
 from collections.abc import Sequence
@@ -22,12 +23,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Lattice:
-    """A sublattice of twice the spacing: group g of the channels lives on the phase (row, column) of every 2x2 cell."""
+    """A sublattice of twice the spacing.
+
+    Group g of the channels is taken from the position phases[g] = (row, column) of every 2x2 cell.
+    """
 
     phases: tuple[tuple[int, int], ...]
 
     def down(self, x: Tensor) -> Tensor:
-        """The lattice's values: x (B, C, H, W) -> (B, C, H/2, W/2)."""
+        """Take the values on the lattice: x (B, C, H, W) -> (B, C, H/2, W/2)."""
         if torch.is_grad_enabled():
             cells = _cells(x)
             return _planes((cells * self._taken(cells)).sum((2, 4)))
@@ -37,8 +41,9 @@ class Lattice:
         )
 
     def put(self, x: Tensor, values: Tensor) -> Tensor:
-        """x (B, C, H, W) with the lattice's positions replaced by values (B, C, H/2, W/2): x itself, or with gradients
-        a copy.
+        """Replace the values of x (B, C, H, W) on the lattice by `values` (B, C, H/2, W/2).
+
+        Without gradients, x is overwritten and returned; with gradients, the result is a copy.
         """
         if torch.is_grad_enabled():
             cells = _cells(x)
@@ -58,7 +63,7 @@ class Lattice:
         return self.put(_zeros(values, batch, channels, 2 * height, 2 * width), values)
 
     def _taken(self, cells: Tensor) -> Tensor:
-        """Which values of cells (..., C) are the lattice's: (2, 1, 2, C) bool."""
+        """Which values of cells (..., C) are on the lattice: (2, 1, 2, C) bool."""
         return _phase_mask(self.phases, cells.shape[-1], cells.device)
 
 
@@ -68,7 +73,10 @@ S1 = Lattice(((0, 0), (0, 1), (1, 0), (1, 1)))
 
 @dataclass(frozen=True)
 class Step:
-    """One coding step on lattice `scale` (1, 2 or 3): position (row, col) codes channel group tile[row][col]."""
+    """One coding step on the lattice of `scale` (1, 2 or 3).
+
+    At position (row, col) it codes the channel group tile[row][col]. The tile repeats over the lattice.
+    """
 
     scale: int
     groups: int
@@ -77,8 +85,9 @@ class Step:
     def table(self, height: int, width: int, device: torch.device) -> Tensor:
         """The coded group of every position: (height, width) int64.
 
-        Groups are below 8, so the up to 16 of a tile fit into one number, 3 bits each. A kernel takes a number along;
-        a tensor made of a list would be copied to a GPU, which waits until the GPU has caught up.
+        Groups are below 8, so the up to 16 groups of a tile fit into one integer, with 3 bits each. An integer is
+        passed to a GPU kernel as an argument. A tensor made from a list would have to be copied to the GPU, and the
+        host would wait until the GPU has finished its earlier work.
         """
         side = len(self.tile)
         packed = sum(group << 3 * place for place, group in enumerate(chain.from_iterable(self.tile)))
@@ -87,7 +96,7 @@ class Step:
         return tile.repeat(-(-height // side), -(-width // side))[:height, :width]
 
     def select(self, x: Tensor) -> Tensor:
-        """What this step codes of x (B, C, h, w): (B, C/G, h, w)."""
+        """Take the values of x (B, C, h, w) that this step codes: (B, C/G, h, w)."""
         if torch.is_grad_enabled():
             groups = _rows(x).unflatten(3, (self.groups, -1))
             return _planes((groups * self._mask(groups)).sum(3))
@@ -95,9 +104,10 @@ class Step:
         return grouped.gather(1, self._index(grouped.shape, x.device)).squeeze(1)
 
     def put(self, x: Tensor, values: Tensor) -> Tensor:
-        """x (B, C, h, w) with values (B, C/G, h, w) where this step codes: x itself, or with gradients a copy.
+        """Replace the values of x (B, C, h, w) that this step codes by `values` (B, C/G, h, w).
 
-        The inverse of `select`.
+        This is the inverse of `select`. Without gradients, x is overwritten and returned; with gradients, the result is
+        a copy.
         """
         if torch.is_grad_enabled():
             groups = _rows(x).unflatten(3, (self.groups, -1))
@@ -119,7 +129,7 @@ class Step:
 def _group_mask(
     tile: tuple[tuple[int, ...], ...], height: int, width: int, groups: int, device: torch.device
 ) -> Tensor:
-    """See `Step._mask`. Kept, so that a training step makes it once; nobody writes to it."""
+    """See `Step._mask`. The mask is cached, so that it is not made again at each training step; never write to it."""
     with torch.inference_mode(False):  # training could not use an inference tensor
         table = Step(0, groups, tile).table(height, width, device)
         return (table[:, :, None] == torch.arange(groups, device=device))[..., None]
@@ -127,7 +137,7 @@ def _group_mask(
 
 @lru_cache(maxsize=64)
 def _phase_mask(phases: tuple[tuple[int, int], ...], channels: int, device: torch.device) -> Tensor:
-    """See `Lattice._taken`. Kept, as `_group_mask` is."""
+    """See `Lattice._taken`. The mask is cached, as that of `_group_mask` is."""
     with torch.inference_mode(False):
         rows, columns = torch.tensor(phases, device=device).repeat_interleave(channels // len(phases), 0).T
         side = torch.arange(2, device=device)
@@ -155,7 +165,7 @@ def _joined(cells: Tensor) -> Tensor:
 
 
 def _zeros(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
-    """Zeros (B, C, H, W), channels last in memory as all that the networks compute."""
+    """Zeros (B, C, H, W) in the channels-last memory layout, which all tensors of the networks have."""
     return like.new_zeros(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -197,12 +207,12 @@ def displaced_source(channels: int, height: int, width: int, device: torch.devic
     """Where the official models read the hyper parameters of s2 that s1 has not used.
 
     Returns (C, h * w) int64 for an s2 plane of h x w: for each position, the flat position in the y plane (2h x 2w)
-    whose value it gets; the positions that s1 holds read position 0 and are meant to be overwritten. The official masks
-    of s1 do not describe what s1 really holds (base.py: get_mask_for_s1, get_s2_hyper_with_mask), so most of these
-    values come from beside the position they are used at; the networks were trained with that.
+    from which its value is read. The positions that s1 holds read position 0 and must be overwritten. The official
+    masks of s1 do not describe what s1 really holds (base.py: get_mask_for_s1, get_s2_hyper_with_mask). Therefore most
+    of these values are read next to the position at which they are used. The networks were trained with that.
     """
-    # The official masks say that s1 took, of channel group g, the cell (row, col) of each 4x4 tile of y; all these rows
-    # are in the first s2 row of a tile.
+    # According to the official masks, s1 took the position (row, col) of each 4x4 tile of y for channel group g. All
+    # these rows belong to the first s2 row of a tile.
     claimed = ((0, 0), (1, 1), (0, 1), (1, 0), (0, 2), (1, 3), (0, 3), (1, 2))
     group = channels // 8
     plane = torch.arange(4 * height * width, device=device).view(2 * height, 2 * width)
@@ -212,7 +222,7 @@ def displaced_source(channels: int, height: int, width: int, device: torch.devic
         taken = torch.cat((first[:, 1 - claimed_col // 2 :: 2], second), dim=1)
         free_row, free_col = S1.phases[g // 2]
         channel = source[g * group : (g + 1) * group]
-        # In row-major order: half a row and a whole one, or a whole one and half a row.
+        # In row-major order, half a row comes before a whole one, or a whole row before half a one.
         halves = taken.split((width // 2, width) if free_row == 0 else (width, width // 2), dim=1)
         channel[:, :, free_row, 1 - free_col :: 2] = halves[free_row]
         channel[:, :, 1 - free_row] = halves[1 - free_row]

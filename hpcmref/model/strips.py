@@ -1,4 +1,4 @@
-"""How do big images fit into memory? Local functions are applied to one horizontal strip after the other."""
+"""Apply local functions to one horizontal strip after the other, so that big images fit into memory."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 POSITIONS = 2**14
-"""Positions of the 1/16 latent lattice in a strip: 4 megapixels, a few hundred megabytes of what convolutions need."""
+"""Positions of the 1/16 latent lattice in a strip.
+
+That is 4 megapixels, for which convolutions need a few hundred megabytes.
+"""
 
 
 def in_strips(
@@ -17,13 +20,15 @@ def in_strips(
     positions: int = POSITIONS,
     into: Tensor | None = None,
 ) -> Tensor:
-    """function(*inputs), computed in strips of about `positions` positions where there are more.
+    """function(*inputs), computed in strips of about `positions` positions if the inputs have more.
 
-    inputs: (B, C, h, w), all of one height; the result has a fixed number of rows for every row of them. The function
-    must be local: rows of its result depend on no more than `halo` units of `unit` rows above and below; strips begin
-    at multiples of the unit. Then the result is the same as that of the whole, but for the order of float sums.
+    inputs: (B, C, h, w), all of the same height. The function must give a result with a fixed number of rows for every
+    row of its inputs, and it must be local: a row of the result depends on at most `halo` units above and below, where
+    a unit is `unit` rows. Strips begin at multiples of a unit. Then strips give the same result as the whole image,
+    except for the order of float sums.
 
-    into: where strips are put together, a tensor like the result; without a halo it may be one of the inputs.
+    into: a tensor of the shape and type of the result, into which the strips are written. If halo is 0, it may be one
+    of the inputs.
     """
     height, width = inputs[0].shape[2:]
     units = -(-height // unit)

@@ -1,4 +1,4 @@
-"""g_a, g_s, h_a and h_s, and the DCT that our own transforms start from."""
+"""The transforms g_a, g_s, h_a and h_s, and the DCT with which the "dct" transforms are initialised."""
 
 import math
 
@@ -9,7 +9,7 @@ from hpcmref.model.config import HPCMConfig
 from hpcmref.model.layers import PConvRB, conv1x1, down, up
 
 BLOCK = 8
-"""Pixels a side that the dct transform folds into channels before its first convolution."""
+"""The dct transform rearranges blocks of BLOCK x BLOCK pixels as channels before its first convolution."""
 
 
 def g_a(config: HPCMConfig) -> nn.Sequential:
@@ -71,7 +71,7 @@ def h_s(config: HPCMConfig) -> nn.Sequential:
 
 
 def halo(config: HPCMConfig, stages: tuple[tuple[int, int], ...]) -> int:
-    """Rows of the 1/16 lattice that g_a or g_s with these stages sees above and below the row it computes."""
+    """Rows of the 1/16 lattice above and below that a row of g_a or g_s with these stages depends on."""
     if config.transform == "dct":
         return -(-sum(blocks for _, blocks in stages) * BLOCK // 16)
     # Each block is a 3x3 convolution at its stage's resolution; the 4x4 convolution adds a pixel.
@@ -79,15 +79,16 @@ def halo(config: HPCMConfig, stages: tuple[tuple[int, int], ...]) -> int:
 
 
 def hyper_halo(config: HPCMConfig) -> int:
-    """Rows of the z lattice that h_a and h_s see above and below the row they compute."""
+    """Rows of the z lattice above and below that a row of h_a or h_s depends on."""
     return -(-(1 + 2 * config.hyper_blocks) // 4)
 
 
 def start_as_dct(analysis: nn.Sequential, synthesis: nn.Sequential) -> None:
-    """Make untrained dct transforms a real transform: g_a an orthonormal DCT of decorrelated colour, g_s its inverse.
+    """Initialise g_a as an orthonormal DCT of decorrelated colours, and g_s as its inverse.
 
-    The 1x1 convolution becomes the 8x8 DCT, the 2x2 one a Haar step that keeps the lowest frequencies, and the residual
-    branches nearly nothing. The output of g_a is then in units of the 0..1 pixel range.
+    The 1x1 convolution becomes the 8x8 DCT, and the 2x2 convolution a Haar step that keeps the lowest frequencies. The
+    residual branches are scaled so that they have nearly no effect. The output of g_a is then in units of the 0..1
+    pixel range.
     """
     frequencies, dct = _dct_basis()
     to_channels, to_latents, from_latents, to_pixels = (
@@ -115,13 +116,16 @@ def _bias(convolution: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
 
 
 def _set_leading(target: Tensor, values: Tensor) -> None:
-    """Overwrite the first channels of `target`; channels that the transform does not need start small."""
+    """Overwrite the first channels of `target`. The others, which the DCT does not need, start with small weights."""
     target.mul_(0.1)
     target[: len(values)] = values
 
 
 def _dct_basis() -> tuple[Tensor, Tensor]:
-    """The 192 frequencies (u, v, cost) in the order of rising cost, and the basis (192, 192) on unshuffled pixels."""
+    """The 192 frequencies (u, v, colour) in the order of rising cost, and the basis (192, 192).
+
+    The basis is for the channels that PixelUnshuffle makes from pixels.
+    """
     position = torch.arange(BLOCK, dtype=torch.float64)
     cosines = torch.cos(math.pi * (position + 0.5) * position[:, None] / BLOCK) * math.sqrt(2 / BLOCK)
     cosines[0] /= math.sqrt(2)
@@ -135,7 +139,10 @@ def _dct_basis() -> tuple[Tensor, Tensor]:
 
 
 def _haar_basis(frequencies: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The cheapest `count` of the Haar steps of all frequencies: source channel (count,) and kernel (count, 2, 2)."""
+    """The `count` outputs of lowest cost of the Haar steps of all frequencies.
+
+    Returns their source channels (count,) and kernels (count, 2, 2).
+    """
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     kernels = torch.einsum("ar,bs->abrs", signs, signs).reshape(4, 2, 2) / 2
     shift = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=torch.float64)
@@ -146,6 +153,9 @@ def _haar_basis(frequencies: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _cost(frequencies: Tensor) -> Tensor:
-    """How little a frequency matters: its radius; chroma counts as higher (2.2 times, plus 1.5: a prototype)."""
+    """The cost of a frequency, which is the higher the less the frequency matters.
+
+    It is the radius for luma, and 2.2 times the radius plus 1.5 for chroma; both numbers are from a prototype.
+    """
     radius = frequencies[:, :2].norm(dim=1)
     return torch.where(frequencies[:, 2] == 0, radius, 2.2 * radius + 1.5)

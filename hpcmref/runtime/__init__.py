@@ -1,1 +1,1 @@
-"""What belongs to the process and not to the codec: worker processes, files, memory, threads."""
+"""Modules that concern the process and not the codec: worker processes, files, memory and threads."""

@@ -1,4 +1,4 @@
-"""How many cores may this process use, and how many threads does it compute with?"""
+"""The number of cores that this process may use, and the number of threads that it computes with."""
 
 from __future__ import annotations
 

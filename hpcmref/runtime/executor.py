@@ -1,7 +1,8 @@
-"""Where does the work on many independent items run? In this process, in several, or on a Ray cluster.
+"""Do work on many independent items in this process, in several processes, or on a Ray cluster.
 
-`execute` hides which: items go in, (item, result or exception) come out as they are done. Workers get an item pickled
-and give a result back; what they need of the disk should travel in the item, because a cluster may not share one.
+`execute` has the same interface for all three. It takes items, and yields each item with its result or exception as
+soon as it is done. Items are pickled for workers. An item should contain the file contents that its work needs, because
+the machines of a cluster may not share a disk.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 AHEAD = 2
-"""Items given out for each worker of a cluster: one in work and one waiting, so that few are in memory at a time."""
+"""Items sent to a cluster for each worker: one in work and one waiting, so that few are in memory at a time."""
 
 
 def execute(

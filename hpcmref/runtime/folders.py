@@ -1,4 +1,4 @@
-"""Where does a person keep what belongs to hpcmref? One folder of model files."""
+"""The folder in which a user keeps model files of their own."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Computing in a process that was forked from one that had torch.
+"""Compute safely in a process that was forked from one that had imported torch.
 
-The threads of OpenMP do not exist in a forked child, and its first parallel region would wait for them for ever. One
-thread needs no others. CUDA cannot be used in a forked child at all. docs/processes.md says which way is right.
+The threads of OpenMP do not exist in a forked child, and its first parallel region would wait for them for ever.
+Therefore such a child computes with one thread. CUDA cannot be used in a forked child at all. docs/processes.md says
+how to start processes instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What does the process do with memory between two uses of it, and how much of it did it hold?"""
+"""Control whether freed memory is kept or returned to the system, and measure the memory of the process."""
 
 import ctypes
 import sys
@@ -10,10 +10,10 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 def keep_memory() -> None:
     """Ask glibc to keep up to half a gigabyte of freed memory instead of giving it back to the system.
 
-    A network allocates megabytes for every operation and frees them at once. Given back, each page costs a fault when
-    it is next written to: a tenth of the time of encoding a small photograph, and more of large ones. So large blocks
-    come from the heap too. This changes the whole process, so it is for programs: `hpcmref` and the measurements, not
-    for `import`.
+    A network allocates megabytes for every operation and frees them at once. If they are returned to the system, each
+    page costs a page fault when it is next written to. That is a tenth of the time of encoding a small photograph, and
+    more for large ones. So large blocks are allocated from the heap too. This changes the whole process, so it is for
+    programs: `hpcmref` and the measurements, not for `import`.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -24,7 +24,7 @@ def keep_memory() -> None:
 
 
 def give_back() -> None:
-    """Give freed memory back to the system now: what loading a model took and does not need any more."""
+    """Return freed memory to the system now, such as the memory that loading a model has used."""
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -32,7 +32,7 @@ def give_back() -> None:
 
 
 def peak_memory() -> int | None:
-    """Bytes of the most that the process ever held, with Python, torch and the weights; None on Windows."""
+    """The peak memory of the process in bytes, including Python, torch and the weights; None on Windows."""
     try:
         return resident("VmHWM")
     except OSError:  # not Linux, whose ru_maxrss begins with what the parent held

@@ -1,4 +1,4 @@
-"""What do signals that end a program do? They become an exception, so that everything is tidied up on the way out."""
+"""Turn signals that end a program into an exception, so that everything is tidied up before it ends."""
 
 from __future__ import annotations
 

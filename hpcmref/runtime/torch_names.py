@@ -1,4 +1,4 @@
-"""Private and version-dependent names of torch, each with what takes its place where the name is missing."""
+"""Private and version-dependent names of torch, each with a fallback for versions that lack the name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def has_byte_units() -> bool:
-    """Whether torch says that this CPU multiplies bytes in units of their own, and can use them.
+    """Whether torch reports that this CPU has int8 instructions (VNNI), and can use them.
 
     Uses torch.cpu._is_vnni_supported and torch._int_mm; False where either is missing.
     """
@@ -20,7 +20,7 @@ def has_byte_units() -> bool:
 
 
 def has_bfloat16_units() -> bool:
-    """Whether torch says that this CPU has instructions for bfloat16, without which it is slower than float32.
+    """Whether torch reports that this CPU has bfloat16 instructions. Without them bfloat16 is slower than float32.
 
     Uses torch.cpu._is_avx512_bf16_supported and _is_amx_tile_supported; False where both are missing.
     """
@@ -29,7 +29,7 @@ def has_bfloat16_units() -> bool:
 
 
 def int_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """The product, int32 (n, C_out), of int8 (n, C_in) and int8 (C_in, C_out).
+    """The matrix product, int32 (n, C_out), of int8 (n, C_in) and int8 (C_in, C_out).
 
     Uses torch._int_mm; without it an int32 product, which is slow.
     """

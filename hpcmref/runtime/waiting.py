@@ -1,4 +1,4 @@
-"""How do threads wait for each other? They sleep, so that a busy machine is not busier with waiting.
+"""Make threads sleep while they wait for each other, so that waiting does not use cores of a busy machine.
 
 PyTorch computes in parallel regions of OpenMP, hundreds for one image. At the end of each, threads that are done wait
 for the others. By default GNU's OpenMP spins for some milliseconds before it sleeps, and Intel's for 200. On an idle
@@ -15,10 +15,10 @@ SLEEP = {
     "OMP_WAIT_POLICY": "PASSIVE",  # GNU's OpenMP, which PyTorch's wheels bring for Linux, and LLVM's
     "KMP_BLOCKTIME": "0",  # Intel's and LLVM's: milliseconds to spin
 }
-"""What makes threads sleep at once."""
+"""The environment variables that make threads sleep at once."""
 
 SETTINGS = (*SLEEP, "GOMP_SPINCOUNT")
-"""All environment variables that decide it. Who sets one of them has decided."""
+"""All environment variables that control this. If the user has set one of them, none is changed."""
 
 
 def sleep_while_waiting(environment: MutableMapping[str, str] | None = None) -> bool:

@@ -1,7 +1,7 @@
-"""Effort: look for better latents before a file is written. Decoders know nothing of it.
+"""The search of higher efforts: it improves the latents before a file is written. Decoders are not affected.
 
-g_a gives latents that are good for photographs on the whole; for one picture there are better ones. The search changes
-y so that bits + lambda * squared error falls, in rounds:
+g_a gives latents that are good for photographs on average, but for a single picture there are better ones. The search
+changes y in rounds, so that bits + lambda * squared error becomes smaller:
 
     y --compress--> symbols, scales, means, bytes, picture         exact, as it would be written: the best file is kept
     y <--anneal---- scales and means held fixed, gradients through g_s and the costs of symbols

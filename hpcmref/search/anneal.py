@@ -1,8 +1,9 @@
-"""How do latents become better ones? Stochastic annealing between the two neighbours of each, with fixed predictions.
+"""Improve latents by stochastic annealing between the two neighbouring values of each, with fixed predictions.
 
 Source: Yang, Bamler and Mandt, "Improving inference for neural image compression" (arXiv 2006.04240), section 3.2. Each
-latent v lies between two values mean + symbol and mean + symbol + 1. A random mixture of the two goes to g_s and pays
-for its bits; the nearer value is likelier, and the lower the temperature, the more a mixture is one of the two.
+latent v lies between two values mean + symbol and mean + symbol + 1. The loss is computed from a random mixture of the
+two: its bits, and the picture that g_s makes from it. The nearer value has the higher probability. The lower the
+temperature, the closer is a mixture to one of the two values.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from hpcmref.model.schedule import S1, S2
 from hpcmref.search.synthesis import Target
 
 LIMIT = 255
-"""Larger symbols cost as much as this one; which direction is cheaper, g_s decides for them."""
+"""Symbols of a larger magnitude are taken to cost as much as this one. Their gradient then comes from g_s alone."""
 
 EDGE = 1e-4
-"""How near to one of its neighbours a latent is taken to be at most: atanh is infinite at 1."""
+"""The closest that a latent may be to one of its neighbours, since atanh is infinite at 1."""
 
 BETAS = 0.9, 0.99
 

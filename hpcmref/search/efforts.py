@@ -1,4 +1,4 @@
-"""What does each effort do? Stages that follow each other; effort e is the first e of them, so more is never worse."""
+"""The stages of a search. Effort e runs the first e of them, so a higher effort never gives a worse result."""
 
 from __future__ import annotations
 

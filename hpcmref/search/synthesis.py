@@ -1,9 +1,9 @@
-"""How wrong is the picture, and which way should each latent go? The squared error of g_s's output, and its gradient.
+"""Compute the squared error of the output of g_s, and its gradient with respect to the latents.
 
     y_hat -> g_s -> x_hat -> sum of weight (x_hat - x)^2 -> gradient with respect to y_hat
 
-Weights are constants, so of a residual block the backward pass needs no more than its wide middle. The picture is
-computed in strips, which bounds the memory and changes nothing but the order of sums.
+Weights are constants, so the backward pass of a residual block needs only the values of its wide middle layer. The
+picture is computed in strips. This limits the memory, and changes only the order of sums.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Target:
     def gradient(self, y_hat: Tensor) -> Tensor:
         """Of the error before rounding to bytes: y_hat (1, M, h, w) float32; the result has that shape.
 
-        Clamped pixels count as what they are clamped to, with the gradient of what they were before.
+        The error is that of clamped pixels, but the gradient passes as if they were not clamped.
         """
         gradient = torch.zeros_like(y_hat)
         pull = self._prepared(y_hat)

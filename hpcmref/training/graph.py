@@ -1,7 +1,7 @@
-"""How does a training step run on a GPU without waiting for the host? Recorded once as a CUDA graph, and replayed.
+"""Record a training step once as a CUDA graph and replay it, so that the GPU does not wait for the host.
 
-A step has thousands of small kernels, most of them on lattices of a few positions; launched one by one they would leave
-the GPU idle most of the time.
+A step has thousands of small kernels, and most of them work on lattices of a few positions. If the host launched them
+one by one, the GPU would be idle most of the time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How is a model trained? One loop: random crops and qualities, a wall-clock budget, an average of the weights."""
+"""The training loop, with random crops and qualities, a wall-clock budget and an average of the weights."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What does training minimise? Rate plus lambda times distortion, at the quality of each image."""
+"""The loss of training: rate plus lambda times distortion, at the quality of each image."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Where does a run begin that does not begin from nothing? From a trained model, which may be smaller."""
+"""Start a training run from a trained model, which may be smaller."""
 
 import math
 import re
@@ -18,11 +18,11 @@ GROUPS = 8
 def start_from(model: HPCM, trained: HPCM) -> None:
     """Give `model` (initialised) the weights of `trained`, so that it begins as the same function.
 
-    `model` may have more latent channels (M): each of the 8 channel groups of y keeps its trained channels first, and
-    new ones follow. What is trained does not see the new channels at first, except that g_s adds them to the picture.
-    It may have a state that `trained` has not, which nothing reads at first. It may lack the attention of `trained`;
-    only then it begins as another function: that of `without_attention`. Parts that only `model` has keep their start.
-    Raises ConfigError when the two differ in anything else.
+    `model` may have more latent channels (M): in each of the 8 channel groups of y, the new channels follow the trained
+    ones. The trained layers do not use the new channels at first, except that g_s adds them to the picture. `model` may
+    have a state although `trained` has none; at first no layer reads it. `model` may lack the attention of `trained`.
+    Only then it begins as another function: that of `without_attention`. Parts that only `model` has keep their
+    initialisation. Raises ConfigError when the two differ in anything else.
     """
     ours, theirs = model.config, trained.config
     before, after = theirs.M // GROUPS, ours.M // GROUPS
@@ -70,8 +70,9 @@ def start_from(model: HPCM, trained: HPCM) -> None:
 def without_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a model with attention for one without: each adaptor reads the context itself.
 
-    Attention gives attended + conv_out(context). conv_out is folded into the adaptors that read its result, all but the
-    first of s2 and of s3; what attended is lost, and so is conv_out where a context goes to the next scale.
+    Attention gives attended + conv_out(context). conv_out is folded into the adaptors that read its result, which are
+    all but the first of s2 and of s3. The term `attended` is lost, and so is conv_out where a context goes to the next
+    scale.
     """
     folded = {name: tensor.detach().clone() for name, tensor in weights.items() if ".attn_s" not in name}
     for scale, steps in ((2, len(STEPS_S2)), (3, len(STEPS_S3))):
