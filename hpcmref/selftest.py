@@ -244,7 +244,7 @@ def kernels(device: torch.device) -> dict[str, str]:
         }
     onednn: Any = torch.backends.mkldnn
     present = onednn.is_available() and onednn.enabled
-    units = "units for products of bytes" if words.has_units("cpu") else "float32, without units for bytes"
+    units = "int8 units" if words.has_units("cpu") else "float32, without int8 units"
     return {
         "device": f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of "
         f"{os.cpu_count()} processors",

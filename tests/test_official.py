@@ -242,7 +242,7 @@ def test_only_official_presets(preset: str) -> None:
 def test_convert_and_code_with_it(tmp_path: Path, sample: Image.Image) -> None:
     """A checkpoint as the official train.py saves it on several GPUs: converted, and an image there and back.
 
-    A process with it takes less than 800 MiB for a photograph of 768x512, where the official code takes 1147.
+    A process with it takes less than 900 MiB for a photograph of 768x512, where the official code takes 1147.
     """
     state = golden_state("base")
     source, target = tmp_path / "official.pth.tar", tmp_path / "x.safetensors"
@@ -272,7 +272,7 @@ def test_convert_and_code_with_it(tmp_path: Path, sample: Image.Image) -> None:
 
     point = measure(768 * 512e-6, str(target))
     assert (point.width, point.height) == (768, 512)
-    assert max(point.encode_memory, point.decode_memory) < 800 * 2**20
+    assert max(point.encode_memory, point.decode_memory) < 900 * 2**20
 
 
 def reconstruction(model: torch.nn.Module, image: Image.Image) -> Image.Image:
