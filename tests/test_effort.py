@@ -371,7 +371,7 @@ class TestCommand:
         command += ["--on-interrupt", "keep"] if keep else []
         process = subprocess.run(
             command, capture_output=True, text=True, timeout=60,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the background ignores it
         )  # fmt: skip
         if keep:
             assert process.returncode == 0
