@@ -216,12 +216,25 @@ def fuzz(
     return outcomes, slowest
 
 
-def main() -> None:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options that every fuzzer has: how many inputs, for how long, and the seed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutations", type=int, default=10**9)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def report(inputs: str, outcomes: collections.Counter[str], slowest: float, seconds: float) -> None:
+    """Print how many inputs there were, how long they took, and what came of them."""
+    print(f"{outcomes.total()} {inputs} in {seconds:.0f} s, the slowest {1000 * slowest:.0f} ms")
+    for outcome, count in outcomes.most_common():
+        print(f"{count:9d}  {outcome}")
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = options(__doc__)
     parser.add_argument("--block", type=int, help="symbols between two looks of the range decoder at its payload")
     parser.add_argument("--codec", action="store_true", help="decode with the shipped model")
     arguments = parser.parse_args()
@@ -236,9 +249,7 @@ def main() -> None:
         read, seeds = reader_of(codec), seeds_of(codec)
     start = time.monotonic()
     outcomes, slowest = fuzz(read, seeds, arguments.seed, arguments.mutations, arguments.seconds)
-    print(f"{outcomes.total()} mutations in {time.monotonic() - start:.0f} s, the slowest {1000 * slowest:.0f} ms")
-    for outcome, count in outcomes.most_common():
-        print(f"{count:9d}  {outcome}")
+    report("mutations", outcomes, slowest, time.monotonic() - start)
 
 
 def seeds_of(codec: Codec) -> list[bytes]:

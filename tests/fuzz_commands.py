@@ -8,7 +8,6 @@ Allowed are exit codes 0, 1 and 2, nothing but lines of "hpcmref: ..." on stderr
 
 from __future__ import annotations
 
-import argparse
 import collections
 import os
 import re
@@ -18,7 +17,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from fuzz import damaged
+from fuzz import damaged, options, report
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -178,16 +177,11 @@ def fuzz(seed: int, mutations: int, seconds: float = float("inf")) -> tuple[coll
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mutations", type=int, default=10**9)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser = options(__doc__)
     arguments = parser.parse_args()
     start = time.monotonic()
     outcomes, slowest = fuzz(arguments.seed, arguments.mutations, arguments.seconds)
-    print(f"{outcomes.total()} commands in {time.monotonic() - start:.0f} s, the slowest {1000 * slowest:.0f} ms")
-    for outcome, count in outcomes.most_common():
-        print(f"{count:9d}  {outcome}")
+    report("commands", outcomes, slowest, time.monotonic() - start)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ into a file and read from it, and rendered. Anything but a typed error or a pict
 
 from __future__ import annotations
 
-import argparse
 import collections
 import io
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 import containers
 import numpy as np
-from fuzz import damaged
+from fuzz import damaged, options, report
 from PIL import Image, PngImagePlugin
 
 from hpcmref.errors import HpcmrefError
@@ -70,10 +69,10 @@ def seeds() -> list[bytes]:
         *((colour, form, {}) for form in ("BMP", "DIB", "GIF", "ICO", "PCX", "PPM", "TGA", "JPEG2000", "AVIF", "QOI")),
     ]
     files = []
-    for image, form, options in made:
+    for image, form, settings in made:
         file = io.BytesIO()
         try:
-            image.save(file, form, **options)
+            image.save(file, form, **settings)
         except (KeyError, OSError):  # a format that this Pillow cannot write
             continue
         files.append(file.getvalue())
@@ -165,19 +164,14 @@ def fuzz(
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mutations", type=int, default=10**9)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser = options(__doc__)
     parser.add_argument("--metadata", action="store_true", help="of sound images, change EXIF, XMP and ICC data")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     images.MAX_PIXELS = MOST_PIXELS
     start = time.monotonic()
     outcomes, slowest = fuzz(arguments.seed, arguments.mutations, arguments.metadata, arguments.seconds)
-    print(f"{outcomes.total()} images in {time.monotonic() - start:.0f} s, the slowest {1000 * slowest:.0f} ms")
-    for outcome, count in outcomes.most_common():
-        print(f"{count:9d}  {outcome}")
+    report("images", outcomes, slowest, time.monotonic() - start)
 
 
 if __name__ == "__main__":

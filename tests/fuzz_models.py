@@ -8,7 +8,6 @@ error or a model that codes a picture ends the run with the file's mutation.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import copy
@@ -24,7 +23,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from fuzz import damaged
+from fuzz import damaged, options, report
 from models import STATE, TINY, model_of
 from PIL import Image
 
@@ -277,16 +276,11 @@ def fuzz(seed: int, mutations: int, seconds: float = float("inf")) -> tuple[coll
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mutations", type=int, default=10**9)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser = options(__doc__)
     arguments = parser.parse_args()
     start = time.monotonic()
     outcomes, slowest = fuzz(arguments.seed, arguments.mutations, arguments.seconds)
-    print(f"{outcomes.total()} model files in {time.monotonic() - start:.0f} s, the slowest {1000 * slowest:.0f} ms")
-    for outcome, count in outcomes.most_common():
-        print(f"{count:9d}  {outcome}")
+    report("model files", outcomes, slowest, time.monotonic() - start)
 
 
 if __name__ == "__main__":
