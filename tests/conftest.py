@@ -28,6 +28,7 @@ DATA = Path(__file__).parent / "data"
 
 MAY_BE_MISSING = (
     "needs a CUDA device",
+    "no history of commits here",
     "there is a CUDA device",
     "this GPU has no TF32",
     "there are no units for bytes here",
