@@ -34,7 +34,7 @@ from hpcmref.exact import attach, repeatably
 from hpcmref.format import container
 from hpcmref.format.container import METADATA, Container, Encoder, Learned, Tag
 from hpcmref.latents import ARITHMETIC, SCALES, Compressed, LatentCodec
-from hpcmref.model.hpcm import STRIDE, to_bytes
+from hpcmref.model.hpcm import STRIDE, to_bytes_
 from hpcmref.model.layers import in_bfloat16
 from hpcmref.model.transforms import BLOCK
 from hpcmref.picture import images
@@ -348,7 +348,7 @@ class Codec:
                 y_hat = self.y_hat(file)
             gain = self.model.log_inverse_gain
             small = self._linear(y_hat if gain is None else y_hat * gain(self._rate(learned.quality)).exp())
-            small = to_bytes(small)
+            small = to_bytes_(small)
         shown = Image.fromarray(small[0].permute(1, 2, 0).contiguous().cpu().numpy())
         area = (0.0, 0.0, file.width / BLOCK, file.height / BLOCK)
         pixels = np.asarray(shown.resize(size, Image.Resampling.LANCZOS, area))

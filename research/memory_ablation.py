@@ -40,7 +40,7 @@ from hpcmref.model.coders import Estimator
 from hpcmref.model.config import MEMORIES, MemoryConfig
 from hpcmref.model.entropy import bits
 from hpcmref.model.layers import anchor_weights
-from hpcmref.runtime.torch_names import lerp_all
+from hpcmref.runtime.torch_names import lerp_all_
 from hpcmref.training.data import Tiles
 from hpcmref.training.loop import _blocks_in_bfloat16
 from hpcmref.training.start import start_from
@@ -213,7 +213,7 @@ def _tuned(
         optimiser.step()
         decay = min(AVERAGE, step / (step + 10))
         with torch.no_grad():
-            lerp_all(averages, list(parameters), 1 - decay)
+            lerp_all_(averages, list(parameters), 1 - decay)
         seconds += time.process_time() - begun
         losses.append(float(loss.detach()))
         if step in last:
@@ -237,6 +237,7 @@ def _loss(model: HPCM, features: Tensor, quality: Tensor) -> Tensor:
     with torch.no_grad():
         y, z = model.latents(features.contiguous(memory_format=torch.channels_last), quality)
     estimator = Estimator(y, z, noise=True)
+    model.entropy.train()
     model.entropy(quality, (z.shape[2], z.shape[3]), estimator)
     rate = bits(estimator.y_likelihoods) / (256 * features.shape[2] * features.shape[3])
     log_lambdas = torch.tensor(model.config.lambdas).log()

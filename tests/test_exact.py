@@ -356,8 +356,8 @@ def test_a_layer_may_scale_its_output_for_the_next() -> None:
     grids = [_convolution_grids(layer, torch.rand(layer.in_channels) + 0.5, WORDS) for layer in (first, second)]
     alone = [ExactConv(layer, grid, "layer") for layer, grid in zip((first, second), grids, strict=True)]
     expected = alone[1](F.leaky_relu(alone[0](x), 0.01))
-    alone[0].feed(alone[1])
-    assert alone[1].input_scale is None
+    alone[0].fuse_scale_into(alone[1])
+    assert alone[1].owns_input
     assert torch.equal(alone[1](F.leaky_relu(alone[0](x), 0.01)), expected)
 
 

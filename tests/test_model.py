@@ -87,7 +87,7 @@ def test_a_bad_dictionary_is_refused(values: dict[str, Any]) -> None:
 def test_shapes(preset: str) -> None:
     """Of every preset, without computing anything."""
     config = PRESETS[preset]
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         model = HPCM(config).eval()
         out = model(torch.empty(2, 3, 128, 192))
     assert out["x_hat"].shape == (2, 3, 128, 192)

@@ -23,7 +23,7 @@ from hpcmref.errors import ConfigError
 from hpcmref.exact import attach
 from hpcmref.format import container
 from hpcmref.model import HPCM, PRESETS, HPCMConfig, context
-from hpcmref.model.coders import SymbolWriter
+from hpcmref.model.coders import Estimator, SymbolWriter
 from hpcmref.model.config import MEMORIES, MemoryConfig
 from hpcmref.model.context import Attend
 from hpcmref.model.memory import StateBank
@@ -162,13 +162,22 @@ def test_the_smallest_lattices(size: tuple[int, int], batch: int) -> None:
         model.entropy(torch.full((batch,), 20.0), size, Recorder(y, z))
 
 
-def test_the_same_with_and_without_gradients_in_a_batch_and_alone() -> None:
+def test_the_same_in_train_and_eval_mode_in_a_batch_and_alone() -> None:
     model = model_of(STATE).double()
+
+    def likelihoods(x: Tensor, quality: Tensor) -> Tensor:
+        y, z = model.analyse(x, quality)
+        estimator = Estimator(y, z, noise=False)
+        model.entropy(quality, (z.shape[2], z.shape[3]), estimator)
+        return estimator.y_likelihoods
+
     x, quality = torch.rand(2, 3, 128, 192).double(), torch.tensor([10.0, 50.0]).double()
-    with_gradients = model(x, quality)["likelihoods"]["y"]
+    model.train()
+    with_gradients = likelihoods(x, quality)
+    model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(model(x, quality)["likelihoods"]["y"], with_gradients.detach())
-        torch.testing.assert_close(model(x[1:], quality[1:])["likelihoods"]["y"], with_gradients[1:].detach())
+        torch.testing.assert_close(likelihoods(x, quality), with_gradients.detach())
+        torch.testing.assert_close(likelihoods(x[1:], quality[1:]), with_gradients[1:].detach())
 
 
 def test_gradients_reach_what_is_written_and_who_reads_it() -> None:

@@ -40,7 +40,7 @@ def test_averages(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing:
         monkeypatch.delattr(torch, "_foreach_lerp_")
     targets = [torch.zeros(3), torch.ones(2)]
-    torch_names.lerp_all(targets, [torch.ones(3), torch.zeros(2)], 0.25)
+    torch_names.lerp_all_(targets, [torch.ones(3), torch.zeros(2)], 0.25)
     assert [target.tolist() for target in targets] == [[0.25] * 3, [0.75] * 2]
 
 

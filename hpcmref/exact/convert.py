@@ -163,7 +163,7 @@ def _attach_attention(cell: CrossAttentionCell, grids: Mapping[str, Tensor], nam
 
 def _hand_over(before: nn.Module, after: nn.Module) -> None:
     if isinstance(before, ExactConv) and isinstance(after, ExactConv):
-        before.feed(after)
+        before.fuse_scale_into(after)
 
 
 def _recorder(ranges: dict[str, tuple[Tensor, ...]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

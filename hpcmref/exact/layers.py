@@ -127,18 +127,24 @@ class ExactConv(nn.Module):
         self.weight *= scale.view((-1, 1, 1, 1) if self._outputs_first else (1, -1, 1, 1))
         self.bias *= scale
 
-    def feed(self, reader: "ExactConv") -> None:
-        """Make this layer scale its output as `reader` needs its input, so that `reader` need not scale it.
+    def fuse_scale_into(self, consumer: "ExactConv") -> None:
+        """Make this layer scale its output as `consumer` needs its input, so that `consumer` need not scale it.
 
-        No other layer may read the output. A LeakyReLU may be in between.
+        `consumer` then owns its input, and overwrites it, so no other layer may read the output. A LeakyReLU may be in
+        between.
         """
-        self.scale_output(reader._inputs)
-        reader.input_scale = None
+        self.scale_output(consumer._inputs)
+        consumer.input_scale = None
+
+    @property
+    def owns_input(self) -> bool:
+        """Whether `forward` overwrites its input, because another layer has made and scaled it for this one alone."""
+        return self.input_scale is None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C_in, h, w) float32 -> (B, C_out, h', w') float32.
 
-        If the layer before has scaled x already (see `feed`), x is overwritten.
+        x is overwritten if `owns_input` is set (see `fuse_scale_into`).
         """
         if self.input_scale is not None:
             x = x * self.input_scale
@@ -244,7 +250,8 @@ def output_peaks(layer: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor) -> Tenso
 class ExactAttend(nn.Module):
     """Twin of Attend. Both matrix products are of integers, a table gives the exponential, and one division follows.
 
-    The layers before scale query, key and value to their grids (see `convert.attach`). All three are overwritten.
+    The layers before scale query, key and value to their grids (see `convert.attach`). All three are overwritten, since
+    the caller has handed them over (see `Attend`).
     """
 
     step: Tensor

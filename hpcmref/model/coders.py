@@ -46,12 +46,14 @@ Part = tuple[Step | None, Tensor, Tensor]
 class _Target:
     """The true latents, from which it selects those that a step codes."""
 
-    def __init__(self, y: Tensor, z: Tensor) -> None:
-        self._planes = lattices(y)
+    def __init__(self, y: Tensor, z: Tensor, masked: bool = False) -> None:
+        """masked: see `schedule`."""
+        self._planes = lattices(y, masked)
         self._z = z
+        self._masked = masked
 
     def of(self, step: Step | None) -> Tensor:
-        return self._z if step is None else step.select(self._planes[step.scale])
+        return self._z if step is None else step.select(self._planes[step.scale], self._masked)
 
 
 class Estimator:
@@ -62,7 +64,7 @@ class Estimator:
     """
 
     def __init__(self, y: Tensor, z: Tensor, noise: bool) -> None:
-        self._target = _Target(y, z)
+        self._target = _Target(y, z, masked=noise)
         self._noise = noise
         self._samples: list[Tensor] = []
         self._scales: list[Tensor] = []

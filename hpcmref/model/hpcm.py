@@ -23,8 +23,8 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def to_bytes(x: Tensor) -> Tensor:
-    """0..1 -> 0..255 uint8."""
+def to_bytes_(x: Tensor) -> Tensor:
+    """0..1 -> 0..255 uint8. x is overwritten."""
     return x.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
 
@@ -57,7 +57,7 @@ class EntropyPath(nn.Module):
         """Code one batch. quality: (B,); size: (h, w) of z. Returns y_hat (B, M, 4h, 4w)."""
         shape = (len(quality), self.N, *size)
         z_hat = coder.code(None, self.scales_hyper(quality).expand(shape), self.means_hyper(quality).expand(shape))
-        hyper = in_strips(self.h_s, z_hat, halo=self.halo, positions=POSITIONS // 16)
+        hyper = in_strips(self.h_s, z_hat, halo=self.halo, positions=POSITIONS // 16, whole=self.training)
         return self.context(hyper, quality, coder)
 
 
@@ -66,6 +66,10 @@ class HPCM(nn.Module):
 
     A model with rate anchors (`config.lambdas`) multiplies y by a gain per channel before quantisation, and y_hat by an
     inverse gain after it. Both gains are interpolated in the log domain between the two anchors around the quality.
+
+    Train mode is for gradients: each input is computed as a whole, and nothing is overwritten. Eval mode is for coding:
+    large inputs are computed in strips, and layers overwrite intermediate results of their own, which autograd refuses.
+    So run a model in eval mode under `torch.inference_mode` or `torch.no_grad`.
     """
 
     def __init__(self, config: HPCMConfig) -> None:
@@ -102,8 +106,13 @@ class HPCM(nn.Module):
 
         prepare: converts a strip of the image to 0..1.
         """
+
+        def strip(part: Tensor) -> Tensor:
+            features: Tensor = self.g_a(prepare(part))
+            return features
+
         rows = halo(self.config, self.config.stages)
-        return in_strips(lambda part: self.g_a(prepare(part)), x, halo=rows, unit=16, positions=POSITIONS * 256)
+        return in_strips(strip, x, halo=rows, unit=16, positions=POSITIONS * 256, whole=self.training)
 
     def latents(self, features: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, M, h, w), quality (B,) -> y (B, M, h, w) and z (B, N, h/4, w/4), before quantisation."""
@@ -112,7 +121,7 @@ class HPCM(nn.Module):
 
     def hyper_latents(self, y: Tensor) -> Tensor:
         """h_a: y (B, M, h, w) -> z (B, N, h/4, w/4)."""
-        return in_strips(self.h_a, y, halo=hyper_halo(self.config), unit=4)
+        return in_strips(self.h_a, y, halo=hyper_halo(self.config), unit=4, whole=self.training)
 
     def analyse(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Image x (B, 3, H, W) in 0..1, quality (B,) -> y (B, M, H/16, W/16), z (B, N, H/64, W/64), not quantised."""
@@ -128,11 +137,11 @@ class HPCM(nn.Module):
         def strip(part: Tensor) -> Tensor:
             return finish(self.g_s(part if gain is None else part * gain))
 
-        return in_strips(strip, y_hat, halo=halo(self.config, self.config.synthesis))
+        return in_strips(strip, y_hat, halo=halo(self.config, self.config.synthesis), whole=self.training)
 
     def picture(self, y_hat: Tensor, quality: Tensor) -> Tensor:
         """What a decoder shows: y_hat (B, M, H/16, W/16), quality (B,) -> (B, 3, H, W) uint8."""
-        return self.synthesise(y_hat, quality, to_bytes)
+        return self.synthesise(y_hat, quality, to_bytes_)
 
     def forward(self, x: Tensor, quality: Tensor | None = None) -> Estimate:
         """Estimate rate and reconstruction.

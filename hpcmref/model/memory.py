@@ -140,7 +140,7 @@ class MemoryBank(nn.Module, ABC):
         return torch.empty_like(context).copy_(joined)  # keeps the memory layout, on which rounding in kernels depends
 
     def _on_lattice(self, x: Tensor) -> Tensor:
-        return in_strips(self.pool, x, halo=0, unit=self.pool.cell)
+        return in_strips(self.pool, x, halo=0, unit=self.pool.cell, whole=self.training)
 
     @abstractmethod
     def _with(self, state: State, context: Tensor) -> tuple[tuple[Tensor, ...], ...]:
@@ -283,9 +283,12 @@ class LinearBank(MemoryBank):
     def _recall(self, state: State, context: Tensor, lattice: Tensor) -> Tensor:
         ((values, weights),) = state.references
         sharpness = self.sharpness(state.quality)
-        return in_strips(
-            lambda part: self.widen(self.attend(self.conv_q(part), values, weights, sharpness)), context, halo=0
-        )
+
+        def attend(part: Tensor) -> Tensor:
+            recalled: Tensor = self.widen(self.attend(self.conv_q(part), values, weights, sharpness))
+            return recalled
+
+        return in_strips(attend, context, halo=0, whole=self.training)
 
 
 class LinearGlobalInterContext(LinearBank):
@@ -312,14 +315,14 @@ class MultiRefCrossAttentionCell(MemoryBank):
         self.widen = conv1x1(narrow, channels)
 
     def _with(self, state: State, context: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        return (*state.references, (in_strips(self.narrow, context, halo=0),))[-self.max_refs :]
+        return (*state.references, (in_strips(self.narrow, context, halo=0, whole=self.training),))[-self.max_refs :]
 
     def _recall(self, state: State, context: Tensor, lattice: Tensor) -> Tensor:
         def attend(context: Tensor, *references: Tensor) -> Tensor:
             return self.widen(self.cell(self.narrow(context), *references).to(context.dtype))
 
         references = [reference for (reference,) in state.references]
-        return in_strips(attend, context, *references, halo=0, unit=self.cell.window)
+        return in_strips(attend, context, *references, halo=0, unit=self.cell.window, whole=self.training)
 
 
 class StateBank(nn.Module):
@@ -336,11 +339,19 @@ class StateBank(nn.Module):
     def write(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Split the result `out` (B, 2M + width, h, w) of a prior, and add its second part to the state.
 
-        Returns the context (B, 2M, h, w), which is a view of `out`, and the new state. Without gradients, `state` is
-        updated in place.
+        Returns the context (B, 2M, h, w), which is a view of `out`, and the new state.
         """
+        context, written = self._parts(out)
+        return context, state + written
+
+    def write_(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """As `write`, but `state` itself is overwritten and returned."""
+        context, written = self._parts(out)
+        return context, state.add_(written)
+
+    def _parts(self, out: Tensor) -> tuple[Tensor, Tensor]:
         context, written = out.split((out.shape[1] - self.width, self.width), dim=1)
-        return context, torch.add(state, written, out=None if torch.is_grad_enabled() else state)
+        return context, written
 
     def finer(self, state: Tensor) -> Tensor:
         """(B, width, h, w) -> (B, width, 2h, 2w): every value is repeated 2 x 2 times."""

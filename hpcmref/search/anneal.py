@@ -45,8 +45,8 @@ def predictions(parts: Iterable[Part], y_hat: Tensor) -> Predictions:
             wide = 2 ** (3 - step.scale)
             shape = (1, y_hat.shape[2] // wide, y_hat.shape[3] // wide, y_hat.shape[1])
             known = planes.setdefault(step.scale, [each.new_zeros(shape).permute(0, 3, 1, 2) for each in coded])
-            planes[step.scale] = [step.put(plane, each) for plane, each in zip(known, coded, strict=True)]
-    symbols, rows = (S2.put(s3, S1.put(s2, s1)) for s1, s2, s3 in zip(planes[1], planes[2], planes[3], strict=True))
+            planes[step.scale] = [step.put_(plane, each) for plane, each in zip(known, coded, strict=True)]
+    symbols, rows = (S2.put_(s3, S1.put_(s2, s1)) for s1, s2, s3 in zip(planes[1], planes[2], planes[3], strict=True))
     return Predictions(y_hat - symbols, rows.int().mul_(2 * LIMIT).add_(LIMIT))
 
 

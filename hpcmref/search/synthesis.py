@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hpcmref.model.hpcm import HPCM
-from hpcmref.model.layers import SLOPE, ResidualBlock
+from hpcmref.model.layers import SLOPE, Pointwise, ResidualBlock
 from hpcmref.model.transforms import halo
 from hpcmref.similarity import ms_ssim
 
@@ -54,7 +54,7 @@ def _through(network: nn.Sequential, x: Tensor) -> Tensor:
             rows = _Residual.apply(mixed.reshape(-1, mixed.shape[3]), module.expand, module.project)
             x = x + rows.view(mixed.shape).permute(0, 3, 1, 2)
         else:
-            x = module(x)
+            x = module.as_matmul(x) if isinstance(module, Pointwise) else module(x)
     return x
 
 

@@ -18,7 +18,7 @@ from hpcmref.errors import CheckpointError, ConfigError
 from hpcmref.model import HPCM
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.layers import ResidualBlock
-from hpcmref.runtime.torch_names import allow_tf32, lerp_all
+from hpcmref.runtime.torch_names import allow_tf32, lerp_all_
 from hpcmref.training.config import SCHEDULES, TrainingConfig
 from hpcmref.training.data import Tiles
 from hpcmref.training.graph import StepGraph
@@ -107,7 +107,7 @@ class Trainer:
         self.step += 1
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            lerp_all(self.average, list(self.model.parameters()), 1 - decay)
+            lerp_all_(self.average, list(self.model.parameters()), 1 - decay)
         return values
 
     def plain_step(self, x: Tensor, quality: Tensor, skip: bool = False) -> Tensor:
