@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from hpcmref import lossless
@@ -135,7 +136,7 @@ def min_size(picture: Picture) -> float:
     return len(file.getvalue()) * whole / part / (1.25 if _variety(tiles) > 0.5 else 4)
 
 
-def _sample(pixels: np.ndarray) -> np.ndarray:
+def _sample(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Tiles spread over the picture, one below the other; all of a small one."""
     height, width = pixels.shape[:2]
     if height * width <= _TILES * _TILE**2 or min(height, width) < _TILE:
@@ -146,7 +147,7 @@ def _sample(pixels: np.ndarray) -> np.ndarray:
     return np.concatenate([pixels[y : y + _TILE, x : x + _TILE] for y in rows for x in columns])
 
 
-def _variety(pixels: np.ndarray) -> float:
+def _variety(pixels: NDArray[np.uint8]) -> float:
     """How many of the squares of 2 x 2 pixels are different, 0 to 1."""
     height, width = (side // 2 * 2 for side in pixels.shape[:2])
     if not height or not width:
@@ -154,10 +155,10 @@ def _variety(pixels: np.ndarray) -> float:
     whole = pixels[:height, :width].astype(np.uint64)
     colours = (whole[..., 0] * 65599 + whole[..., 1] * 257 + whole[..., 2]) % 1000003
     squares = ((colours[::2, ::2] * 7919 + colours[1::2, ::2]) * 7907 + colours[::2, 1::2]) * 7901 + colours[1::2, 1::2]
-    return len(np.unique(squares)) / squares.size
+    return len(np.unique(squares)) / int(squares.size)
 
 
-def _roughness(pixels: np.ndarray) -> float:
+def _roughness(pixels: NDArray[np.uint8]) -> float:
     """Mean square of the difference between a sample and the average of its four neighbours."""
     if min(pixels.shape[:2]) < 3:
         return math.inf

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -84,7 +86,7 @@ class Codec:
 
     def encode(
         self,
-        image: Image.Image | np.ndarray,
+        image: Image.Image | NDArray[Any],
         quality: int | None = None,
         *,
         verify: bool = False,
@@ -135,7 +137,7 @@ class Codec:
 
     def encode_to(
         self,
-        image: Image.Image | np.ndarray,
+        image: Image.Image | NDArray[Any],
         *,
         size: int | None = None,
         bpp: float | None = None,
@@ -227,7 +229,7 @@ class Codec:
         target = kind(self.model, self._rate(quality), pixels, picture.pixels.shape[:2], picture.grey, seen)
         return search(self.latents, target, goal, y, self.model.hyper_latents, quality, options)
 
-    def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[Picture, _Frame]:
+    def _framed(self, image: Image.Image | NDArray[Any], keep_invisible: bool) -> tuple[Picture, _Frame]:
         """The pixels of an image, and the header fields."""
         picture = images.picture_of(image, arguments.flag("keep_invisible", keep_invisible))
         height, width = picture.pixels.shape[:2]
@@ -513,7 +515,7 @@ def device_of(name: str) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
 
 
-def _padded(pixels: np.ndarray, device: torch.device) -> Tensor:
+def _padded(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
     """Pixels (H, W, 3) uint8 -> (1, 3, H', W') uint8, the last row and column repeated up to multiples of 64."""
     height, width = pixels.shape[:2]
     pixels = np.pad(pixels, ((0, -height % STRIDE), (0, -width % STRIDE), (0, 0)), mode="edge")

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from hpcmref import __version__, checkpoints, lossless
@@ -155,11 +156,12 @@ def latents_of(codec: Codec, file: Container, upto: int = 3) -> str:
     return hashlib.sha256(y_hat.numpy().astype("<f4").tobytes()).hexdigest()[:16]
 
 
-def difference(one: Image.Image, other: Image.Image) -> np.ndarray:
+def difference(one: Image.Image, other: Image.Image) -> NDArray[Any]:
     """Absolute differences of two pictures of one size and mode, int16. Raises HpcmrefError if these differ."""
     if (one.size, one.mode) != (other.size, other.mode):
         raise HpcmrefError(f"the picture is {one.size} {one.mode}, and should be {other.size} {other.mode}")
-    return np.abs(np.asarray(one).astype(np.int16) - np.asarray(other).astype(np.int16))
+    found: NDArray[Any] = np.abs(np.asarray(one).astype(np.int16) - np.asarray(other).astype(np.int16))
+    return found
 
 
 def _check(report: Report, case: Case, folder: Path, codecs: list[Codec]) -> None:
@@ -211,6 +213,7 @@ def _code_again(report: Report, case: Case, folder: Path, codecs: list[Codec]) -
 
 def _picture(case: Case, folder: Path) -> Image.Image:
     try:
+        image: Image.Image
         with Image.open(folder / case.picture, formats=["PNG"]) as image:
             image.load()
             return image

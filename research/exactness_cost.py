@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -66,7 +67,7 @@ def main(
     Console().print(table)
 
 
-def _slope(bpp: np.ndarray, psnr: np.ndarray) -> np.ndarray:
+def _slope(bpp: NDArray[Any], psnr: NDArray[Any]) -> NDArray[Any]:
     """By what part the rate rises for a decibel, at every quality (n,); unknown, so 0, where there is only one."""
     return np.gradient(np.log(bpp), psnr) if len(bpp) > 1 else np.zeros(1)
 

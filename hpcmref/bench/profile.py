@@ -203,7 +203,7 @@ class _Counter(TorchDispatchMode):
     """Counts the multiplications and bytes of every operation. Views move nothing."""
 
     def __init__(self, stages: _Stages, rates: Rates) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._stages = stages
         self._rates = rates
 

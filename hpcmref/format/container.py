@@ -381,7 +381,7 @@ class _Reader:
             length -= len(piece)
         return b"".join(pieces)
 
-    def unpack(self, form: struct.Struct) -> tuple:
+    def unpack(self, form: struct.Struct) -> tuple[Any, ...]:
         return form.unpack(self.take(form.size))
 
     def varint(self) -> int:

@@ -47,9 +47,10 @@ import importlib.resources
 import os
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpcmref.errors import ConfigError, FormatError, TruncatedError
 from hpcmref.format import rans_builtin, rans_compressai
@@ -73,8 +74,8 @@ class Tables(NamedTuple):
     cdfs: list[list[int]]
     lengths: list[int]
     offsets: list[int]
-    lowest: np.ndarray
-    escapes: np.ndarray
+    lowest: NDArray[np.int32]
+    escapes: NDArray[np.int32]
 
     @property
     def of_bytes(self) -> int:
@@ -90,9 +91,9 @@ class SymbolEncoder:
     """
 
     def __init__(self) -> None:
-        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
+        self._parts: list[tuple[NDArray[Any], NDArray[Any]]] = []
 
-    def put(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
+    def put(self, symbols: NDArray[np.int32], indexes: NDArray[np.int32]) -> None:
         """Append `symbols`, and after them the values of the escaped ones.
 
         symbols: (n,) integers from -32768 to 32767.
@@ -131,9 +132,9 @@ class SymbolEncoder:
         # asks for them. As they are the likeliest symbol of table 0, they cost 0.0002 bits.
         self._append(np.zeros(2, np.int32), np.zeros(2, np.int32))
         parts, self._parts = self._parts, []
-        return _coder().encode(parts, _tables())
+        return bytes(_coder().encode(parts, _tables()))
 
-    def _append(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
+    def _append(self, symbols: NDArray[np.int32], indexes: NDArray[np.int32]) -> None:
         """Append symbols that are in their tables, or are the escape of their table."""
         self._parts.append((symbols.astype(np.int16), indexes.astype(np.uint8)))
 
@@ -173,7 +174,7 @@ class SymbolDecoder:
         """Whether all symbols so far certainly came from the payload, not from zeros that follow a truncated one."""
         return self._bits_left - self._rounding >= 64
 
-    def get(self, indexes: np.ndarray) -> np.ndarray:
+    def get(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         """The next symbols, int32 (n,).
 
         indexes: (n,) integers from 0 to 59, the tables that the symbols were put with, n as in that call of `put`.
@@ -200,13 +201,13 @@ class SymbolDecoder:
             symbols[escaped] = values.astype(np.uint8).view("<i2")
         return symbols
 
-    def _take(self, indexes: np.ndarray) -> np.ndarray:
+    def _take(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         blocks = [self._take_block(indexes[i : i + _BLOCK]) for i in range(0, indexes.size, _BLOCK)]
         return np.concatenate(blocks)
 
-    def _take_block(self, indexes: np.ndarray) -> np.ndarray:
+    def _take_block(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         tables = _tables()
-        symbols = self._coder.take(indexes)
+        symbols: NDArray[np.int32] = self._coder.take(indexes)
         bits = _costs()[indexes, symbols - tables.lowest[indexes]]
         self._bits_left -= float(bits.sum(dtype=np.float64))
         self._rounding += _ROUNDING * indexes.size
@@ -215,12 +216,12 @@ class SymbolDecoder:
         return symbols
 
 
-def scale_table() -> np.ndarray:
+def scale_table() -> NDArray[np.float32]:
     """The scale of each table, ascending from 0.12 to 64: (60,) float32."""
     return _stored()["scale_table"].copy()
 
 
-def _check_indexes(indexes: np.ndarray) -> None:
+def _check_indexes(indexes: NDArray[np.int32]) -> None:
     # CompressAI's coder does not check any index.
     if indexes.ndim != 1:
         raise ConfigError(f"table indexes have shape {indexes.shape}, and must be flat")
@@ -230,7 +231,7 @@ def _check_indexes(indexes: np.ndarray) -> None:
 
 
 @cache
-def _stored() -> dict[str, np.ndarray]:
+def _stored() -> dict[str, NDArray[Any]]:
     """tables.npz: scale_table (60,) float32, cdf (60, 699) int32, cdf_length (60,) and offset (60,) int32."""
     with (importlib.resources.files("hpcmref.format") / "tables.npz").open("rb") as file, np.load(file) as arrays:
         return dict(arrays)
@@ -253,7 +254,7 @@ def _tables() -> Tables:
 
 
 @cache
-def _costs() -> np.ndarray:
+def _costs() -> NDArray[np.float32]:
     """Bits of entry j of table i: (61, entries) float32, infinite where there is none."""
     cdfs = _tables().cdfs
     frequencies = np.zeros((len(cdfs), max(map(len, cdfs))))
@@ -263,7 +264,7 @@ def _costs() -> np.ndarray:
         return (16 - np.log2(frequencies)).astype(np.float32)
 
 
-def symbol_bits(limit: int) -> np.ndarray:
+def symbol_bits(limit: int) -> NDArray[np.float32]:
     """Bits of each symbol from -limit to limit in each table, including escaped values: (60, 2 limit + 1) float32."""
     tables, costs = _tables(), _costs()
     symbols = np.arange(-limit, limit + 1)

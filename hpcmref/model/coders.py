@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hpcmref.model.entropy import likelihood, quantise, scale_index
@@ -28,14 +29,14 @@ class Coder(Protocol):
 class SymbolSink(Protocol):
     """Takes the symbols of one image: a range encoder."""
 
-    def put(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
+    def put(self, symbols: NDArray[np.int32], indexes: NDArray[np.int32]) -> None:
         """symbols and CDF table rows, both (n,) int32."""
 
 
 class SymbolSource(Protocol):
     """Gives the symbols of one image: a range decoder."""
 
-    def get(self, indexes: np.ndarray) -> np.ndarray:
+    def get(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         """The symbols (n,) int32 of the CDF table rows (n,) int32."""
 
 
@@ -103,7 +104,7 @@ class _Checksummed:
         self.checksums: list[dict[int, int]] = [{} for _ in range(batch)]
         self._running = [0] * batch
 
-    def _add(self, image: int, step: Step | None, symbols: np.ndarray) -> None:
+    def _add(self, image: int, step: Step | None, symbols: NDArray[np.int32]) -> None:
         crc = zlib.crc32(symbols.astype("<i2").tobytes(), self._running[image])
         self._running[image] = crc
         if step is not None:
@@ -166,5 +167,5 @@ class SymbolReader(_Checksummed):
         return torch.stack(images).view(means.shape).to(means) + means
 
 
-def _flat(x: Tensor) -> np.ndarray:
+def _flat(x: Tensor) -> NDArray[np.int32]:
     return x.to("cpu", torch.int32).numpy().reshape(-1)

@@ -108,8 +108,7 @@ class HPCM(nn.Module):
         """
 
         def strip(part: Tensor) -> Tensor:
-            features: Tensor = self.g_a(prepare(part))
-            return features
+            return self.g_a(prepare(part))
 
         rows = halo(self.config, self.config.stages)
         return in_strips(strip, x, halo=rows, unit=16, positions=POSITIONS * 256, whole=self.training)

@@ -285,8 +285,7 @@ class LinearBank(MemoryBank):
         sharpness = self.sharpness(state.quality)
 
         def attend(part: Tensor) -> Tensor:
-            recalled: Tensor = self.widen(self.attend(self.conv_q(part), values, weights, sharpness))
-            return recalled
+            return self.widen(self.attend(self.conv_q(part), values, weights, sharpness))
 
         return in_strips(attend, context, halo=0, whole=self.training)
 

@@ -51,7 +51,8 @@ def _through(network: nn.Sequential, x: Tensor) -> Tensor:
     for module in network:
         if isinstance(module, ResidualBlock):
             mixed = module.spatial(x).permute(0, 2, 3, 1)
-            rows = _Residual.apply(mixed.reshape(-1, mixed.shape[3]), module.expand, module.project)
+            rows = mixed.reshape(-1, mixed.shape[3])
+            rows = _Residual.apply(rows, module.expand, module.project)  # type: ignore[no-untyped-call]
             x = x + rows.view(mixed.shape).permute(0, 3, 1, 2)
         else:
             x = module.as_matmul(x) if isinstance(module, Pointwise) else module(x)
