@@ -16,6 +16,7 @@ def test_no_function_asks_for_the_gradient_mode() -> None:
     asking = [path for path in sorted(PACKAGE.rglob("*.py")) if re.search(AMBIENT, path.read_text())]
     assert asking == []
 
+
 def test_public_names_have_docstrings() -> None:
     found = measure_house.measured(ROOT)
     assert found.coverage >= 97, found.undocumented

@@ -20,11 +20,11 @@ give the same results on every machine.
    So weights and bias are stored multiplied by the power of two that the output needs.
 
    Most sums are those of 1x1 convolutions, with 8-bit weights and 16-bit inputs. Each input is split into a high and a
-   low byte. Each half is multiplied by the weights in an int8 matrix product, and the two results are combined in
-   32-bit integers below 2^31 (`words`). The int8 products run on the processor's int8 instructions (such as AVX-512
-   VNNI), or otherwise in float32, in which the sum of either half stays below 2^24. Which of the two a machine uses
-   changes the run time and not the result. The total is converted to float32 once, with the rounding that IEEE 754
-   prescribes.
+   low half, both int8. Each half is multiplied by the weights in an int8 matrix product, and the two results are
+   combined in 32-bit integers below 2^31 (`int16_matmul`). The int8 products run on the processor's int8 instructions
+   (such as AVX-512 VNNI), or otherwise in float32, in which the sum of either half stays below 2^24. Which of the two a
+   machine uses changes the run time and not the result. The total is converted to float32 once, with the rounding that
+   IEEE 754 prescribes.
 
 2. **Single operations on one or two numbers** (products with a power of two, a learned step or LeakyReLU's slope,
    additions, one division per attended value, rounding half to even, clamping, comparing, conversion of float64 and

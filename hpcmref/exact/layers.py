@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpcmref.errors import CheckpointError
-from hpcmref.exact import words
+from hpcmref.exact import int16_matmul
 from hpcmref.model.config import QUALITIES
 from hpcmref.model.layers import RateTable, pointwise
 
@@ -81,9 +81,10 @@ class ExactConv(nn.Module):
 
     The input is rounded to integers, Q input[c] in channel c, and clamped to +-limit. Weights are integers
     Q (output[o] - input[c]) and the bias is Q output[o], so the sums are integers Q output[o]. For 1x1 convolutions
-    that fit, they are computed by int8 matrix products (see `words`), and otherwise in float32 or float64. The result
-    is the sum, rounded to float32, times a power of two. Weights and biases held as floats are already multiplied by
-    that power. This is exact: a power of two that multiplies all terms of a sum changes only their exponents.
+    that fit, they are computed by int8 matrix products (see `int16_matmul`), and otherwise in float32 or float64. The
+    result is the sum, rounded to float32, times a power of two. Weights and biases held as floats are already
+    multiplied by that power. This is exact: a power of two that multiplies all terms of a sum changes only their
+    exponents.
     """
 
     weight: Tensor
@@ -104,7 +105,7 @@ class ExactConv(nn.Module):
         magnitude = float((output_sums(layer, weight) * self.limit + bias.abs()).max())
         self._narrow = magnitude < BOUNDS[torch.float32]
         output_scale = None
-        if is_pointwise(layer) and words.fits(weight, bias, self.limit).all():
+        if is_pointwise(layer) and int16_matmul.fits(weight, bias, self.limit).all():
             self.register_buffer("weight", weight[:, :, 0, 0].T.to(torch.int8).contiguous())
             self.register_buffer("bias", bias.to(torch.int32))
             output_scale = torch.ones(layer.out_channels, dtype=torch.float32, device="cpu")
@@ -152,7 +153,7 @@ class ExactConv(nn.Module):
         if self.output_scale is None:
             return self._convolve(x.to(self.weight.dtype), self.weight, self.bias).float()
         rows = x.permute(0, 2, 3, 1)
-        sums = words.product(rows.flatten(0, 2), self.weight, self.limit, self._narrow).add_(self.bias)
+        sums = int16_matmul.product(rows.flatten(0, 2), self.weight, self.limit, self._narrow).add_(self.bias)
         return sums.float().mul_(self.output_scale).view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
 
 

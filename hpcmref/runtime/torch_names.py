@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def has_byte_units() -> bool:
+def has_int8_units() -> bool:
     """Whether torch reports that this CPU has int8 instructions (VNNI), and can use them.
 
     Uses torch.cpu._is_vnni_supported and torch._int_mm; False where either is missing.
