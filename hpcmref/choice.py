@@ -51,7 +51,7 @@ class Trial(NamedTuple):
 class Choice:
     """The streams of one picture.
 
-    lambdas: bits per squared error and pixel at the model's rate anchors; empty for a model of one rate.
+    lambdas: bits per squared error and pixel at the model's quality anchors; empty for a model of one rate.
     trial: the learned stream at a quality; it is asked for as few as possible.
     """
 
@@ -81,7 +81,7 @@ class Choice:
         learned = self.trial(quality)
         samples_of_a_pixel = 3
         return own <= CAP * learned.size and 8 * own <= (
-            8 * learned.size + rate_of(self.lambdas, quality, self.qualities) * learned.error / samples_of_a_pixel
+            8 * learned.size + lambda_of(self.lambdas, quality, self.qualities) * learned.error / samples_of_a_pixel
         )
 
     def _psnr(self, error: float) -> float:
@@ -93,7 +93,7 @@ def is_flat(picture: Picture) -> bool:
     return bool((picture.pixels == picture.pixels[0, 0]).all())
 
 
-def rate_of(lambdas: tuple[float, ...], quality: int, qualities: int) -> float:
+def lambda_of(lambdas: tuple[float, ...], quality: int, qualities: int) -> float:
     """Lambda at a quality: interpolated between the anchors in the log domain, as the gains of the model are."""
     if not lambdas:
         return 0.0

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, __version__, arguments, checkpoints, lossless
 from hpcmref.checkpoints import Checkpoint
-from hpcmref.choice import Choice, Trial, is_flat, min_size, psnr_of, rate_of, visible, visible_pixels
+from hpcmref.choice import Choice, Trial, is_flat, lambda_of, min_size, psnr_of, visible, visible_pixels
 from hpcmref.errors import (
     ConfigError,
     DecodeError,
@@ -122,7 +122,7 @@ class Codec:
             return _without_loss(picture, verify)
         with self._inference():
             x = self.model.features(_padded(picture.pixels, self.device), _to_unit)
-            y, z = self.model.latents(x, self._rate(quality))
+            y, z = self.model.latents(x, self._quality(quality))
             del x  # large images need the room
             data, y_hat = self._encoded(frame, y, z, quality, verify and not effort)
             if choose:
@@ -189,7 +189,7 @@ class Codec:
             features = self.model.features(_padded(picture.pixels, self.device), _to_unit)
             while low <= high:
                 quality = (low + high) // 2
-                y, z = self.model.latents(features, self._rate(quality))
+                y, z = self.model.latents(features, self._quality(quality))
                 data, y_hat = self._encoded(frame, y, z, quality, verify)
                 if limit is not None:  # the largest file within the limit
                     reached = len(data) <= limit
@@ -215,7 +215,7 @@ class Codec:
             most_error=None if psnr is None else 255**2 * visible_pixels(picture) / 10 ** (psnr / 10),
         )
         with self._inference():
-            y, _ = self.model.latents(features, self._rate(chosen))
+            y, _ = self.model.latents(features, self._quality(chosen))
             del features
             compressed = self._searched(picture, goal, y, chosen, options)
             return self._written(frame, compressed, chosen, verify, effort)
@@ -226,7 +226,7 @@ class Codec:
         seen = torch.from_numpy(alpha > 0).to(self.device) if alpha is not None and alpha.any() and hidden else None
         kind = SimilarTarget if options.metric == "ms-ssim" else Target
         pixels = _padded(picture.pixels, self.device)
-        target = kind(self.model, self._rate(quality), pixels, picture.pixels.shape[:2], picture.grey, seen)
+        target = kind(self.model, self._quality(quality), pixels, picture.pixels.shape[:2], picture.grey, seen)
         return search(self.latents, target, goal, y, self.model.hyper_latents, quality, options)
 
     def _framed(self, image: Image.Image | NDArray[Any], keep_invisible: bool) -> tuple[Picture, _Frame]:
@@ -245,7 +245,7 @@ class Codec:
         @cache
         def trial(quality: int) -> Trial:
             if quality not in made:
-                y, z = self.model.latents(features(), self._rate(quality))
+                y, z = self.model.latents(features(), self._quality(quality))
                 made[quality] = self._encoded(frame, y, z, quality, False)
             data, y_hat = made[quality]
             return Trial(_stream_size(data), self._error(y_hat, quality, picture))
@@ -349,7 +349,7 @@ class Codec:
             else:
                 y_hat = self.y_hat(file)
             gain = self.model.log_inverse_gain
-            small = self._linear(y_hat if gain is None else y_hat * gain(self._rate(learned.quality)).exp())
+            small = self._linear(y_hat if gain is None else y_hat * gain(self._quality(learned.quality)).exp())
             small = to_bytes_(small)
         shown = Image.fromarray(small[0].permute(1, 2, 0).contiguous().cpu().numpy())
         area = (0.0, 0.0, file.width / BLOCK, file.height / BLOCK)
@@ -400,7 +400,7 @@ class Codec:
 
     def _pixels(self, y_hat: Tensor, quality: int, frame: _Frame | Container) -> Tensor:
         """The visible pixels of the picture that is decoded from y_hat: (H, W, 3) uint8."""
-        return _cropped(self.model.picture(y_hat, self._rate(quality)), frame).contiguous()
+        return _cropped(self.model.picture(y_hat, self._quality(quality)), frame).contiguous()
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -433,10 +433,10 @@ class Codec:
         A unit is a squared error of 1 (one grey level) in one pixel. For "ms-ssim" it is an MS-SSIM of 0 instead of 1
         in one pixel.
         """
-        found = rate_of(self.model.config.lambdas, quality, self.model.config.qualities)
+        found = lambda_of(self.model.config.lambdas, quality, self.model.config.qualities)
         return lambda_of_ms_ssim(found) if metric == "ms-ssim" else found
 
-    def _rate(self, quality: int) -> Tensor:
+    def _quality(self, quality: int) -> Tensor:
         # Filled on the device: a copy from the host would make the host wait for a GPU.
         return torch.full((1,), float(quality), dtype=torch.float32, device=self.device)
 

@@ -28,7 +28,7 @@ from hpcmref import __version__, checkpoints, lossless
 from hpcmref.checkpoints import CheckpointInfo
 from hpcmref.codec import Codec, device_of, fresh
 from hpcmref.errors import HpcmrefError
-from hpcmref.exact import words
+from hpcmref.exact import int16_matmul
 from hpcmref.format import container, rangecoder
 from hpcmref.format.container import Container
 from hpcmref.runtime.torch_names import has_bfloat16_units
@@ -247,7 +247,7 @@ def kernels(device: torch.device) -> dict[str, str]:
         }
     onednn: Any = torch.backends.mkldnn
     present = onednn.is_available() and onednn.enabled
-    units = "int8 units" if words.has_units("cpu") else "float32, without int8 units"
+    units = "int8 units" if int16_matmul.has_units("cpu") else "float32, without int8 units"
     return {
         "device": f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of "
         f"{os.cpu_count()} processors",

@@ -44,7 +44,7 @@ from hpcmref.runtime.torch_names import lerp_all_
 from hpcmref.training.data import Tiles
 from hpcmref.training.loop import _blocks_in_bfloat16
 from hpcmref.training.start import start_from
-from research.exactness_cost import rate_of
+from research.exactness_cost import bpp_and_psnr
 
 LIGHT, FULL, LINEAR = MEMORIES["light"], MEMORIES["full"], MEMORIES["linear"]
 
@@ -262,14 +262,14 @@ def _judged(model: HPCM, pictures: list[Picture], quality: int, synthesis: bool 
     """Mean bits per pixel and PSNR in dB of pictures at one quality."""
     rates, decibels = [], []
     for picture in pictures:
-        rate = torch.tensor([float(quality)])
-        y, z = model.latents(picture.features, rate)
+        qualities = torch.tensor([float(quality)])
+        y, z = model.latents(picture.features, qualities)
         estimator = Estimator(y, z, noise=False)
-        y_hat = model.entropy(rate, (z.shape[2], z.shape[3]), estimator)
+        y_hat = model.entropy(qualities, (z.shape[2], z.shape[3]), estimator)
         total = bits(estimator.y_likelihoods.double()) + bits(estimator.z_likelihoods.double())
         rates.append(float(total) / picture.x[0, 0].numel())
         if synthesis:
-            error = (model.synthesise(y_hat, rate).clamp(0, 1) - picture.x).square().mean()
+            error = (model.synthesise(y_hat, qualities).clamp(0, 1) - picture.x).square().mean()
             decibels.append(float(-10 * error.log10()))
     return [statistics.fmean(rates), statistics.fmean(decibels) if synthesis else float("nan")]
 
@@ -330,7 +330,7 @@ def _cost(
     best: dict[tuple[bool, str, int], float] = {}
     memory = size = 0
     pixels = sum(image.width * image.height for image in images)
-    estimated = statistics.fmean(rate_of(codec, codec.latents.entropy, image, quality)[0] for image in images)
+    estimated = statistics.fmean(bpp_and_psnr(codec, codec.latents.entropy, image, quality)[0] for image in images)
     for index, image in enumerate(images):
         for _ in range(repeat):
             for is_plain, each in ((False, codec), (True, plain)):

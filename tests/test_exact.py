@@ -47,7 +47,7 @@ from hpcmref.exact.layers import (
     ROW_EXPONENT,
     ExactAttend,
     ExactConv,
-    ExactRateTable,
+    ExactQualityTable,
     depthwise,
     power_of_two,
 )
@@ -57,8 +57,8 @@ from hpcmref.model import HPCM, PRESETS
 from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.context import Attend, CrossAttentionCell
 from hpcmref.model.hpcm import EntropyPath
-from hpcmref.model.layers import RateTable
-from research.exactness_cost import rate_of
+from hpcmref.model.layers import QualityTable
+from research.exactness_cost import bpp_and_psnr
 
 CPU = torch.device("cpu")
 FLOAT32, FLOAT64 = torch.float32, torch.float64
@@ -480,12 +480,12 @@ def test_the_exponential_table() -> None:
 
 @pytest.mark.parametrize("anchors", [1, 2, 8])
 def test_numbers_that_depend_on_the_quality(anchors: int) -> None:
-    table = RateTable(torch.ones(anchors), 5)
+    table = QualityTable(torch.ones(anchors), 5)
     nn.init.normal_(table.values)
     with torch.no_grad():
         table.values[:, 0] = 1e-30  # nearly a denormal, times a scale quite one
         table.values[:, 1] *= 1000
-    rows = ExactRateTable(table, "table").rows
+    rows = ExactQualityTable(table, "table").rows
     assert len(rows) == (64 if anchors > 1 else 1)
     values = table.values.detach()
     for quality in range(len(rows)):
@@ -589,7 +589,7 @@ def test_the_cost_in_rate(codec: Codec, sample: Image.Image) -> None:
     plain = checkpoints.load(checkpoints.find(None)).model.entropy
     for quality in (0, 8, 40):
         (float_bpp, float_psnr), (bpp, psnr) = (
-            rate_of(codec, path, image, quality) for path in (plain, codec.latents.entropy)
+            bpp_and_psnr(codec, path, image, quality) for path in (plain, codec.latents.entropy)
         )
         assert bpp < 1.005 * float_bpp
         assert psnr > float_psnr - 0.02

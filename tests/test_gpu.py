@@ -355,8 +355,8 @@ def test_encoding_never_waits_for_the_gpu(kind: str) -> None:
         with torch.inference_mode(), exactly(torch.device(DEVICE)), ExitStack() as stack:
             if attempt:
                 stack.enter_context(_waiting_is_an_error())
-            rate = torch.full((2,), quality, device=DEVICE)
-            exact(rate, SIZE, SymbolWriter(y, z, thresholds, []))
+            qualities = torch.full((2,), quality, device=DEVICE)
+            exact(qualities, SIZE, SymbolWriter(y, z, thresholds, []))
 
 
 def test_the_transforms_never_wait_for_the_gpu(gpu: Codec) -> None:
@@ -365,9 +365,9 @@ def test_the_transforms_never_wait_for_the_gpu(gpu: Codec) -> None:
         with gpu._inference(), ExitStack() as stack:
             if attempt:
                 stack.enter_context(_waiting_is_an_error())
-            rate = gpu._rate(20)
-            y, _ = gpu.model.latents(gpu.model.features(x, lambda part: part.float().div_(255)), rate)
-            gpu.model.synthesise(y, rate)
+            qualities = gpu._quality(20)
+            y, _ = gpu.model.latents(gpu.model.features(x, lambda part: part.float().div_(255)), qualities)
+            gpu.model.synthesise(y, qualities)
 
 
 def test_a_preview_reads_no_more_than_it_must(gpu: Codec) -> None:

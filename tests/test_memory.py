@@ -371,8 +371,8 @@ def test_every_bank_decodes_what_it_encoded(name: str, codec: Codec) -> None:
     assert payload == payloads[1]
     assert torch.equal(alone[0].view(torch.int32), written[1].view(torch.int32))
     with torch.inference_mode():
-        rate = torch.full((2,), 20.0)
-        approximate = model.entropy(rate, SIZE, SymbolWriter(y, z, torch.empty(0), []))
+        qualities = torch.full((2,), 20.0)
+        approximate = model.entropy(qualities, SIZE, SymbolWriter(y, z, torch.empty(0), []))
     assert (written - approximate).abs().mean() < 0.03
 
 

@@ -22,7 +22,7 @@ from hpcmref.model import HPCM, PRESETS, HPCMConfig
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.cost import macs_per_pixel
 from hpcmref.model.entropy import LIKELIHOOD_BOUND, SCALE_BOUND, likelihood, lower_bound, quantise, scale_index
-from hpcmref.model.layers import PConvRB, RateTable, anchor_weights
+from hpcmref.model.layers import PConvRB, QualityTable, anchor_weights
 
 KINDS = pytest.mark.parametrize(
     "changes",
@@ -296,7 +296,7 @@ def test_qualities_lie_between_anchors() -> None:
 
 
 def test_a_rate_table_interpolates() -> None:
-    table = RateTable(torch.tensor([1.0, 3.0]), channels=5)
+    table = QualityTable(torch.tensor([1.0, 3.0]), channels=5)
     values = table(torch.tensor([0.0, 31.5, 63.0]))
     torch.testing.assert_close(values, torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1).expand(3, 5, 1, 1))
 

@@ -221,8 +221,8 @@ def test_what_was_encoded_is_decoded(codec: Codec) -> None:
     assert torch.equal(alone[0].view(torch.int32), written[1].view(torch.int32))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in exact.state_dict().items())
     with torch.inference_mode():
-        rate = torch.full((2,), 20.0)
-        approximate = model.entropy(rate, SIZE, SymbolWriter(y, z, torch.empty(0), []))
+        qualities = torch.full((2,), 20.0)
+        approximate = model.entropy(qualities, SIZE, SymbolWriter(y, z, torch.empty(0), []))
     assert (written - approximate).abs().mean() < 0.02
 
 

@@ -24,7 +24,7 @@ def test_products_of_bytes(missing: bool, monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(found.long(), x.long() @ weight.long())
 
 
-def test_no_byte_units_where_torch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_int8_units_where_torch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "_is_vnni_supported", raising=False)
     assert not torch_names.has_int8_units()
 

@@ -240,7 +240,7 @@ def test_schedules() -> None:
         trainer = Trainer(configured(schedule=schedule, warm_up=4, steps=100, learning_rate=2e-3))
         for step in (1, 50, 99):
             trainer.step = step
-            trainer.set_rate()
+            trainer.set_learning_rate()
             rates.setdefault(schedule, []).append(trainer.optimiser.param_groups[0]["lr"] / 2e-3)
     assert rates["cosine"] == pytest.approx([0.5, 0.5, 0.0], abs=1e-3)
     assert rates["constant"] == [0.5, 1, 1]

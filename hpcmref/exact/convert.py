@@ -21,7 +21,7 @@ from hpcmref.exact.layers import (
     EXPONENTS,
     ExactAttend,
     ExactConv,
-    ExactRateTable,
+    ExactQualityTable,
     integer_weights,
     is_pointwise,
     output_peaks,
@@ -30,7 +30,7 @@ from hpcmref.exact.layers import (
 from hpcmref.exact.memory import OF_MEMORY
 from hpcmref.model.context import Attend, CrossAttentionCell
 from hpcmref.model.hpcm import EntropyPath
-from hpcmref.model.layers import RateTable, ResidualBlock
+from hpcmref.model.layers import QualityTable, ResidualBlock
 
 Grids = dict[str, dict[str, Tensor]]
 """Module name -> name of a grid -> integers: the exponents and limits that `ExactConv` and `ExactAttend` need."""
@@ -139,8 +139,8 @@ def attach(entropy: EntropyPath, grids: Grids) -> EntropyPath:
     for name, module in convolutions.items():
         entropy.set_submodule(name, ExactConv(module, grids.get(name, {}), name))
     for name, module in list(entropy.named_modules()):
-        if isinstance(module, RateTable):
-            entropy.set_submodule(name, ExactRateTable(module, name))
+        if isinstance(module, QualityTable):
+            entropy.set_submodule(name, ExactQualityTable(module, name))
         elif type(module) in OF_MEMORY:
             entropy.set_submodule(name, OF_MEMORY[type(module)](module))
     for name, module in list(entropy.named_modules()):

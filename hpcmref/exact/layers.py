@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from hpcmref.errors import CheckpointError
 from hpcmref.exact import int16_matmul
 from hpcmref.model.config import QUALITIES
-from hpcmref.model.layers import RateTable, pointwise
+from hpcmref.model.layers import QualityTable, pointwise
 
 BOUNDS = {torch.float32: 2**24, torch.float64: 2**53}
 """If the magnitudes of integers add up to less than this, their sum is exact in this type in every order."""
@@ -302,12 +302,12 @@ class ExactAttend(nn.Module):
         return (weights @ value).div_(weights.sum(-1, keepdim=True)).mul_(self.value_scale)
 
 
-class ExactRateTable(nn.Module):
-    """Twin of RateTable: the float32 numbers of every integer quality, each computed by single IEEE operations."""
+class ExactQualityTable(nn.Module):
+    """Twin of QualityTable: the float32 numbers of every integer quality, each computed by single IEEE operations."""
 
     rows: Tensor
 
-    def __init__(self, table: RateTable, name: str) -> None:
+    def __init__(self, table: QualityTable, name: str) -> None:
         """Raises CheckpointError if a number is not finite or too large."""
         super().__init__()
         values = table.values.detach().cpu().double()

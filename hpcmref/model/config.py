@@ -9,8 +9,8 @@ T = TypeVar("T", "MemoryConfig", "HPCMConfig")
 
 MAX_CHANNELS, MAX_BLOCKS, MAX_FACTOR, MAX_HEADS, MAX_WINDOW, MAX_ANCHORS = 4096, 32, 16, 256, 32, 64
 """Upper limits of a configuration: channels (a fourth of it for M and N), consecutive residual blocks, expansion
-factors of blocks, attention heads, sides of windows, and rate anchors. A model file that exceeds one of them is refused
-before networks are made."""
+factors of blocks, attention heads, sides of windows, and quality anchors. A model file that exceeds one of them is
+refused before networks are made."""
 
 MAX_SCORES = 2**25
 """Limit of the float32 scores of one attention window: heads x queries x keys. (The largest preset has 2^17.)"""
@@ -109,8 +109,8 @@ class HPCMConfig:
     M and N are the numbers of channels of y and z. `stages` describes g_a by the width and the number of blocks of each
     stage, from high to low resolution. `synthesis` describes g_s in the opposite order. `transform` selects their
     architecture: "conv" is the paper's, which halves the resolution before every stage; "dct" works at 1/8 of the
-    resolution and is initialised as a DCT. `lambdas` are the rate anchors of a variable-rate model, ascending; a model
-    of one rate has none. Without `memory` the model is plain HPCM.
+    resolution and is initialised as a DCT. `lambdas` are the quality anchors of a variable-rate model, ascending; a
+    model of one rate has none. Without `memory` the model is plain HPCM.
     """
 
     preset: str
@@ -146,7 +146,7 @@ class HPCMConfig:
         for window in self.windows:
             _check_scores(self.heads, window, 1)
         if len(self.lambdas) == 1 or list(self.lambdas) != sorted(set(self.lambdas)):
-            raise ConfigError("Rate anchors must be two or more, ascending.")
+            raise ConfigError("Quality anchors must be two or more, ascending.")
         if self.memory is not None:
             self._check_memory(self.memory)
 
@@ -201,7 +201,7 @@ class HPCMConfig:
 
     @property
     def anchors(self) -> int:
-        """Number of rate anchors (1 for a model of one rate)."""
+        """Number of quality anchors (1 for a model of one rate)."""
         return max(1, len(self.lambdas))
 
     @property

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from hpcmref.model.coders import Coder
 from hpcmref.model.config import HPCMConfig
-from hpcmref.model.layers import DWConvRB, RateTable, conv1x1
+from hpcmref.model.layers import DWConvRB, QualityTable, conv1x1
 from hpcmref.model.schedule import S1, S2, STEPS_S1, STEPS_S2, STEPS_S3, Lattice, Step, displaced_source
 from hpcmref.model.strips import POSITIONS, in_strips
 
@@ -189,7 +189,7 @@ class ContextModel(nn.Module):
         self.adaptor_s1, self.adaptor_s2, self.adaptor_s3 = adaptors(1), adaptors(3), adaptors(6)
         self.prior_s1_s2 = SpatialPrior(width, both + config.state_width, config.prior_s1_s2)
         self.prior_s3 = SpatialPrior(width, both + config.state_width, config.prior_s3)
-        self.quant_steps = nn.ModuleList(RateTable(torch.ones(config.anchors), width) for _ in range(10))
+        self.quant_steps = nn.ModuleList(QualityTable(torch.ones(config.anchors), width) for _ in range(10))
         self.attn_s1, self.attn_s2, self.attn_s3 = map(attention, config.windows)
         self.context_net = nn.ModuleList(conv1x1(both, both) for _ in range(2))
         self.banks = banks

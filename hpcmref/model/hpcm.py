@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hpcmref.model.coders import Coder, Estimator
 from hpcmref.model.config import HPCMConfig
 from hpcmref.model.context import ContextModel
-from hpcmref.model.layers import RateTable
+from hpcmref.model.layers import QualityTable
 from hpcmref.model.memory import banks, state
 from hpcmref.model.strips import POSITIONS, in_strips
 from hpcmref.model.transforms import g_a, g_s, h_a, h_s, halo, hyper_halo, start_as_dct
@@ -48,8 +48,8 @@ class EntropyPath(nn.Module):
         self.symbols_per_position = config.N + 16 * config.M
         """Symbols of z and y for every position of z."""
         self.halo = hyper_halo(config)
-        self.means_hyper = RateTable(torch.zeros(config.anchors), config.N)
-        self.scales_hyper = RateTable(torch.ones(config.anchors), config.N)
+        self.means_hyper = QualityTable(torch.zeros(config.anchors), config.N)
+        self.scales_hyper = QualityTable(torch.ones(config.anchors), config.N)
         self.h_s = h_s(config)
         self.context = ContextModel(config, banks(config), state(config))
 
@@ -64,8 +64,8 @@ class EntropyPath(nn.Module):
 class HPCM(nn.Module):
     """The networks of the learned image codec HPCM (arXiv 2507.19125), for a single rate or for a range of rates.
 
-    A model with rate anchors (`config.lambdas`) multiplies y by a gain per channel before quantisation, and y_hat by an
-    inverse gain after it. Both gains are interpolated in the log domain between the two anchors around the quality.
+    A model with quality anchors (`config.lambdas`) multiplies y by a gain per channel before quantisation, and y_hat by
+    an inverse gain after it. Both gains are interpolated in the log domain between the two anchors around the quality.
 
     Train mode is for gradients: each input is computed as a whole, and nothing is overwritten. Eval mode is for coding:
     large inputs are computed in strips, and layers overwrite intermediate results of their own, which autograd refuses.
@@ -79,14 +79,14 @@ class HPCM(nn.Module):
         self.g_s = g_s(config)
         self.h_a = h_a(config)
         self.entropy = EntropyPath(config)
-        self.log_gain: RateTable | None = None
-        self.log_inverse_gain: RateTable | None = None
+        self.log_gain: QualityTable | None = None
+        self.log_inverse_gain: QualityTable | None = None
         if config.lambdas:
             # The initial quantiser step is 0.47, in units of the 0..1 pixel range, at lambda 0.0018. It is proportional
             # to 1 / sqrt(lambda), as rate-distortion theory predicts.
             start = [0.75 + 0.5 * math.log(each / 0.0018) for each in config.lambdas]
-            self.log_gain = RateTable(torch.tensor(start), config.M)
-            self.log_inverse_gain = RateTable(torch.tensor([-each for each in start]), config.M)
+            self.log_gain = QualityTable(torch.tensor(start), config.M)
+            self.log_inverse_gain = QualityTable(torch.tensor([-each for each in start]), config.M)
 
     def initialise(self) -> "HPCM":
         """Initialise untrained weights: the dct transforms become a DCT, and predicted scales start near 1."""

@@ -128,7 +128,7 @@ def in_bfloat16(network: nn.Module) -> None:
 
 
 def anchor_weights(quality: Tensor, anchors: int) -> Tensor:
-    """Weights (B, anchors) that interpolate linearly between the two rate anchors around each quality (B,) in 0..63."""
+    """Weights (B, anchors) of linear interpolation between the two quality anchors around a quality (B,) in 0..63."""
     if anchors == 1:
         return torch.ones_like(quality)[:, None]
     position = quality * ((anchors - 1) / (QUALITIES - 1))
@@ -136,8 +136,8 @@ def anchor_weights(quality: Tensor, anchors: int) -> Tensor:
     return (1 - distance).clamp_(min=0)
 
 
-class RateTable(nn.Module):
-    """One number per channel that depends on the quality. It is learned at the rate anchors and linear in between."""
+class QualityTable(nn.Module):
+    """One number per channel that depends on the quality. Learned at the quality anchors, and linear in between."""
 
     def __init__(self, anchors: Tensor, channels: int) -> None:
         """anchors: (A,), the initial numbers at the anchors, alike for all channels."""

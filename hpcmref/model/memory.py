@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from hpcmref.model.config import HPCMConfig, MemoryConfig
 from hpcmref.model.context import CrossAttentionCell
-from hpcmref.model.layers import RateTable, conv1x1
+from hpcmref.model.layers import QualityTable, conv1x1
 from hpcmref.model.strips import in_strips
 
 
@@ -109,7 +109,7 @@ class MemoryBank(nn.Module, ABC):
         self.before_prior = memory.before_prior
         self.pool = Pool(2 ** (scale - 1))
         self.gate = nn.Sequential(conv1x1(2 * channels, channels), nn.Sigmoid())
-        self.opening = RateTable(torch.zeros(config.anchors), channels)
+        self.opening = QualityTable(torch.zeros(config.anchors), channels)
 
     def start(self, quality: Tensor, before: State | None = None) -> State:
         """The state before the first step of a scale. before: the state at the end of the scale before."""
@@ -269,7 +269,7 @@ class LinearBank(MemoryBank):
         self.conv_k = conv1x1(channels, narrow)
         self.conv_v = conv1x1(channels, narrow)
         self.widen = conv1x1(narrow, channels)
-        self.sharpness = RateTable(torch.ones(config.anchors), memory.num_heads)
+        self.sharpness = QualityTable(torch.ones(config.anchors), memory.num_heads)
         self.attend = LinearAttend(memory.num_heads, memory.feature_map)
 
     def _with(self, state: State, context: Tensor) -> tuple[tuple[Tensor, ...], ...]:

@@ -55,7 +55,7 @@ class Schedule:
     """One round: learning rates in quantiser steps, and temperatures, both at its start and at its end."""
 
     iterations: int
-    rate: Sequence[float]
+    learning_rate: Sequence[float]
     temperature: Sequence[float]
 
 
@@ -79,7 +79,8 @@ class Annealer:
             part = index / schedule.iterations
             low, high = (math.log(each) for each in schedule.temperature)
             gradient = self._gradient(known, math.exp(low + part * (high - low)))
-            self._step(gradient, schedule.rate[0] + part * (schedule.rate[1] - schedule.rate[0]))
+            first, last = schedule.learning_rate
+            self._step(gradient, first + part * (last - first))
             yield
 
     def _gradient(self, known: Predictions, temperature: float) -> Tensor:
@@ -96,11 +97,11 @@ class Annealer:
         slope = 1 / (1 - up.square()) + 1 / (1 - down.square())
         return gradient.mul_(share * (1 - share)).mul_(slope).div_(temperature**2)
 
-    def _step(self, gradient: Tensor, rate: float) -> None:
+    def _step(self, gradient: Tensor, learning_rate: float) -> None:
         """One step of Adam."""
         self._count += 1
         first, second = BETAS
         self._mean.lerp_(gradient, 1 - first)
         self._square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
         size = (self._square / (1 - second**self._count)).sqrt_().add_(1e-12)
-        self.y.addcdiv_(self._mean, size, value=-rate / (1 - first**self._count))
+        self.y.addcdiv_(self._mean, size, value=-learning_rate / (1 - first**self._count))

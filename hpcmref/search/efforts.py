@@ -37,19 +37,19 @@ class Options:
 class Stage:
     """Rounds of a search that belong together: a cosine of learning rates, and a falling temperature.
 
-    rate: at the start, in quantiser steps; temperature: at the start and at the end.
+    learning_rate: at the start, in quantiser steps; temperature: at the start and at the end.
     """
 
     rounds: int
     iterations: int
-    rate: float
+    learning_rate: float
     temperature: tuple[float, float]
 
     def schedules(self) -> Iterator[Schedule]:
         """One for each round."""
         low, high = (math.log(each) for each in self.temperature)
         parts = [index / self.rounds for index in range(self.rounds + 1)]
-        rates = [self.rate * (0.5 + 0.5 * math.cos(math.pi * part)) for part in parts]
+        rates = [self.learning_rate * (0.5 + 0.5 * math.cos(math.pi * part)) for part in parts]
         temperatures = [math.exp(low + part * (high - low)) for part in parts]
         for index in range(self.rounds):
             ends = index, index + 1

@@ -102,7 +102,7 @@ class TrainingConfig:
             raise ConfigError(f"There is no schedule {self.schedule!r}; there are {', '.join(SCHEDULES)}{hint}.")
         lambdas = self.model.lambdas
         if not lambdas:
-            raise ConfigError(f"The preset {self.preset!r} has no rate anchors to train over.")
+            raise ConfigError(f"The preset {self.preset!r} has no quality anchors to train over.")
         if self.rate is not None and not lambdas[0] <= self.rate <= lambdas[-1]:
             raise ConfigError(f"Lambda must be between {lambdas[0]} and {lambdas[-1]}.")
         if self.device not in ("cpu", "cuda"):
