@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from hpcmref.errors import ConfigError
 from hpcmref.model import HPCM, PRESETS, HPCMConfig
 from hpcmref.model.context import CrossAttentionCell
-from hpcmref.model.cost import macs_per_pixel
 from hpcmref.model.entropy import LIKELIHOOD_BOUND, SCALE_BOUND, likelihood, lower_bound, quantise, scale_index
 from hpcmref.model.layers import PConvRB, QualityTable, anchor_weights
+from hpcmref.model.macs import macs_per_pixel
 
 KINDS = pytest.mark.parametrize(
     "changes",

@@ -26,7 +26,7 @@ from hpcmref.codec import load
 from hpcmref.errors import CheckpointError, ConfigError, ImageError
 from hpcmref.model import PRESETS
 from hpcmref.model.config import MEMORIES
-from hpcmref.model.cost import macs_per_pixel
+from hpcmref.model.macs import macs_per_pixel
 from hpcmref.training import Phase, Report, Trainer, TrainingConfig, phases_of, profile, train
 from hpcmref.training.data import Tiles
 from hpcmref.training.objective import LAMBDA_POWER

@@ -14,7 +14,7 @@ give the same results on every machine.
 
        sum |w| * limit + |b| < 2^24   (or 2^53)
 
-   Whenever a model is loaded, the left side is computed from the weights themselves, and `layers.container` picks the
+   Whenever a model is loaded, the left side is computed from the weights themselves, and `layers.float_type` picks the
    type and refuses a layer that fits neither. (The computed left side is exact below 2^53, and rounding cannot bring a
    larger value below that.) If all terms of a sum are multiplied by the same power of two, only their exponents change.
    So weights and bias are stored multiplied by the power of two that the output needs.
@@ -41,7 +41,8 @@ So a layer first converts its input to integers, x_int = clamp(round(x * 2^e), -
 every input channel. Then it convolves. Its sums are numbers with an exponent for every output channel. `convert`
 chooses exponents and limits once, from the ranges seen on a few images, and they are stored in the checkpoint. The
 integer weights follow from them and from the stored weights by one exact scaling and one rounding. The values of an
-image that exceed the ranges are clamped alike by the encoder and the decoder: this costs rate, never correctness.
+image that exceed the ranges are clamped alike by the encoder and the decoder: this raises the rate, and never breaks a
+file.
 
 The following could still make two machines differ, but does not:
 

@@ -80,9 +80,9 @@ FLOAT32_SUMS = Bits(None, BOUNDS[torch.float32], 0.25)
 On a processor without int8 instructions, one float32 matrix product is then enough, instead of one for each int8 half.
 """
 INT8_INPUTS = Bits(int16_matmul.WEIGHT_LIMIT - 1, BOUNDS[torch.float32], 0.5)
-"""8-bit inputs, for the convolutions that make queries and keys; this costs 0.01 % of the rate.
+"""8-bit inputs, for the convolutions that make queries and keys; this raises the rate by 0.01 %.
 
-For values it would cost 0.1 %, and for the output convolution of attention up to 8 %.
+For values it would rise by 0.1 %, and for the output convolution of attention by up to 8 %.
 """
 
 

@@ -50,7 +50,7 @@ def power_of_two(exponents: Tensor) -> Tensor:
     return (exponents.to(torch.int32) + 127 << 23).view(torch.float32)
 
 
-def container(magnitude: float, name: str) -> torch.dtype:
+def float_type(magnitude: float, name: str) -> torch.dtype:
     """The float type in which sums up to `magnitude` are exact. Raises CheckpointError if there is none."""
     for dtype, bound in BOUNDS.items():
         if magnitude < bound:
@@ -110,7 +110,7 @@ class ExactConv(nn.Module):
             self.register_buffer("bias", bias.to(torch.int32))
             output_scale = torch.ones(layer.out_channels, dtype=torch.float32, device="cpu")
         else:
-            dtype = container(magnitude, name)
+            dtype = float_type(magnitude, name)
             self.register_buffer("weight", weight.to(dtype))
             self.register_buffer("bias", bias.to(dtype))
         self.register_buffer("output_scale", output_scale)
@@ -274,7 +274,7 @@ class ExactAttend(nn.Module):
         limits = grid(grids, "limits", (2,), 1, BOUNDS[torch.float32] - 1, name)
         self.limit, self.value_limit = limits.tolist()
         for magnitude in (per_head * self.limit**2, tokens * max(EXP_TABLE) * self.value_limit):
-            if container(magnitude, name) != torch.float32:
+            if float_type(magnitude, name) != torch.float32:
                 raise CheckpointError(f"{name} cannot be computed exactly: its sums reach {magnitude}, over 2^24.")
         # One correctly rounded float32 factor converts scores to steps of the table; it includes the 1/sqrt(channels).
         step = power_of_two(-score[:, 0]) * torch.tensor(

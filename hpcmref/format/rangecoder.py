@@ -129,7 +129,7 @@ class SymbolEncoder:
             return b""
         # CompressAI allocates one word per symbol. It writes up to one word per two symbols, and two words for the
         # state, which is more than it allocates for one or two symbols. So two symbols are added. The decoder never
-        # asks for them. As they are the likeliest symbol of table 0, they cost 0.0002 bits.
+        # asks for them. As they are the likeliest symbol of table 0, they take 0.0002 bits.
         self._append(np.zeros(2, np.int32), np.zeros(2, np.int32))
         parts, self._parts = self._parts, []
         return bytes(_coder().encode(parts, _tables()))
@@ -208,7 +208,7 @@ class SymbolDecoder:
     def _take_block(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         tables = _tables()
         symbols: NDArray[np.int32] = self._coder.take(indexes)
-        bits = _costs()[indexes, symbols - tables.lowest[indexes]]
+        bits = _bits()[indexes, symbols - tables.lowest[indexes]]
         self._bits_left -= float(bits.sum(dtype=np.float64))
         self._rounding += _ROUNDING * indexes.size
         if self._bits_left + self._rounding < 31:
@@ -254,7 +254,7 @@ def _tables() -> Tables:
 
 
 @cache
-def _costs() -> NDArray[np.float32]:
+def _bits() -> NDArray[np.float32]:
     """Bits of entry j of table i: (61, entries) float32, infinite where there is none."""
     cdfs = _tables().cdfs
     frequencies = np.zeros((len(cdfs), max(map(len, cdfs))))
@@ -266,13 +266,13 @@ def _costs() -> NDArray[np.float32]:
 
 def symbol_bits(limit: int) -> NDArray[np.float32]:
     """Bits of each symbol from -limit to limit in each table, including escaped values: (60, 2 limit + 1) float32."""
-    tables, costs = _tables(), _costs()
+    tables, bits = _tables(), _bits()
     symbols = np.arange(-limit, limit + 1)
     result = np.empty((tables.of_bytes, len(symbols)), np.float32)
     for row in range(len(result)):
         escaped = (symbols < tables.lowest[row]) | (symbols >= tables.escapes[row])
         entries = np.where(escaped, tables.escapes[row], symbols) - tables.lowest[row]
-        result[row] = costs[row, entries] + 16 * escaped
+        result[row] = bits[row, entries] + 16 * escaped
     return result
 
 

@@ -50,7 +50,7 @@ def encode(parts: Iterable[tuple[NDArray[Any], NDArray[Any]]], tables: Tables) -
     library = _library()
     if library is None:
         return _encode_in_python(symbols.tolist(), indexes.tolist(), tables)
-    out = np.empty(4 * symbols.size + 8, np.uint8)  # a symbol costs 16 bits at most
+    out = np.empty(4 * symbols.size + 8, np.uint8)  # a symbol takes 16 bits at most
     packed, _ = _packed(tables)
     size = library.rans_encode(
         symbols.ctypes.data, indexes.ctypes.data, symbols.size, ctypes.byref(packed), out.ctypes.data, out.size

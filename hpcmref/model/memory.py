@@ -215,7 +215,7 @@ class ReferenceBank(MemoryBank):
 class LinearAttend(nn.Module):
     """Linear attention: phi(query) sum(phi(key)^T value) / phi(query) sum(phi(key)).
 
-    The cost of a query does not grow with the number of keys. phi is elu + 1, relu or softmax. The softmax is over the
+    The time of a query does not grow with the number of keys. phi is elu + 1, relu or softmax. The softmax is over the
     tokens for keys, and over the channels for queries.
     """
 

@@ -21,7 +21,7 @@ from hpcmref.model.schedule import S1, S2
 from hpcmref.search.synthesis import Target
 
 LIMIT = 255
-"""Symbols of a larger magnitude are taken to cost as much as this one. Their gradient then comes from g_s alone."""
+"""Symbols of a larger magnitude are taken to have as many bits as this. Their gradient then comes from g_s alone."""
 
 EDGE = 1e-4
 """The closest that a latent may be to one of its neighbours, since atanh is infinite at 1."""
@@ -31,7 +31,7 @@ BETAS = 0.9, 0.99
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the context model said of y when it was last coded: means, and rows of the table of costs (int32)."""
+    """What the context model said of y when it was last coded: means, and rows of the table of bits (int32)."""
 
     means: Tensor
     rows: Tensor

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as trace
 
-from hpcmref.model.cost import macs_per_pixel
+from hpcmref.model.macs import macs_per_pixel
 from hpcmref.runtime.heap import peak_memory
 from hpcmref.training.config import Phase, TrainingConfig
 from hpcmref.training.data import Tiles
