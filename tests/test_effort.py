@@ -152,7 +152,7 @@ def test_bits_of_an_escape_have_its_two_bytes() -> None:
     """A hundred symbols far outside the first table take as many bytes as the table of bits says."""
     encoder = SymbolEncoder()
     encoder.put(np.full(100, 200, np.int32), np.zeros(100, np.int32))
-    assert 8 * len(encoder.finish()) == pytest.approx(100 * symbol_bits(LIMIT)[0, 200 + LIMIT], abs=64)
+    assert 8 * len(encoder.payload()) == pytest.approx(100 * symbol_bits(LIMIT)[0, 200 + LIMIT], abs=64)
 
 
 class TestSimilarity:

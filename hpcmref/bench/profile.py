@@ -250,7 +250,7 @@ def _watched(codec: Codec, stages: _Stages) -> Iterator[None]:
     ]
     functions += [
         (context, "_scale", lambda steps, *rest: f"s{steps[0].scale} {REST}"),
-        *((rangecoder.SymbolEncoder, name, "range coder") for name in ("put", "finish")),
+        *((rangecoder.SymbolEncoder, name, "range coder") for name in ("put", "payload")),
         *((rangecoder.SymbolDecoder, name, "range coder") for name in ("__init__", "get")),
         *((container, name, "file") for name in ("write", "parse")),
         *((images, name, "pixels") for name in ("picture_of", "image_of")),

@@ -84,7 +84,7 @@ class Tables(NamedTuple):
 
 
 class SymbolEncoder:
-    """Collects symbols with `put`; `finish` turns them into bytes.
+    """Collects symbols with `put`; `payload` turns them into bytes.
 
     CompressAI's encoder needs six bytes of memory for every symbol until it writes the first word. So it gets all
     symbols at the end, when the networks need no memory any more.
@@ -120,7 +120,7 @@ class SymbolEncoder:
         if escaped_bytes.size:
             self._append(escaped_bytes, np.full(escaped_bytes.size, tables.of_bytes))
 
-    def finish(self) -> bytes:
+    def payload(self) -> bytes:
         """The payload of all symbols. The encoder cannot be used after this call.
 
         It is empty if there are no symbols. Otherwise its length is a multiple of 4, and at least 8 bytes.
@@ -147,7 +147,7 @@ class SymbolDecoder:
 
     def __init__(self, payload: bytes, count: int) -> None:
         """
-        payload: what `SymbolEncoder.finish` returned.
+        payload: what `SymbolEncoder.payload` returned.
         count: number of symbols that will be asked for, all calls of `get` together.
 
         Raises FormatError if no encoder can have written the payload.

@@ -112,7 +112,7 @@ class _Checksummed:
 
 
 class SymbolWriter(_Checksummed):
-    """Quantises the true latents. `finish` passes the symbols to the range encoders, one for each image.
+    """Quantises the true latents. `flush` passes the symbols to the range encoders, one for each image.
 
     Until then the symbols stay on the device, so that a GPU need not wait for the host at every step.
     """
@@ -131,7 +131,7 @@ class SymbolWriter(_Checksummed):
         self._parts.append((step, symbols.to(torch.int16), rows.to(torch.uint8)))
         return symbols + means
 
-    def finish(self) -> list[Part]:
+    def flush(self) -> list[Part]:
         """After the last step: pass all symbols to the range encoders, and return them."""
         for step, symbols, rows in self._parts:
             for image, sink in enumerate(self._sinks):

@@ -101,14 +101,14 @@ class HPCM(nn.Module):
                 head.bias[: self.config.M].fill_(1)
         return self
 
-    def features(self, x: Tensor, prepare: Callable[[Tensor], Tensor] = _same) -> Tensor:
+    def features(self, x: Tensor, convert: Callable[[Tensor], Tensor] = _same) -> Tensor:
         """Apply g_a to an image (B, 3, H, W), strip by strip; the result is (B, M, H/16, W/16).
 
-        prepare: converts a strip of the image to 0..1.
+        convert: makes numbers in 0..1 of a strip of the image.
         """
 
         def strip(part: Tensor) -> Tensor:
-            return self.g_a(prepare(part))
+            return self.g_a(convert(part))
 
         rows = halo(self.config, self.config.stages)
         return in_strips(strip, x, halo=rows, unit=16, positions=POSITIONS * 256, whole=self.training)
@@ -126,15 +126,15 @@ class HPCM(nn.Module):
         """Image x (B, 3, H, W) in 0..1, quality (B,) -> y (B, M, H/16, W/16), z (B, N, H/64, W/64), not quantised."""
         return self.latents(self.features(x), quality)
 
-    def synthesise(self, y_hat: Tensor, quality: Tensor, finish: Callable[[Tensor], Tensor] = _same) -> Tensor:
+    def synthesise(self, y_hat: Tensor, quality: Tensor, convert: Callable[[Tensor], Tensor] = _same) -> Tensor:
         """y_hat (B, M, H/16, W/16), quality (B,) -> image (B, 3, H, W), not clamped.
 
-        finish: a function that is applied to each strip of the image.
+        convert: applied to each strip of the image.
         """
         gain = None if self.log_inverse_gain is None else self.log_inverse_gain(quality).exp()
 
         def strip(part: Tensor) -> Tensor:
-            return finish(self.g_s(part if gain is None else part * gain))
+            return convert(self.g_s(part if gain is None else part * gain))
 
         return in_strips(strip, y_hat, halo=halo(self.config, self.config.synthesis), whole=self.training)
 
