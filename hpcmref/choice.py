@@ -5,8 +5,8 @@ where its bits are fewer than that sum. Three rules keep the choice in order:
 
 - The lossless stream may have at most CAP times the bits of the learned stream, so that a noisy picture does not become
   a huge file. At the best quality this limit does not hold for a picture whose PSNR would be below LEAST_PSNR.
-- Streams are compared at every GRID-th quality up to the one that is asked for. If the lossless stream is better at one
-  of them, it is used at all higher ones, so that quality never falls when q rises.
+- Streams are compared at every QUALITY_STEP-th quality up to the one that is asked for. If the lossless stream is
+  better at one of them, it is used at all higher ones, so that quality never falls when q rises.
 - A photograph is recognised by the lossless size of a small part of it (`min_size`), before more is computed.
 
 A picture of one colour is always lossless.
@@ -30,7 +30,7 @@ from hpcmref.format.container import Coding
 from hpcmref.picture.images import Picture
 
 CAP = 2.0
-GRID = 16
+QUALITY_STEP = 16
 LEAST_PSNR = 30.0
 
 _TILE, _TILES = 64, 16
@@ -73,7 +73,7 @@ class Choice:
         # 5 % and 32 bytes: sizes rise with quality, but for roundings.
         if min_size(self.picture) > CAP * 1.05 * size + 32 or len(self.stream[1]) > CAP * 1.05 * size + 32:
             return False
-        compared = range(0, quality + 1, GRID)
+        compared = range(0, quality + 1, QUALITY_STEP)
         return any(self._wins(each) for each in ([quality] if best else []) + [*reversed(compared)])
 
     def _wins(self, quality: int) -> bool:

@@ -344,8 +344,8 @@ class Codec:
         """A picture of `size` (width, height), at most an eighth of the whole, from the linear part of g_s."""
         with self._inference():
             if few_steps and not (file.truncated or file.damaged):
-                grid = (-(-file.height // STRIDE), -(-file.width // STRIDE))
-                y_hat = self.latents.preview(file.payload, learned.checksums, grid, learned.quality)
+                of_z = (-(-file.height // STRIDE), -(-file.width // STRIDE))
+                y_hat = self.latents.preview(file.payload, learned.checksums, of_z, learned.quality)
             else:
                 y_hat = self.y_hat(file)
             gain = self.model.log_inverse_gain

@@ -26,7 +26,7 @@ from hpcmref.model import HPCM, PRESETS, HPCMConfig, context
 from hpcmref.model.coders import Estimator, SymbolWriter
 from hpcmref.model.config import MEMORIES, MemoryConfig
 from hpcmref.model.context import Attend
-from hpcmref.model.memory import StateBank
+from hpcmref.model.memory_bank import StateBank
 from hpcmref.model.schedule import S1, S2, STEPS_S1, STEPS_S2, STEPS_S3
 from hpcmref.model.strips import in_strips
 from hpcmref.training.loop import _blocks_in_bfloat16

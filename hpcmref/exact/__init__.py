@@ -35,7 +35,7 @@ give the same results on every machine.
    nothing. IEEE 754 does not prescribe exp, pow, exp2, ldexp (a pow in PyTorch), gammainc and softmax, so they do not
    occur: powers of two are made from their bits, the exponential of attention is a table of 201 integers, and the CDF
    tables are stored. IEEE 754 does prescribe square roots, but PyTorch does not always round them correctly (MKL).
-   Where a memory bank needs a square root, an integer test corrects its whole part (`memory._root`).
+   Where a memory bank needs a square root, an integer test corrects its whole part (`memory_bank._root`).
 
 So a layer first converts its input to integers, x_int = clamp(round(x * 2^e), -limit, limit), with an exponent e for
 every input channel. Then it convolves. Its sums are numbers with an exponent for every output channel. `convert`

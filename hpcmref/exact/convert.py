@@ -27,7 +27,7 @@ from hpcmref.exact.layers import (
     output_peaks,
     output_sums,
 )
-from hpcmref.exact.memory import OF_MEMORY
+from hpcmref.exact.memory_bank import OF_MEMORY
 from hpcmref.model.context import Attend, CrossAttentionCell
 from hpcmref.model.hpcm import EntropyPath
 from hpcmref.model.layers import QualityTable, ResidualBlock

@@ -16,7 +16,7 @@ MAX_SCORES = 2**25
 """Limit of the float32 scores of one attention window: heads x queries x keys. (The largest preset has 2^17.)"""
 
 MAX_REFERENCES, MAX_RESOLUTION, MAX_STATE = 16, 32, 1024
-"""Limits of a memory: references kept, side of the grid of values, and channels of a state (see docs/limits.md)."""
+"""Limits of a memory bank: references kept, cells a side of a plane of values, channels of a state (docs/limits.md)."""
 
 QUALITIES = 64
 """Quality settings of a variable-rate model: 0 (smallest file) to 63 (best picture)."""
@@ -24,9 +24,9 @@ QUALITIES = 64
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """The configuration of a memory bank (see `memory.py`). Making an invalid one raises ConfigError.
+    """The configuration of a memory bank (see `memory_bank.py`). Making an invalid one raises ConfigError.
 
-    mode: one of the modes that `memory.py` describes. Some settings are used by the modes in brackets only.
+    mode: one of the modes that `memory_bank.py` describes. Some settings are used by the modes in brackets only.
     scales: which of s1, s2 and s3 have a bank.
     transfer: the bank of a scale starts with the references of the scale before.
     before_prior: the bank is read just before the prior. What it recalls then goes into the prior only, and not into
@@ -35,7 +35,7 @@ class MemoryConfig:
         references that it keeps.
     compress_ratio: keys have the number of channels of a context divided by this (all modes but state).
     temperature: similarities are divided by it (light, full).
-    value_resolution: the side of the grid of values (full, linear).
+    value_resolution: the cells a side of a plane of values (full, linear).
     feature_map: the feature map of linear attention (linear).
     per_position: references are chosen for every position, and not once for the whole image (light, full).
     width: the number of channels of the state (state). This mode has a state in all scales and uses no other number.

@@ -11,9 +11,9 @@
 The inputs of a prior are the results of the steps before it: context_next (2M channels) and y_hat so far (M channels,
 zero where nothing is coded yet). Its output `context` holds the scales and means of this step. Cross attention, with
 queries from `context` and keys and values from the last context_next, makes the new context_next. If a scale has a
-memory bank (`memory.py`), each context_next that is replaced is written to the bank, and the new one is combined with
-what is read from it. The mode `state` works differently: priors have additional output channels, which are added to a
-state that is kept from s1 to s3, and the adaptors read that state.
+memory bank (`memory_bank.py`), each context_next that is replaced is written to the bank, and the new one is combined
+with what is read from it. The mode `state` works differently: priors have additional output channels, which are added
+to a state that is kept from s1 to s3, and the adaptors read that state.
 """
 
 from functools import partial
@@ -123,7 +123,7 @@ def _joined(tokens: list[Tensor]) -> Tensor:
 
 
 class Bank(Protocol):
-    """A memory bank. Its state is a value that the caller keeps (see `memory.py`)."""
+    """A memory bank. Its state is a value that the caller keeps (see `memory_bank.py`)."""
 
     before_prior: bool
 
@@ -137,8 +137,12 @@ class Bank(Protocol):
         """The context joined with what the bank recalls."""
 
 
+BankState = tuple[Bank, Any]
+"""A memory bank and its state."""
+
+
 class Carry(Protocol):
-    """Keeps a state (B, width, h, w) from step to step (see `memory.StateBank`)."""
+    """Keeps a state (B, width, h, w) from step to step (see `memory_bank.StateBank`)."""
 
     def start(self, context: Tensor) -> Tensor:
         """The state before the first step of s1, whose context is (B, 2M, h, w)."""
@@ -157,13 +161,13 @@ class Known(NamedTuple):
     """What the steps so far pass to the next one.
 
     context_next (B, 2M, h, w), y_hat (B, M, h, w) and state (B, width, h, w) are on the lattice of the next step.
-    memory: the bank of the scale and its state.
+    bank: the memory bank of the scale and its state.
     """
 
     context_next: Tensor
     y_hat: Tensor
     state: Tensor | None
-    memory: tuple[Bank, Any] | None
+    bank: BankState | None
 
 
 class ContextModel(nn.Module):
@@ -207,7 +211,7 @@ class ContextModel(nn.Module):
         y_hat = torch.zeros_like(context[:, : context.shape[1] // 2])
         y_hat = self._code(STEPS_S1[0], context, y_hat, coder)
         state = None if self.state is None else self.state.start(context)
-        known = Known(context, y_hat, state, self._memory("s1", quality, None))
+        known = Known(context, y_hat, state, self._bank("s1", quality, None))
         known = self._scale(STEPS_S1[1:], known, coder, self.adaptor_s1, self.prior_s1_s2, rows[:1], self.attn_s1)
 
         if self.displaced_s2:
@@ -230,10 +234,10 @@ class ContextModel(nn.Module):
         attention: CrossAttentionCell | None,
     ) -> Known:
         """Run those steps of one scale that use networks. Returns what is known after them."""
-        context_next, y_hat, state, memory = known
+        context_next, y_hat, state, bank = known
         replaced = None
         for step, adaptor, quant_step in zip(steps, adaptors, quant_steps, strict=True):
-            seen, memory = _remember(memory, replaced, context_next, before_prior=True)
+            seen, bank = _remember(bank, replaced, context_next, before_prior=True)
             predict = partial(_predict, prior, adaptor, quant_step)
             inputs = (seen, y_hat) if state is None else (seen, y_hat, state)
             context = in_strips(predict, *inputs, halo=prior.halo, whole=self.training)
@@ -256,12 +260,12 @@ class ContextModel(nn.Module):
                     halo=0,
                     unit=attention.window,
                     positions=POSITIONS // 4,
-                    into=context_next if memory is None else None,
+                    into=context_next if bank is None else None,
                     whole=self.training,
                 )
             del context
-            context_next, memory = _remember(memory, replaced, context_next, before_prior=False)
-        return Known(context_next, y_hat, state, memory)
+            context_next, bank = _remember(bank, replaced, context_next, before_prior=False)
+        return Known(context_next, y_hat, state, bank)
 
     def _finer(
         self, known: Known, scale: str, quality: Tensor, lattice: Lattice, hyper: Tensor, mix: nn.Module
@@ -281,7 +285,7 @@ class ContextModel(nn.Module):
         if self.state is not None and state is not None:
             state = self.state.finer(state)
         y_hat = lattice.up(known.y_hat, self.training)
-        return Known(context, y_hat, state, self._memory(scale, quality, known.memory))
+        return Known(context, y_hat, state, self._bank(scale, quality, known.bank))
 
     def _code(self, step: Step, context: Tensor, y_hat: Tensor, coder: Coder) -> Tensor:
         """Code the latents of one step, and return y_hat (B, M, h, w) with them at their positions.
@@ -292,7 +296,7 @@ class ContextModel(nn.Module):
         put = step.put if self.training else step.put_
         return put(y_hat, coder.code(step, scales, means))
 
-    def _memory(self, scale: str, quality: Tensor, before: tuple[Bank, Any] | None) -> tuple[Bank, Any] | None:
+    def _bank(self, scale: str, quality: Tensor, before: BankState | None) -> BankState | None:
         """The bank of a scale and the state it starts with, or None if the scale has no bank."""
         if scale not in self.banks:
             return None
@@ -301,19 +305,19 @@ class ContextModel(nn.Module):
 
 
 def _remember(
-    memory: tuple[Bank, Any] | None, replaced: Tensor | None, context: Tensor, before_prior: bool
-) -> tuple[Tensor, tuple[Bank, Any] | None]:
+    bank: BankState | None, replaced: Tensor | None, context: Tensor, before_prior: bool
+) -> tuple[Tensor, BankState | None]:
     """Write the replaced context to the bank, and combine the new one with what is read from it.
 
-    Returns the combined context and the memory. before_prior: whether this call is just before the prior (or after
-    attention). A bank does something in only one of the two places, and nothing in the other.
+    Returns the combined context and the bank with its new state. before_prior: whether this call is just before the
+    prior (or after attention). A bank does something in only one of the two places, and nothing in the other.
     """
-    if memory is None or memory[0].before_prior != before_prior:
-        return context, memory
-    bank, state = memory
+    if bank is None or bank[0].before_prior != before_prior:
+        return context, bank
+    module, state = bank
     if replaced is not None:
-        state = bank.write(state, replaced)
-    return bank.read(state, context), (bank, state)
+        state = module.write(state, replaced)
+    return module.read(state, context), (module, state)
 
 
 def _predict(prior: SpatialPrior, adaptor: nn.Module, quant_step: Tensor, *known: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from hpcmref.model.coders import Coder, Estimator
 from hpcmref.model.config import HPCMConfig
 from hpcmref.model.context import ContextModel
 from hpcmref.model.layers import QualityTable
-from hpcmref.model.memory import banks, state
+from hpcmref.model.memory_bank import banks, state
 from hpcmref.model.strips import POSITIONS, in_strips
 from hpcmref.model.transforms import g_a, g_s, h_a, h_s, halo, hyper_halo, start_as_dct
 

@@ -12,9 +12,10 @@ light   A reference consists of a key, made from the mean of a context, and a va
         lattice of s1. Of the last max_refs references, the topk are recalled whose keys are the most similar to the
         query from the current context. (A 1x1 convolution of a mean equals the mean of the 1x1 convolution, and is
         cheaper.)
-full    As light, but values have fewer channels and are on a fixed grid. They are expanded again when recalled.
-linear  All references together are kept as two sums over such grids. Every position reads them by linear attention.
-global  As linear, but over whole planes instead of grids, and with softmax as the feature map.
+full    As light, but values have fewer channels, and one for each of at most r x r cells. They are expanded again when
+        recalled.
+linear  All references together are kept as two sums over such cells. Every position reads them by linear attention.
+global  As linear, but over whole planes instead of cells, and with softmax as the feature map.
 cross   A reference is a context with fewer channels. Every position attends to its window in the last max_refs.
 
 The mode `state` is simpler, and takes the place of attention. It keeps a few channels at every position. Each prior
@@ -59,7 +60,7 @@ class Pool(nn.Module):
         return x if self.cell == 1 else F.avg_pool2d(x, self.cell)
 
 
-class GridMean(nn.Module):
+class CellMean(nn.Module):
     """Divides a plane into at most side x side cells, and computes the mean of each."""
 
     def __init__(self, side: int) -> None:
@@ -73,8 +74,8 @@ class GridMean(nn.Module):
         return (sums / (rows.sum(0)[:, None] * columns.sum(0))).to(x.dtype)
 
 
-def from_grid(x: Tensor, size: torch.Size, side: int) -> Tensor:
-    """Give every position the value of its cell of `GridMean`: x (B, C, rows, columns) -> (B, C, *size)."""
+def from_cells(x: Tensor, size: torch.Size, side: int) -> Tensor:
+    """Give every position the value of its cell of `CellMean`: x (B, C, rows, columns) -> (B, C, *size)."""
     rows, columns = (_cells(length, side, x.device) for length in size)
     return x.index_select(2, rows).index_select(3, columns)
 
@@ -190,10 +191,10 @@ class ReferenceBank(MemoryBank):
         channels, narrow = 2 * config.M, 2 * config.M // memory.compress_ratio
         self.max_refs = memory.max_refs[scale - 1]
         self.side = memory.value_resolution if memory.mode == "full" else None
-        # grid: values are kept on the lattice of s1, or on a fixed grid over it. mean: keys and queries are made from
-        # every position, or from the mean of all.
-        self.grid = GridMean(self.side) if self.side else nn.Identity()
-        self.mean = nn.Identity() if memory.per_position else GridMean(1)
+        # cells: values are kept on the lattice of s1, or as the means of its cells. mean: keys and queries are made
+        # from every position, or from the mean of all.
+        self.cells = CellMean(self.side) if self.side else nn.Identity()
+        self.mean = nn.Identity() if memory.per_position else CellMean(1)
         self.conv_q = conv1x1(channels, narrow)
         self.conv_k = conv1x1(channels, narrow)
         self.conv_v = conv1x1(channels, narrow if self.side else channels)
@@ -201,15 +202,15 @@ class ReferenceBank(MemoryBank):
         self.recall = Recall(memory.topk[scale - 1], memory.temperature)
 
     def _with(self, state: State, context: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        plane = self.grid(self._on_lattice(context))
+        plane = self.cells(self._on_lattice(context))
         reference = (self.conv_k(self.mean(plane)), self.conv_v(plane))
         return (*state.references, reference)[-self.max_refs :]
 
     def _recall(self, state: State, context: Tensor, lattice: Tensor) -> Tensor:
         keys, values = zip(*state.references, strict=True)
-        query = self.conv_q(self.mean(self.grid(lattice)))
+        query = self.conv_q(self.mean(self.cells(lattice)))
         recalled = self.widen(self.recall(query, list(keys), list(values)))
-        return from_grid(recalled, lattice.shape[2:], self.side) if self.side else recalled
+        return from_cells(recalled, lattice.shape[2:], self.side) if self.side else recalled
 
 
 class LinearAttend(nn.Module):
@@ -256,7 +257,7 @@ class LinearAttend(nn.Module):
 
 
 class LinearBank(MemoryBank):
-    """The mode linear: every position attends linearly to all contexts so far, each reduced to a fixed grid.
+    """The mode linear: every position attends linearly to all contexts so far, each reduced to the means of its cells.
 
     Only the sums over these contexts are kept.
     """
@@ -264,7 +265,7 @@ class LinearBank(MemoryBank):
     def __init__(self, config: HPCMConfig, memory: MemoryConfig, scale: int) -> None:
         super().__init__(config, memory, scale)
         channels, narrow = 2 * config.M, 2 * config.M // memory.compress_ratio
-        self.grid: nn.Module = GridMean(memory.value_resolution)
+        self.cells: nn.Module = CellMean(memory.value_resolution)
         self.conv_q = conv1x1(channels, narrow)
         self.conv_k = conv1x1(channels, narrow)
         self.conv_v = conv1x1(channels, narrow)
@@ -273,7 +274,7 @@ class LinearBank(MemoryBank):
         self.attend = LinearAttend(memory.num_heads, memory.feature_map)
 
     def _with(self, state: State, context: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        plane = self.grid(self._on_lattice(context))
+        plane = self.cells(self._on_lattice(context))
         sums = self.attend.summary(self.conv_k(plane), self.conv_v(plane), self.sharpness(state.quality))
         if state.references:
             (old,) = state.references
@@ -298,7 +299,7 @@ class LinearGlobalInterContext(LinearBank):
 
     def __init__(self, config: HPCMConfig, memory: MemoryConfig, scale: int) -> None:
         super().__init__(config, memory, scale)
-        self.grid = nn.Identity()
+        self.cells = nn.Identity()
         self.attend = LinearAttend(memory.num_heads, "softmax")
 
 
