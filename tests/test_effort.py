@@ -120,7 +120,7 @@ class TestGradient:
 
     def test_the_error_is_that_of_the_decoded_picture(self, codec: Codec, crop: Image.Image) -> None:
         for image in (crop, crop.convert("L")):
-            picture, _ = codec._framed(image, False)
+            picture, _ = codec._with_header(image, False)
             x = torch.from_numpy(np.pad(picture.pixels, ((0, 58), (0, 28), (0, 0)), "edge")).permute(2, 0, 1)[None]
             data = codec.encode(image, QUALITY)
             target = Target(codec.model, torch.tensor([float(QUALITY)]), x, crop.size[::-1], picture.grey)
