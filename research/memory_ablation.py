@@ -37,7 +37,7 @@ from hpcmref.codec import Codec
 from hpcmref.errors import HpcmrefError
 from hpcmref.model import HPCM
 from hpcmref.model.coders import Estimator
-from hpcmref.model.config import MEMORIES, MemoryConfig
+from hpcmref.model.config import MEMORY_BANKS, MemoryConfig
 from hpcmref.model.entropy import bits
 from hpcmref.model.layers import anchor_weights
 from hpcmref.runtime.torch_names import lerp_all_
@@ -46,14 +46,14 @@ from hpcmref.training.loop import _blocks_in_bfloat16
 from hpcmref.training.start import start_from
 from research.exactness_cost import bpp_and_psnr
 
-LIGHT, FULL, LINEAR = MEMORIES["light"], MEMORIES["full"], MEMORIES["linear"]
+LIGHT, FULL, LINEAR = MEMORY_BANKS["light"], MEMORY_BANKS["full"], MEMORY_BANKS["linear"]
 
 VARIANTS: dict[str, MemoryConfig | None] = {
     "off": None,
     "light": LIGHT,
     "linear": LINEAR,
-    "cross": MEMORIES["cross"],
-    "global": MEMORIES["global"],
+    "cross": MEMORY_BANKS["cross"],
+    "global": MEMORY_BANKS["global"],
     "full": FULL,
     "light, per position": replace(LIGHT, per_position=True),
     "light, before the prior": replace(LIGHT, before_prior=True),

@@ -36,7 +36,7 @@ from hpcmref.format.rangecoder import implementation
 from hpcmref.latents import Compressed, LatentCodec
 from hpcmref.model import HPCM, PRESETS, HPCMConfig
 from hpcmref.model.coders import SymbolReader, SymbolWriter
-from hpcmref.model.config import MEMORIES
+from hpcmref.model.config import MEMORY_BANKS
 from hpcmref.model.hpcm import EntropyPath
 from research.exactness_matrix import Configuration, decode, run, small_pictures
 
@@ -288,7 +288,7 @@ def test_too_little_memory_is_one_sentence(gpu: Codec, sample: Image.Image, tmp_
 # --- every kind of network -----------------------------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {"M": 32, "N": 16, "context_width": 40, "stages": ((16, 1),) * 3, "synthesis": ((16, 1),) * 3}
-BANKS = {name: dataclasses.replace(bank, num_heads=4, value_resolution=3) for name, bank in MEMORIES.items()}
+BANKS = {name: dataclasses.replace(bank, num_heads=4, value_resolution=3) for name, bank in MEMORY_BANKS.items()}
 KINDS: dict[str, HPCMConfig] = {
     "attention": TINY,
     "base": dataclasses.replace(PRESETS["base"], **SMALL, heads=4),

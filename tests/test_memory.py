@@ -30,7 +30,7 @@ from hpcmref.format import container
 from hpcmref.latents import thresholds
 from hpcmref.model import HPCM, PRESETS, HPCMConfig, context, memory_bank
 from hpcmref.model.coders import SymbolWriter
-from hpcmref.model.config import MEMORIES, MemoryConfig
+from hpcmref.model.config import MEMORY_BANKS, MemoryConfig
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.memory_bank import CellMean, LinearAttend, Pool, Recall, State, from_cells, top
 from hpcmref.model.strips import in_strips
@@ -39,7 +39,7 @@ from hpcmref.training.loop import Trainer, _blocks_in_bfloat16
 from hpcmref.training.start import start_from
 from research.exactness_matrix import decode, run
 
-BANKS = {name: dataclasses.replace(bank, num_heads=4, value_resolution=3) for name, bank in MEMORIES.items()}
+BANKS = {name: dataclasses.replace(bank, num_heads=4, value_resolution=3) for name, bank in MEMORY_BANKS.items()}
 for preset in ("memory-saving", "fast", "state"):  # the mode light with other numbers; the last has its own tests
     del BANKS[preset]
 BANKS |= {
@@ -468,7 +468,7 @@ def test_equal_keys_are_recalled_alike_on_both_sides() -> None:
 
 def test_a_run_puts_a_closed_bank_on_a_trained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "nano", TRAINABLE)
-    monkeypatch.setitem(MEMORIES, "light", BANKS["light"])
+    monkeypatch.setitem(MEMORY_BANKS, "light", BANKS["light"])
     trained = model_of(TRAINABLE)
     config = TrainingConfig((), tmp_path, memory="light", phases=(Phase(0, 1, 64),), bfloat16=False)
     trainer = Trainer(config)
@@ -478,7 +478,7 @@ def test_a_run_puts_a_closed_bank_on_a_trained_model(tmp_path: Path, monkeypatch
         assert isinstance(model.config.memory, MemoryConfig)
         expected = trained.to(memory_format=torch.channels_last)(x, quality)["x_hat"]  # type: ignore[call-overload]
         assert torch.equal(model(x, quality)["x_hat"], expected)
-    with pytest.raises(ConfigError, match="no memory 'lite'"):
+    with pytest.raises(ConfigError, match="no memory bank 'lite'"):
         dataclasses.replace(config, memory="lite")
 
 

@@ -25,7 +25,7 @@ from hpcmref.cli import app
 from hpcmref.codec import load
 from hpcmref.errors import CheckpointError, ConfigError, ImageError
 from hpcmref.model import PRESETS
-from hpcmref.model.config import MEMORIES
+from hpcmref.model.config import MEMORY_BANKS
 from hpcmref.model.macs import macs_per_pixel
 from hpcmref.training import Phase, Report, Trainer, TrainingConfig, phases_of, profile, train
 from hpcmref.training.data import Tiles
@@ -294,7 +294,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.Mo
     assert (resumed.step, resumed.skipped) == (3, 1)
 
 
-@pytest.mark.parametrize("memory", ["none", *MEMORIES])
+@pytest.mark.parametrize("memory", ["none", *MEMORY_BANKS])
 def test_every_number_gets_a_gradient(memory: str | None) -> None:
     """In bfloat16 too, and with every memory bank; processes that train together wait for all of them."""
     trainer = Trainer(configured(memory=memory, phases=(Phase(0, 1, 64),)))

@@ -59,10 +59,10 @@ class MemoryConfig:
         self._check_limits()
         if self.mode not in ("state", "light", "full", "linear", "global", "cross"):
             raise ConfigError(
-                f"The memory is {self.mode!r:.40}; it must be state, light, full, linear, global or cross."
+                f"The memory bank is {self.mode!r:.40}; it must be state, light, full, linear, global or cross."
             )
         if not self.scales or list(self.scales) != sorted(set(self.scales)) or not {1, 2, 3} >= set(self.scales):
-            raise ConfigError(f"The memory's scales are {self.scales}; they must be of 1, 2 and 3, ascending.")
+            raise ConfigError(f"The memory bank's scales are {self.scales}; they must be of 1, 2 and 3, ascending.")
         if self.before_prior and 1 in self.scales:
             raise ConfigError("There is nothing to read before the prior of s1: it has one.")
         if self.mode == "state" and (self.scales, self.transfer) != ((1, 2, 3), True):
@@ -78,11 +78,11 @@ class MemoryConfig:
         """Check types and ranges, since the values may come from a file."""
         for name in ("transfer", "before_prior", "per_position"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"The memory's {name} must be true or false.")
+                raise ConfigError(f"The memory bank's {name} must be true or false.")
         if not isinstance(self.scales, tuple) or len(self.scales) > 3:
-            raise ConfigError("The memory's scales must be some of 1, 2 and 3.")
+            raise ConfigError("The memory bank's scales must be some of 1, 2 and 3.")
         for value in self.scales:
-            _check_whole("a scale of the memory", value, 1, 3)
+            _check_whole("a scale of the memory bank", value, 1, 3)
         for name in ("max_refs", "topk"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or len(values) != 3:
@@ -93,13 +93,15 @@ class MemoryConfig:
             ("compress_ratio", MAX_CHANNELS), ("num_heads", MAX_HEADS), ("value_resolution", MAX_RESOLUTION),
             ("width", MAX_STATE),
         ):  # fmt: skip
-            _check_whole(f"The memory's {name}", getattr(self, name), 1, high)
+            _check_whole(f"The memory bank's {name}", getattr(self, name), 1, high)
         if type(self.temperature) not in (int, float) or not 0.001 <= self.temperature <= 1000:
-            raise ConfigError(f"The memory's temperature is {self.temperature!r:.40}; it must be within 0.001 to 1000.")
+            raise ConfigError(
+                f"The memory bank's temperature is {self.temperature!r:.40}; it must be within 0.001 to 1000."
+            )
 
 
 _YOUNGER = ("width",)
-"""Settings of a memory that model files of 0.1.0 do not have."""
+"""Settings of a memory bank that model files of 0.1.0 do not have."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ class HPCMConfig:
         if not isinstance(self.displaced_s2, bool):
             raise ConfigError("displaced_s2 must be true or false.")
         if not isinstance(self.memory, MemoryConfig | None):
-            raise ConfigError("The memory must be a MemoryConfig.")
+            raise ConfigError("The memory bank must be a MemoryConfig.")
 
     def _check_memory(self, memory: MemoryConfig) -> None:
         if memory.mode == "state":
@@ -282,7 +284,7 @@ _LAMBDAS = tuple(round(0.0009 * (0.15 / 0.0009) ** (k / 7), 6) for k in range(8)
 
 _EVERYWHERE: dict[str, Any] = {"scales": (1, 2, 3), "transfer": True}
 
-MEMORIES: dict[str, MemoryConfig] = {
+MEMORY_BANKS: dict[str, MemoryConfig] = {
     "state": MemoryConfig("state", **_EVERYWHERE),
     "light": MemoryConfig("light"),
     "full": MemoryConfig("full", **_EVERYWHERE),
@@ -301,7 +303,7 @@ PRESETS: dict[str, HPCMConfig] = {
         HPCMConfig(
             preset="nano", M=320, N=64, transform="dct", stages=((192, 4),), synthesis=((192, 4),), ratio=3,
             hyper_blocks=1, hyper_ratio=2, context_width=192, prior_s1_s2=(2, 1), prior_s3=(2, 1), heads=0,
-            lambdas=_LAMBDAS, memory=MEMORIES["state"],
+            lambdas=_LAMBDAS, memory=MEMORY_BANKS["state"],
         ),
         HPCMConfig(
             preset="light", M=320, N=128, transform="dct", stages=((256, 4),), synthesis=((256, 6),), ratio=4,
