@@ -16,7 +16,7 @@ from hpcmref.many import Progress, each_of
 from hpcmref.sources import FileSource, ImageSource, array_of, content_of, image_of, portable_of
 
 if TYPE_CHECKING:
-    import numpy as np
+    from numpy.typing import NDArray
     from PIL import Image
 
     from hpcmref.format.container import Container
@@ -92,7 +92,7 @@ def decode(
     upto: int = 3,
     partial: bool = False,
     damaged: bool = False,
-) -> np.ndarray: ...
+) -> NDArray[Any]: ...
 
 
 def decode(
@@ -105,7 +105,7 @@ def decode(
     upto: int = 3,
     partial: bool = False,
     damaged: bool = False,
-) -> Image.Image | np.ndarray:
+) -> Image.Image | NDArray[Any]:
     """The image of one file.
 
     data: the bytes of a file, a path, or a file opened in binary mode.
@@ -120,7 +120,8 @@ def decode(
     is not here, DecodeError if its latents are not those that were encoded, ImageError for too large an image, and
     ConfigError for a wrong argument.
     """
-    return _Decoder(device, model, max_pixels, as_array, upto, partial, damaged)(data)
+    decoded: Image.Image | NDArray[Any] = _Decoder(device, model, max_pixels, as_array, upto, partial, damaged)(data)
+    return decoded
 
 
 def thumbnail(
@@ -301,7 +302,7 @@ def decode_many(
     damaged: bool = False,
     jobs: int = 1,
     progress: Progress | None = None,
-) -> Iterator[np.ndarray]: ...
+) -> Iterator[NDArray[Any]]: ...
 
 
 def decode_many(
@@ -316,7 +317,7 @@ def decode_many(
     damaged: bool = False,
     jobs: int = 1,
     progress: Progress | None = None,
-) -> Iterator[Image.Image] | Iterator[np.ndarray]:
+) -> Iterator[Image.Image] | Iterator[NDArray[Any]]:
     """The images of many files, in their order. Arguments are those of `decode`, jobs and progress of `encode_many`."""
     work = _Decoder(device, model, max_pixels, as_array, upto, partial, damaged)
     return cast("Iterator[Image.Image]", each_of("files", files, work, content_of, jobs, progress))

@@ -21,8 +21,8 @@ from hpcmref.format.tensorfile import TensorFile
 from hpcmref.runtime.folders import model_files
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from PIL import Image
 
     from hpcmref.exact.convert import Grids
@@ -226,7 +226,7 @@ def _write(
     return info(path)
 
 
-def _checksum(metadata: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+def _checksum(metadata: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
     """SHA-256 of all tensors and of the metadata but for the checksum itself."""
     said = {name: value for name, value in metadata.items() if name != "sha256"}
     return tensorfile.digest(json.dumps(said, sort_keys=True), arrays).hexdigest()
@@ -414,7 +414,7 @@ def _filled(model: HPCM, tensors: Mapping[str, torch.Tensor], keys: Mapping[str,
     return model
 
 
-def _fingerprint(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray], rule: int) -> bytes:
+def _fingerprint(config: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], rule: int) -> bytes:
     """The first 4 bytes of the SHA-256 of the entropy path: its configuration, weights and exact grids.
 
     rule: 1 hashes weights and grids as float32, 2 as they are stored in a compact file.

@@ -5,8 +5,8 @@ where its bits are fewer than that sum. Three rules keep the choice in order:
 
 - The lossless stream may have at most CAP times the bits of the learned stream, so that a noisy picture does not become
   a huge file. At the best quality this limit does not hold for a picture whose PSNR would be below LEAST_PSNR.
-- Streams are compared at every GRID-th quality up to the one that is asked for. If the lossless stream is better at one
-  of them, it is used at all higher ones, so that quality never falls when q rises.
+- Streams are compared at every QUALITY_STEP-th quality up to the one that is asked for. If the lossless stream is
+  better at one of them, it is used at all higher ones, so that quality never falls when q rises.
 - A photograph is recognised by the lossless size of a small part of it (`min_size`), before more is computed.
 
 A picture of one colour is always lossless.
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from hpcmref import lossless
@@ -29,7 +30,7 @@ from hpcmref.format.container import Coding
 from hpcmref.picture.images import Picture
 
 CAP = 2.0
-GRID = 16
+QUALITY_STEP = 16
 LEAST_PSNR = 30.0
 
 _TILE, _TILES = 64, 16
@@ -50,7 +51,7 @@ class Trial(NamedTuple):
 class Choice:
     """The streams of one picture.
 
-    lambdas: bits per squared error and pixel at the model's rate anchors; empty for a model of one rate.
+    lambdas: bits per squared error and pixel at the model's quality anchors; empty for a model of one rate.
     trial: the learned stream at a quality; it is asked for as few as possible.
     """
 
@@ -72,7 +73,7 @@ class Choice:
         # 5 % and 32 bytes: sizes rise with quality, but for roundings.
         if min_size(self.picture) > CAP * 1.05 * size + 32 or len(self.stream[1]) > CAP * 1.05 * size + 32:
             return False
-        compared = range(0, quality + 1, GRID)
+        compared = range(0, quality + 1, QUALITY_STEP)
         return any(self._wins(each) for each in ([quality] if best else []) + [*reversed(compared)])
 
     def _wins(self, quality: int) -> bool:
@@ -80,7 +81,7 @@ class Choice:
         learned = self.trial(quality)
         samples_of_a_pixel = 3
         return own <= CAP * learned.size and 8 * own <= (
-            8 * learned.size + rate_of(self.lambdas, quality, self.qualities) * learned.error / samples_of_a_pixel
+            8 * learned.size + lambda_of(self.lambdas, quality, self.qualities) * learned.error / samples_of_a_pixel
         )
 
     def _psnr(self, error: float) -> float:
@@ -92,7 +93,7 @@ def is_flat(picture: Picture) -> bool:
     return bool((picture.pixels == picture.pixels[0, 0]).all())
 
 
-def rate_of(lambdas: tuple[float, ...], quality: int, qualities: int) -> float:
+def lambda_of(lambdas: tuple[float, ...], quality: int, qualities: int) -> float:
     """Lambda at a quality: interpolated between the anchors in the log domain, as the gains of the model are."""
     if not lambdas:
         return 0.0
@@ -135,7 +136,7 @@ def min_size(picture: Picture) -> float:
     return len(file.getvalue()) * whole / part / (1.25 if _variety(tiles) > 0.5 else 4)
 
 
-def _sample(pixels: np.ndarray) -> np.ndarray:
+def _sample(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Tiles spread over the picture, one below the other; all of a small one."""
     height, width = pixels.shape[:2]
     if height * width <= _TILES * _TILE**2 or min(height, width) < _TILE:
@@ -146,7 +147,7 @@ def _sample(pixels: np.ndarray) -> np.ndarray:
     return np.concatenate([pixels[y : y + _TILE, x : x + _TILE] for y in rows for x in columns])
 
 
-def _variety(pixels: np.ndarray) -> float:
+def _variety(pixels: NDArray[np.uint8]) -> float:
     """How many of the squares of 2 x 2 pixels are different, 0 to 1."""
     height, width = (side // 2 * 2 for side in pixels.shape[:2])
     if not height or not width:
@@ -154,10 +155,10 @@ def _variety(pixels: np.ndarray) -> float:
     whole = pixels[:height, :width].astype(np.uint64)
     colours = (whole[..., 0] * 65599 + whole[..., 1] * 257 + whole[..., 2]) % 1000003
     squares = ((colours[::2, ::2] * 7919 + colours[1::2, ::2]) * 7907 + colours[::2, 1::2]) * 7901 + colours[1::2, 1::2]
-    return len(np.unique(squares)) / squares.size
+    return len(np.unique(squares)) / int(squares.size)
 
 
-def _roughness(pixels: np.ndarray) -> float:
+def _roughness(pixels: NDArray[np.uint8]) -> float:
     """Mean square of the difference between a sample and the average of its four neighbours."""
     if min(pixels.shape[:2]) < 3:
         return math.inf

@@ -10,13 +10,14 @@ import io
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from hpcmref import DEFAULT_MAX_PIXELS, __version__
 from hpcmref.errors import DecodeError, ImageError
 from hpcmref.format import container
 from hpcmref.format.container import Coding, Container, Encoder
-from hpcmref.picture import images
+from hpcmref.picture import images, ranges
 from hpcmref.picture.images import Picture
 from hpcmref.picture.metadata import extras_of
 
@@ -27,7 +28,7 @@ _SIMPLE = 0.25
 """Bits per pixel below which the thorough search is worth its time: it finds a tenth in ordered dither."""
 
 
-def encode(image: Image.Image | np.ndarray) -> bytes:
+def encode(image: Image.Image | NDArray[Any]) -> bytes:
     """The file of an image whose colours, alpha and grey levels decode exactly, invisible colours included.
 
     Raises ImageError for images that are not exactly 8 bits of grey or RGB (16 bits, CMYK, palettes excepted), and as
@@ -64,7 +65,7 @@ def _saved(colours: Image.Image, form: str, options: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def unpack(file: Container) -> np.ndarray:
+def unpack(file: Container) -> NDArray[Any]:
     """The colours (H, W, 3) uint8 of a file without a learned payload. Raises DecodeError if the payload is damaged or
     not of the picture that the header describes; that is known before any pixel is decoded.
     """
@@ -91,7 +92,7 @@ def decode(file: Container, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
     return images.image_of(unpack(file), file.grey, extras_of(file))
 
 
-def verify(data: bytes, image: Image.Image | np.ndarray) -> None:
+def verify(data: bytes, image: Image.Image | NDArray[Any]) -> None:
     """Decode what `encode` returned for an image, and compare all pixels. Raises DecodeError if one differs."""
     compare(data, images.picture_of(image, keep_invisible=True))
 
@@ -105,9 +106,9 @@ def compare(data: bytes, picture: Picture) -> None:
         raise DecodeError("the decoded picture is not the one that was encoded: nothing was returned")
 
 
-def _refuse_inexact(image: Image.Image | np.ndarray) -> None:
+def _refuse_inexact(image: Image.Image | NDArray[Any]) -> None:
     wide = isinstance(image, np.ndarray) and image.dtype not in (np.uint8, bool)
-    if wide or (isinstance(image, Image.Image) and images.is_wide(image)):
+    if wide or (isinstance(image, Image.Image) and ranges.is_wide(image)):
         raise ImageError(
             "more than 8 bits a channel cannot be kept without loss; leave out lossless, or use PNG or TIFF"
         )

@@ -67,8 +67,8 @@ class PreviewReader(SymbolReader):
             lattice = _LATTICES[self.scale]
             self.y_hat, self.known = lattice.up(self.y_hat), lattice.up(self.known)
             self.scale += 1
-        self.y_hat = step.put(self.y_hat, values)
-        self.known = step.put(self.known, torch.ones_like(values))
+        step.put_(self.y_hat, values)
+        step.put_(self.known, torch.ones_like(values))
 
 
 def interpolated(y_hat: Tensor, known: Tensor) -> Tensor:

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from hpcmref import __version__, checkpoints, lossless
 from hpcmref.checkpoints import CheckpointInfo
 from hpcmref.codec import Codec, device_of, fresh
 from hpcmref.errors import HpcmrefError
-from hpcmref.exact import words
+from hpcmref.exact import int16_matmul
 from hpcmref.format import container, rangecoder
 from hpcmref.format.container import Container
 from hpcmref.runtime.torch_names import has_bfloat16_units
@@ -155,11 +156,12 @@ def latents_of(codec: Codec, file: Container, upto: int = 3) -> str:
     return hashlib.sha256(y_hat.numpy().astype("<f4").tobytes()).hexdigest()[:16]
 
 
-def difference(one: Image.Image, other: Image.Image) -> np.ndarray:
+def difference(one: Image.Image, other: Image.Image) -> NDArray[Any]:
     """Absolute differences of two pictures of one size and mode, int16. Raises HpcmrefError if these differ."""
     if (one.size, one.mode) != (other.size, other.mode):
         raise HpcmrefError(f"the picture is {one.size} {one.mode}, and should be {other.size} {other.mode}")
-    return np.abs(np.asarray(one).astype(np.int16) - np.asarray(other).astype(np.int16))
+    found: NDArray[Any] = np.abs(np.asarray(one).astype(np.int16) - np.asarray(other).astype(np.int16))
+    return found
 
 
 def _check(report: Report, case: Case, folder: Path, codecs: list[Codec]) -> None:
@@ -211,6 +213,7 @@ def _code_again(report: Report, case: Case, folder: Path, codecs: list[Codec]) -
 
 def _picture(case: Case, folder: Path) -> Image.Image:
     try:
+        image: Image.Image
         with Image.open(folder / case.picture, formats=["PNG"]) as image:
             image.load()
             return image
@@ -244,7 +247,7 @@ def kernels(device: torch.device) -> dict[str, str]:
         }
     onednn: Any = torch.backends.mkldnn
     present = onednn.is_available() and onednn.enabled
-    units = "int8 units" if words.has_units("cpu") else "float32, without int8 units"
+    units = "int8 units" if int16_matmul.has_units("cpu") else "float32, without int8 units"
     return {
         "device": f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of "
         f"{os.cpu_count()} processors",

@@ -24,7 +24,7 @@ _WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 def lambda_of_ms_ssim(of_mse: float) -> float:
     """The lambda of 1 - MS-SSIM that gives about the rate of this lambda of 255^2 MSE."""
-    return 2.40 * (of_mse / 0.0018) ** LAMBDA_POWER
+    return float(2.40 * (of_mse / 0.0018) ** LAMBDA_POWER)
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from hpcmref import arguments
 from hpcmref.errors import ConfigError, HpcmrefError, ImageError
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from PIL import Image
 
 ImageSource: TypeAlias = (
-    "Image.Image | np.ndarray | torch.Tensor | str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
+    "Image.Image | NDArray[Any] | torch.Tensor | str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
 )
 FileSource: TypeAlias = "bytes | bytearray | memoryview | str | os.PathLike[str] | IO[bytes]"
 _IMAGES = (
@@ -57,7 +57,7 @@ def _image_bytes(source: Any) -> bytes:
         raise ImageError(str(error)) from error
 
 
-def _array_of_tensor(tensor: torch.Tensor) -> np.ndarray:
+def _array_of_tensor(tensor: torch.Tensor) -> NDArray[Any]:
     """(C, H, W) of any device -> (H, W, C)."""
     if tensor.ndim != 3 or not 1 <= tensor.shape[0] <= 4:
         raise ImageError(f"image is a tensor of shape {tuple(tensor.shape)}, and must be one of (1 to 4, H, W)")
@@ -69,7 +69,7 @@ def _array_of_tensor(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).permute(1, 2, 0).numpy()
 
 
-def array_of(image: Image.Image) -> np.ndarray:
+def array_of(image: Image.Image) -> NDArray[Any]:
     """(H, W) or (H, W, 2 to 4) of an image; CMYK becomes RGB."""
     import numpy as np
 

@@ -8,14 +8,16 @@ WebP and PNG hold the mask as a grey picture.
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from hpcmref.picture.metadata import pack_alpha
 
 
-def masks(side: int = 384) -> dict[str, np.ndarray]:
+def masks(side: int = 384) -> dict[str, NDArray[Any]]:
     """Name -> (H, W) uint8."""
     rows, columns = np.mgrid[:side, :side]
     rng = np.random.default_rng(0)

@@ -71,7 +71,7 @@ def _in_a_process(request: dict[str, Any]) -> dict[str, Any]:
     if process.returncode:
         said = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
         raise RuntimeError(f"{request['direction']} of {request['size']} pixels: {said[-1]}")
-    return json.loads(process.stdout)
+    return dict(json.loads(process.stdout))
 
 
 def work() -> None:

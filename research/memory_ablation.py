@@ -37,23 +37,23 @@ from hpcmref.codec import Codec
 from hpcmref.errors import HpcmrefError
 from hpcmref.model import HPCM
 from hpcmref.model.coders import Estimator
-from hpcmref.model.config import MEMORIES, MemoryConfig
+from hpcmref.model.config import MEMORY_BANKS, MemoryConfig
 from hpcmref.model.entropy import bits
 from hpcmref.model.layers import anchor_weights
-from hpcmref.runtime.torch_names import lerp_all
+from hpcmref.runtime.torch_names import lerp_all_
 from hpcmref.training.data import Tiles
 from hpcmref.training.loop import _blocks_in_bfloat16
 from hpcmref.training.start import start_from
-from research.exactness_cost import rate_of
+from research.exactness_cost import bpp_and_psnr
 
-LIGHT, FULL, LINEAR = MEMORIES["light"], MEMORIES["full"], MEMORIES["linear"]
+LIGHT, FULL, LINEAR = MEMORY_BANKS["light"], MEMORY_BANKS["full"], MEMORY_BANKS["linear"]
 
 VARIANTS: dict[str, MemoryConfig | None] = {
     "off": None,
     "light": LIGHT,
     "linear": LINEAR,
-    "cross": MEMORIES["cross"],
-    "global": MEMORIES["global"],
+    "cross": MEMORY_BANKS["cross"],
+    "global": MEMORY_BANKS["global"],
     "full": FULL,
     "light, per position": replace(LIGHT, per_position=True),
     "light, before the prior": replace(LIGHT, before_prior=True),
@@ -213,7 +213,7 @@ def _tuned(
         optimiser.step()
         decay = min(AVERAGE, step / (step + 10))
         with torch.no_grad():
-            lerp_all(averages, list(parameters), 1 - decay)
+            lerp_all_(averages, list(parameters), 1 - decay)
         seconds += time.process_time() - begun
         losses.append(float(loss.detach()))
         if step in last:
@@ -237,6 +237,7 @@ def _loss(model: HPCM, features: Tensor, quality: Tensor) -> Tensor:
     with torch.no_grad():
         y, z = model.latents(features.contiguous(memory_format=torch.channels_last), quality)
     estimator = Estimator(y, z, noise=True)
+    model.entropy.train()
     model.entropy(quality, (z.shape[2], z.shape[3]), estimator)
     rate = bits(estimator.y_likelihoods) / (256 * features.shape[2] * features.shape[3])
     log_lambdas = torch.tensor(model.config.lambdas).log()
@@ -261,14 +262,14 @@ def _judged(model: HPCM, pictures: list[Picture], quality: int, synthesis: bool 
     """Mean bits per pixel and PSNR in dB of pictures at one quality."""
     rates, decibels = [], []
     for picture in pictures:
-        rate = torch.tensor([float(quality)])
-        y, z = model.latents(picture.features, rate)
+        qualities = torch.tensor([float(quality)])
+        y, z = model.latents(picture.features, qualities)
         estimator = Estimator(y, z, noise=False)
-        y_hat = model.entropy(rate, (z.shape[2], z.shape[3]), estimator)
+        y_hat = model.entropy(qualities, (z.shape[2], z.shape[3]), estimator)
         total = bits(estimator.y_likelihoods.double()) + bits(estimator.z_likelihoods.double())
         rates.append(float(total) / picture.x[0, 0].numel())
         if synthesis:
-            error = (model.synthesise(y_hat, rate).clamp(0, 1) - picture.x).square().mean()
+            error = (model.synthesise(y_hat, qualities).clamp(0, 1) - picture.x).square().mean()
             decibels.append(float(-10 * error.log10()))
     return [statistics.fmean(rates), statistics.fmean(decibels) if synthesis else float("nan")]
 
@@ -329,7 +330,7 @@ def _cost(
     best: dict[tuple[bool, str, int], float] = {}
     memory = size = 0
     pixels = sum(image.width * image.height for image in images)
-    estimated = statistics.fmean(rate_of(codec, codec.latents.entropy, image, quality)[0] for image in images)
+    estimated = statistics.fmean(bpp_and_psnr(codec, codec.latents.entropy, image, quality)[0] for image in images)
     for index, image in enumerate(images):
         for _ in range(repeat):
             for is_plain, each in ((False, codec), (True, plain)):

@@ -92,10 +92,10 @@ def _collected(model: HPCM, batches: Iterable[Tensor], quality: int) -> dict[tup
     with torch.inference_mode():
         for features in batches:
             contexts.clear()
-            rate = torch.full((len(features),), float(quality))
-            y, z = model.latents(features.contiguous(memory_format=torch.channels_last), rate)
+            qualities = torch.full((len(features),), float(quality))
+            y, z = model.latents(features.contiguous(memory_format=torch.channels_last), qualities)
             coder = _Residuals(y, z)
-            model.entropy(rate, (z.shape[2], z.shape[3]), coder)
+            model.entropy(qualities, (z.shape[2], z.shape[3]), coder)
             for step in STEPS:
                 planes = _planes(contexts[step], torch.cat(contexts[:step], dim=1), coder.of_step[step])
                 groups = STEPS_S3[step].table(y.shape[2], y.shape[3], y.device)

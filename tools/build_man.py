@@ -93,7 +93,7 @@ def value_of(option: Any) -> str:
     choices = getattr(described, "choices", None)
     if choices:
         return "|".join(str(each.value if isinstance(each, enum.Enum) else each) for each in choices)
-    return max(option.opts, key=len).lstrip("-").rpartition("-")[2].upper()
+    return str(max(option.opts, key=len)).lstrip("-").rpartition("-")[2].upper()
 
 
 def default_of(option: Any) -> str:

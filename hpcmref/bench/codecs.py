@@ -82,21 +82,25 @@ class PillowCodec:
 
     @property
     def name(self) -> str:
+        """The label, and the options that differ from their defaults."""
         changed = {key: int(value) if isinstance(value, bool) else value for key, value in self.changed.items()}
         return " ".join([self.label, *(f"{key}={value}" for key, value in changed.items())])
 
     @property
     def identity(self) -> str:
+        """The library with its version and all save options."""
         settings = {**self.options, **self.changed}
         return f"{self.label} {_library_version(self.form)} {settings}"
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
+        """See Codec."""
         _register(self.form)
         file = io.BytesIO()
         image.save(file, self.form, quality=quality, **{**self.options, **self.changed})
         return file.getvalue()
 
     def decode(self, data: bytes) -> Image.Image:
+        """See Codec."""
         _register(self.form)
         image = Image.open(io.BytesIO(data), formats=[self.form])
         image.load()
@@ -183,10 +187,12 @@ class HpcmrefCodec:
 
     @property
     def name(self) -> str:
+        """The label, and the options that differ from their defaults."""
         return self.label + self._options
 
     @property
     def identity(self) -> str:
+        """The version of hpcmref, the models with their digests, and the options."""
         models = " ".join(_digest(model) for model in self.models)
         return f"hpcmref {__version__} {models}{self._options}"
 
@@ -196,21 +202,25 @@ class HpcmrefCodec:
 
     @property
     def qualities(self) -> range:
+        """Every quality of the model, or the position of every model of one quality."""
         if len(self.models) > 1:
             return range(len(self.models))
         return range(_network(self.models[0], self.device).model.config.qualities)
 
     @property
     def default_qualities(self) -> tuple[int, ...]:
+        """See Codec."""
         every = self.qualities
         return tuple(range(0, 64, 9)) if len(every) == 64 else tuple(every)
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
+        """See Codec."""
         network = _network(self.models[quality if len(self.models) > 1 else 0], self.device)
         own = None if network.model.config.qualities == 1 else quality
         return network.encode(image, own, choose=self.choose, effort=self.effort)
 
     def decode(self, data: bytes) -> Image.Image:
+        """See Codec."""
         from hpcmref.format.container import parse
 
         file = parse(data)

@@ -104,19 +104,19 @@ def plain(
     modules as research code runs them.
     """
     model = copy.deepcopy(model).to(device)
-    model.requires_grad_(False)  # and gradients stay enabled, for without them modules save memory and time
+    model.requires_grad_(False).train()  # in eval mode, modules save memory and time
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(device).permute(2, 0, 1)[None]
     height, width = pixels.shape[2:]
     x = F.pad(pixels.contiguous().float() / 255, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
-    rate = torch.tensor([float(quality or 0)], device=device)
+    qualities = torch.tensor([float(quality or 0)], device=device)
     encode = decode = float("inf")
     for _ in range(repeat + 1):
         begun = now(device.type)
-        y, z = model.latents(model.features(x), rate)
+        y, z = model.latents(model.features(x), qualities)
         shape = (z.shape[2], z.shape[3])
-        model.entropy(rate, shape, Estimator(y, z, noise=False))
+        model.entropy(qualities, shape, Estimator(y, z, noise=False))
         encoded = now(device.type)
-        model.synthesise(model.entropy(rate, shape, Estimator(y, z, noise=False)), rate)
+        model.synthesise(model.entropy(qualities, shape, Estimator(y, z, noise=False)), qualities)
         decode = min(decode, now(device.type) - encoded)
         encode = min(encode, encoded - begun)
     return encode, decode
@@ -203,7 +203,7 @@ class _Counter(TorchDispatchMode):
     """Counts the multiplications and bytes of every operation. Views move nothing."""
 
     def __init__(self, stages: _Stages, rates: Rates) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._stages = stages
         self._rates = rates
 
@@ -250,7 +250,7 @@ def _watched(codec: Codec, stages: _Stages) -> Iterator[None]:
     ]
     functions += [
         (context, "_scale", lambda steps, *rest: f"s{steps[0].scale} {REST}"),
-        *((rangecoder.SymbolEncoder, name, "range coder") for name in ("put", "finish")),
+        *((rangecoder.SymbolEncoder, name, "range coder") for name in ("put", "payload")),
         *((rangecoder.SymbolDecoder, name, "range coder") for name in ("__init__", "get")),
         *((container, name, "file") for name in ("write", "parse")),
         *((images, name, "pixels") for name in ("picture_of", "image_of")),

@@ -108,7 +108,7 @@ def list_presets() -> None:
     import torch
 
     from hpcmref.model import HPCM, PRESETS
-    from hpcmref.model.cost import PARTS, macs_per_pixel
+    from hpcmref.model.macs import PARTS, macs_per_pixel
 
     rows = []
     for name, config in PRESETS.items():

@@ -38,7 +38,7 @@ class Wanted:
         if self.lossless:
             return file.learned is None
         pixels = file.width * file.height
-        fits = len(data) <= self.target.get("size", self.target.get("bpp", float("inf")) * pixels / 8)
+        fits = bool(len(data) <= self.target.get("size", self.target.get("bpp", float("inf")) * pixels / 8))
         if file.learned is None:  # which the encoder chooses for some pictures: as good as any quality, and of no model
             return fits
         fingerprint, usual = self._model

@@ -119,7 +119,7 @@ def _profile(config: TrainingConfig) -> None:
     for each in profile.profile(config):
         step = sum(each.seconds.values())
         print(f"{each.phase.batch} crops of {each.phase.crop} x {each.phase.crop}: {1e3 * step:.1f} ms a step")
-        memory = "" if each.memory is None else f", {each.memory / 1e9:.2f} GB"
+        memory = "" if each.peak_memory is None else f", {each.peak_memory / 1e9:.2f} GB"
         print(f"  {each.images:.1f} images/s, {each.pixels / 1e6:.2f} megapixels/s{memory}")
         print(f"  {each.flops / 1e9:.0f} GFLOP/s, {each.flops / used:.0%} of the peak")
         print("  " + "  ".join(f"{part} {spent / step:.1%}" for part, spent in each.seconds.items()))

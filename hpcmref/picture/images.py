@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from hpcmref.arguments import wrong_type
@@ -154,13 +155,13 @@ class Picture:
     is_filled: colours under alpha 0 were replaced.
     """
 
-    pixels: np.ndarray
+    pixels: NDArray[Any]
     grey: bool
     extras: Extras
     is_filled: bool = False
 
 
-def picture_of(image: Image.Image | np.ndarray, keep_invisible: bool = False) -> Picture:
+def picture_of(image: Image.Image | NDArray[Any], keep_invisible: bool = False) -> Picture:
     """What a file of ours holds of an image, or of an array (see `ranges.image_of_array`). Warns if anything is lost:
     more than 8 bits, colours that are not RGB, damaged or huge metadata.
 
@@ -191,7 +192,7 @@ def picture_of(image: Image.Image | np.ndarray, keep_invisible: bool = False) ->
     return Picture(pixels, grey, replace(metadata, alpha=alpha, mode=mode), is_filled)
 
 
-def pixels_of(image: Image.Image) -> tuple[np.ndarray, bool]:
+def pixels_of(image: Image.Image) -> tuple[NDArray[Any], bool]:
     """The pixels of `picture_of`, and whether they are grey; warns if the image has transparency."""
     picture = picture_of(image)
     if picture.extras.alpha is not None and picture.extras.alpha.min() < 255:
@@ -199,7 +200,7 @@ def pixels_of(image: Image.Image) -> tuple[np.ndarray, bool]:
     return picture.pixels, picture.grey
 
 
-def image_of(pixels: np.ndarray, grey: bool, extras: Extras | None = None) -> Image.Image:
+def image_of(pixels: NDArray[Any], grey: bool, extras: Extras | None = None) -> Image.Image:
     """The image of pixels (H, W, 3) uint8, which for a grey one are averaged, in the mode that `extras` asks for.
 
     Its `info` has the metadata, under Pillow's names where it has some (see `metadata.info_of`).
@@ -421,7 +422,7 @@ def _load(image: Image.Image) -> None:
         raise ImageError(f"the image cannot be decoded: {error}") from error
 
 
-def _is_grey(pixels: np.ndarray) -> bool:
+def _is_grey(pixels: NDArray[Any]) -> bool:
     """The three channels of (H, W, 3) are equal everywhere."""
     return bool((pixels[..., :1] == pixels[..., 1:]).all())
 
@@ -459,7 +460,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _split(image: Image.Image) -> tuple[Image.Image, np.ndarray | None, str | None]:
+def _split(image: Image.Image) -> tuple[Image.Image, NDArray[Any] | None, str | None]:
     """The colours of an image in mode RGB or L, its alpha (H, W), and the mode to restore; warns of what that loses."""
     if is_wide(image):
         _warn("16-bit grey is reduced to 8 bits")
@@ -485,7 +486,7 @@ def _split(image: Image.Image) -> tuple[Image.Image, np.ndarray | None, str | No
     return image.convert("RGB"), None, None
 
 
-def _cmyk(pixels: np.ndarray) -> Image.Image:
+def _cmyk(pixels: NDArray[Any]) -> Image.Image:
     """The inverse of Pillow's CMYK to RGB, which is r = (1 - c) (1 - k), with as much black as there can be."""
     light = pixels.max(axis=2, keepdims=True)
     inks = 255 - (pixels * np.float32(255) / np.maximum(light, 1) + np.float32(0.5)).astype(np.uint8)

@@ -7,10 +7,13 @@ The Lumigraph, 1996). At the border of what is visible the colours are continued
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 
-def filled(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def filled(pixels: NDArray[Any], alpha: NDArray[Any]) -> NDArray[Any]:
     """Pixels (H, W, C) uint8 whose colours where alpha (H, W) is 0 continue the others; those stay exactly as they are.
 
     An image that is invisible everywhere becomes black.
@@ -23,17 +26,17 @@ def filled(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return np.where(visible[..., None], pixels, np.rint(smooth).clip(0, 255).astype(np.uint8))
 
 
-def _continued(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _continued(sums: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
     """Colours (H, W, C) float32 everywhere, of sums of colours (H, W, C) and of weights (H, W, 1) in 0..1."""
     height, width = sums.shape[:2]
-    own = sums / np.maximum(weights, 1e-6)
+    own: NDArray[Any] = sums / np.maximum(weights, 1e-6)
     if weights.all() or height == width == 1:
         return own
     coarse = _continued(*_halved(sums, weights))
     return np.where(weights > 0, own, _doubled(coarse)[:height, :width])
 
 
-def _halved(sums: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _halved(sums: NDArray[Any], weights: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Averages of the visible pixels in squares of 2 x 2, and whether a square has any."""
     height, width = (side + side % 2 for side in sums.shape[:2])
     folded = []
@@ -45,7 +48,7 @@ def _halved(sums: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return total / np.maximum(count, 1e-6), (count > 0).astype(np.float32)
 
 
-def _doubled(coarse: np.ndarray) -> np.ndarray:
+def _doubled(coarse: NDArray[Any]) -> NDArray[Any]:
     """Twice as many rows and columns, interpolated linearly."""
     for axis in (0, 1):
         before, after = _shifted(coarse, axis, -1), _shifted(coarse, axis, 1)
@@ -56,7 +59,7 @@ def _doubled(coarse: np.ndarray) -> np.ndarray:
     return coarse
 
 
-def _shifted(plane: np.ndarray, axis: int, by: int) -> np.ndarray:
+def _shifted(plane: NDArray[Any], axis: int, by: int) -> NDArray[Any]:
     """The neighbour of each value along an axis; at the border itself."""
     index = np.clip(np.arange(plane.shape[axis]) + by, 0, plane.shape[axis] - 1)
     return np.take(plane, index, axis=axis)

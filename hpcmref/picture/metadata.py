@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from hpcmref.errors import FormatError
@@ -45,7 +46,7 @@ class Extras:
     resolution: pixels per inch across and down, or None: it is unknown or as EXIF says.
     """
 
-    alpha: np.ndarray | None = None
+    alpha: NDArray[np.uint8] | None = None
     mode: str | None = None
     icc: bytes | None = None
     exif: bytes | None = None
@@ -133,7 +134,7 @@ def info_of(extras: Extras) -> dict[str, Any]:
     return {name: content for name, content in info.items() if content is not None}
 
 
-def pack_alpha(alpha: np.ndarray) -> bytes:
+def pack_alpha(alpha: NDArray[np.uint8]) -> bytes:
     """(H, W) uint8 -> the content of a chunk."""
     first = int(alpha.flat[0])
     if not (alpha != first).any():
@@ -152,7 +153,7 @@ def pack_alpha(alpha: np.ndarray) -> bytes:
     return packed
 
 
-def unpack_alpha(content: bytes, height: int, width: int) -> np.ndarray:
+def unpack_alpha(content: bytes, height: int, width: int) -> NDArray[np.uint8]:
     """The content of a chunk -> (height, width) uint8. Raises FormatError if it is not that of such a plane."""
     if len(content) == 1:
         return np.full((height, width), content[0], np.uint8)
@@ -173,7 +174,7 @@ def unpack_alpha(content: bytes, height: int, width: int) -> np.ndarray:
     return plane
 
 
-def _unpack_webp(content: bytes, height: int, width: int) -> np.ndarray:
+def _unpack_webp(content: bytes, height: int, width: int) -> NDArray[np.uint8]:
     """The green channel of a WebP file. Raises FormatError unless it is one of this size."""
     try:
         with Image.open(io.BytesIO(content), formats=["WEBP"]) as image:
@@ -184,10 +185,10 @@ def _unpack_webp(content: bytes, height: int, width: int) -> np.ndarray:
     raise FormatError(f"the file is damaged: its alpha is not one of {width} x {height} pixels")
 
 
-def _differences(axes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+def _differences(axes: tuple[int, ...]) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
     """Each value minus the one before it (modulo 256) along each axis; the first stays."""
 
-    def forward(plane: np.ndarray) -> np.ndarray:
+    def forward(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
         for axis in axes:
             plane = np.diff(plane, axis=axis, prepend=np.uint8(0))
         return plane

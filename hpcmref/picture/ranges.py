@@ -15,6 +15,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from hpcmref.errors import ImageError
@@ -55,7 +56,7 @@ def normalised(image: Image.Image) -> Image.Image:
     return result
 
 
-def image_of_array(array: np.ndarray) -> Image.Image:
+def image_of_array(array: NDArray[Any]) -> Image.Image:
     """The image of an array (H, W) or (H, W, 1 to 4): bool, uint8, uint16, or floating-point numbers from 0 to 1.
 
     The channels are grey, grey and alpha, RGB, or RGB and alpha. More than one channel of 16 bits is rounded to 8 bits,
@@ -79,7 +80,7 @@ def image_of_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _range(image: Image.Image, tags: Any, values: np.ndarray) -> tuple[float, float]:
+def _range(image: Image.Image, tags: Any, values: NDArray[Any]) -> tuple[float, float]:
     """The numbers that are black and white."""
     low, high = _first(tags.get(_LOWEST)), _first(tags.get(_HIGHEST))
     if low is not None and high is not None and low < high and low <= values.min() and values.max() <= high:

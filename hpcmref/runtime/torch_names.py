@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def has_byte_units() -> bool:
+def has_int8_units() -> bool:
     """Whether torch reports that this CPU has int8 instructions (VNNI), and can use them.
 
     Uses torch.cpu._is_vnni_supported and torch._int_mm; False where either is missing.
@@ -37,7 +37,7 @@ def int_mm(x: Tensor, weight: Tensor) -> Tensor:
     return multiply(x, weight) if multiply is not None else x.to(torch.int32) @ weight.to(torch.int32)
 
 
-def lerp_all(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
+def lerp_all_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
     """Move each target in place by `weight` of its way to its source.
 
     Uses torch._foreach_lerp_; without it one tensor after the other.
