@@ -29,6 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "platforms.md"
+FIRST = "first"
+"""The folder with the files of the corner that all others are compared with."""
 MOST_BYTES = 20_000_000
 """Of the wheel."""
 
@@ -139,37 +141,41 @@ def check(python: Path, work: Path, name: str, others: Sequence[str], variant: V
 
 
 def run(corners: Sequence[Corner], pictures: Path | None, interpreters: dict[str, str]) -> tuple[list[dict], bool]:
-    """All rows of the table, and whether everything went well. All are compared with the first corner."""
+    """All rows of the table, and whether everything went well. All are compared with the first that works."""
     rows: list[dict[str, Any]] = []
+    first: dict[str, Any] | None = None
+    reader: Path | None = None  # the Python of that row, whose environment stays until the end
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         wheel = build(work)
         _prepare(work, pictures)
-        first: Path | None = None
         for number, corner in enumerate(corners):
             folder = work / f"environment-{number}"
             try:
                 python, megabytes = install(corner, _interpreter(corner.python, interpreters), wheel, folder)
-                for variant in (None, *corner.variants):
-                    row = {"name": variant.name if variant else corner.name}
-                    try:
-                        name = f"{number}-{len(rows)}" if rows else "first"
-                        row |= check(python, work, name, ["first"] if rows else [], variant)
-                        row["seen"] = megabytes if variant is None else {}
-                    except CornerError as error:
-                        row["error"] = str(error)
-                    rows.append(row)
-                    print(_line(row, rows[0]), flush=True)
-                first = first or python
             except CornerError as error:
-                rows.append({"name": corner.name, "error": str(error)})
-                print(_line(rows[-1], rows[0]), flush=True)
-            if number:
+                python, failure = None, str(error)
+            for variant in (None, *corner.variants):
+                row: dict[str, Any] = {"name": variant.name if variant else corner.name}
+                try:
+                    if python is None:
+                        raise CornerError(failure)
+                    name = f"{number}-{len(rows)}" if first else FIRST
+                    row |= check(python, work, name, [FIRST] if first else [], variant)
+                    row["seen"] = megabytes if variant is None else {}
+                    if first is None:
+                        first, reader = row, python
+                except CornerError as error:
+                    row["error"] = str(error)
+                rows.append(row)
+                print(_line(row, first), flush=True)
+            if python != reader or python is None:
                 shutil.rmtree(folder, ignore_errors=True)
-        if first is not None and len(rows) > 1:
-            count = check(first, work, "first", sorted(path.name for path in (work / "files").iterdir()))["decoded"]
-            print(f"{rows[0]['name']} decodes all {count} files of all corners")
-    return rows, all("error" not in row and row["entropy"] == rows[0]["entropy"] for row in rows)
+        if first is None or reader is None:
+            return rows, False
+        count = check(reader, work, FIRST, sorted(path.name for path in (work / "files").iterdir()))["decoded"]
+        print(f"{first['name']} decodes all {count} files of all corners")
+    return rows, all("error" not in row and row["entropy"] == first["entropy"] for row in rows)
 
 
 def _prepare(work: Path, pictures: Path | None) -> None:
@@ -183,14 +189,20 @@ def _prepare(work: Path, pictures: Path | None) -> None:
         shutil.copy(picture, work / "pictures")
 
 
-def _line(row: dict[str, Any], first: dict[str, Any]) -> str:
+def _line(row: dict[str, Any], first: dict[str, Any] | None) -> str:
     """The row of a corner in the table."""
-    if "error" in row:
+    if first is None or "error" in row:
         return f"| {row['name']} | failed: {row['error']} |"
     same = sum(row["files"].get(name) == crc for name, crc in first["files"].items())
     cells = [row["name"], row["python"], row["torch"], row["numpy"], row["pillow"], row["coder"]]
-    cells += [f"{row['golden']} of {row['golden']}", row["entropy"], f"{same} of {len(first['files'])}"]
+    cells += [_selftest(row["selftest"]), f"{row['golden']} of {row['golden']}", row["entropy"]]
+    cells.append(f"{same} of {len(first['files'])}")
     return f"| {' | '.join([*cells, datetime.date.today().isoformat()])} |"
+
+
+def _selftest(report: dict[str, Any]) -> str:
+    """How many files `hpcmref selftest` decoded, and how many pictures it coded again."""
+    return f"{report['decoded'][0]} and {report['coded'][0]}"
 
 
 def _sizes(row: dict[str, Any]) -> str:
@@ -205,9 +217,10 @@ def _sizes(row: dict[str, Any]) -> str:
 
 def write_table(rows: Sequence[dict[str, Any]]) -> None:
     """Replace the rows of these corners in docs/platforms.md, or add them."""
-    text = TABLE.read_text()
+    text = TABLE.read_text(encoding="utf-8")
+    first = next((row for row in rows if "error" not in row), None)
     for marker, lines in (
-        ("corners", [_line(row, rows[0]) for row in rows]),
+        ("corners", [_line(row, first) for row in rows]),
         ("sizes", [_sizes(row) for row in rows if row.get("seen")]),
     ):
         start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
@@ -215,7 +228,7 @@ def write_table(rows: Sequence[dict[str, Any]]) -> None:
         before, _, tail = rest.partition(end)
         table = {line.split("|")[1]: line for line in (*before.splitlines(), *lines)}
         text = "".join([head, start, *(f"{line}\n" for line in table.values()), end, tail])
-    TABLE.write_text(text)
+    TABLE.write_text(text, encoding="utf-8")
 
 
 def _interpreter(version: str, known: dict[str, str]) -> str:
