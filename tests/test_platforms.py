@@ -136,7 +136,17 @@ def test_every_library_has_both_functions(name: str) -> None:
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """These modules find themselves on Windows; the others, and other packages, go on as here."""
-    faked = SimpleNamespace(**{**vars(sys), "platform": "win32"})
+    find_on("win32", monkeypatch)
+
+
+@pytest.fixture
+def linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on Linux, wherever the test runs."""
+    find_on("linux", monkeypatch)
+
+
+def find_on(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    faked = SimpleNamespace(**{**vars(sys), "platform": system})
     for module in (files, external, workers):
         monkeypatch.setattr(module, "sys", faked)
 
@@ -144,9 +154,14 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
 # Names that differ in case only. A hard link is what such a file system shows: one file under both names.
 
 
+def name_again(path: Path, other: Path) -> None:
+    if not other.exists():  # as it does where such a file system is at hand
+        os.link(path, other)
+
+
 def test_one_file_in_other_letters_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"a")
-    os.link(tmp_path / "a.png", tmp_path / "A.PNG")
+    name_again(tmp_path / "a.png", tmp_path / "A.PNG")
     (tmp_path / "B.png").write_bytes(b"b")
     names = [str(tmp_path / name) for name in ("a.png", "A.PNG", "B.png", "a.png")]
     found = folders.find(names, (".png",)).sources
@@ -156,6 +171,8 @@ def test_one_file_in_other_letters_is_read_once(tmp_path: Path) -> None:
 def test_two_files_whose_names_differ_in_case_only_never_share_an_output(tmp_path: Path) -> None:
     for name in ("A.jpg", "a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(name.encode())
+    if len(list(tmp_path.iterdir())) < 3:
+        pytest.skip("this file system does not tell names apart that differ in case only")
     planned = plan([str(tmp_path)], str(tmp_path / "out"), (".jpg",), ".hpcm")
     assert [job.target_name for job in planned.jobs] == [str(tmp_path / "out" / name) for name in ("A.hpcm", "b.hpcm")]
     assert [str(each) for each in planned.problems] == [
@@ -165,7 +182,7 @@ def test_two_files_whose_names_differ_in_case_only_never_share_an_output(tmp_pat
 
 def test_an_output_that_is_the_input_in_other_letters_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"a")
-    os.link(tmp_path / "a.png", tmp_path / "A.png")
+    name_again(tmp_path / "a.png", tmp_path / "A.png")
     refused = [f"{tmp_path / 'A.png'} is an input; name another output with -o"]
     planned = plan([str(tmp_path / "a.png")], str(tmp_path / "A.png"), (".png",), ".png")
     assert [str(each) for each in planned.problems] == refused
@@ -261,6 +278,7 @@ def test_an_invalid_argument_elsewhere_stays_an_error_on_windows(
     assert "Invalid argument" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("linux")
 def test_an_invalid_argument_is_no_closed_pipe_elsewhere() -> None:
     assert not files.is_closed_pipe(OSError(errno.EINVAL, "Invalid argument"))
     assert files.is_closed_pipe(BrokenPipeError(errno.EPIPE, "Broken pipe"))
@@ -286,6 +304,7 @@ def test_a_temporary_name_makes_no_path_too_long_on_windows(path: str, expected:
     assert str(files._without_limit(Path(path))) == expected
 
 
+@pytest.mark.usefixtures("linux")
 def test_long_paths_stay_as_they_are_elsewhere() -> None:
     path = Path("/", *("folder" for _ in range(40)), "a.hpcm")
     assert files._without_limit(path) == path

@@ -13,6 +13,7 @@ which decodes those of all others. Exit code 1 if anything fails or differs.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -21,9 +22,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,16 @@ MOST_BYTES = 20_000_000
 """Of the wheel."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Variant:
     """Another process in the same environment."""
 
     name: str
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
     read_only: bool = False
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Corner:
     """A fresh environment: a Python, pins of packages, and processes to run in it besides the plain one."""
 
@@ -150,6 +151,7 @@ def run(corners: Sequence[Corner], pictures: Path | None, interpreters: dict[str
         wheel = build(work)
         _prepare(work, pictures)
         for number, corner in enumerate(corners):
+            begun = time.monotonic()
             folder = work / f"environment-{number}"
             try:
                 python, megabytes = install(corner, _interpreter(corner.python, interpreters), wheel, folder)
@@ -168,7 +170,8 @@ def run(corners: Sequence[Corner], pictures: Path | None, interpreters: dict[str
                 except CornerError as error:
                     row["error"] = str(error)
                 rows.append(row)
-                print(_line(row, first), flush=True)
+                print(f"{_line(row, first)} {time.monotonic() - begun:.0f} s", flush=True)
+                begun = time.monotonic()
             if python != reader or python is None:
                 shutil.rmtree(folder, ignore_errors=True)
         if first is None or reader is None:
@@ -281,6 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corners", nargs="*", help="all by default; the first is the one to compare with")
     parser.add_argument("--list", action="store_true", help="print the names of the corners")
+    parser.add_argument("--plain", action="store_true", help="one process in each corner, without the variants")
     parser.add_argument("--pictures", type=Path, help="a folder of PNG files, of which 4 are taken")
     parser.add_argument("--python", action="append", default=[], metavar="VERSION=PATH")
     parser.add_argument("--table", action="store_true", help="write the rows into docs/platforms.md")
@@ -293,6 +297,8 @@ def main() -> None:
     if unknown:
         parser.error(f"no such corner: {', '.join(sorted(unknown))}")
     chosen = [known[name] for name in arguments.corners] or list(CORNERS)
+    if arguments.plain:
+        chosen = [dataclasses.replace(corner, variants=()) for corner in chosen]
     interpreters = dict(each.split("=", 1) for each in arguments.python)
     rows, passed = run(chosen, arguments.pictures, interpreters)
     if arguments.table:
