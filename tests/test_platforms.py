@@ -20,14 +20,16 @@ from typing import Any
 import pytest
 import torch
 import typer
+from models import TINY, model_of
 
 import hpcmref
+from hpcmref import checkpoints, models
 from hpcmref.bench import external
 from hpcmref.cli import folders
 from hpcmref.cli.failures import GuardedGroup, tell
 from hpcmref.cli.jobs import Job, plan
 from hpcmref.codec import device_of
-from hpcmref.errors import ConfigError, HpcmrefError
+from hpcmref.errors import CheckpointError, ConfigError, HpcmrefError
 from hpcmref.format import rans_builtin
 from hpcmref.runtime import files, heap, workers
 
@@ -416,3 +418,20 @@ def test_the_package_has_only_names_that_windows_and_macos_allow() -> None:
     assert {part for part in parts if part.split(".")[0].lower() in RESERVED} == set()
     assert {part for part in parts if set(part) & set('<>:"\\|?*') or part[-1] in ". " or not part.isascii()} == set()
     assert max(map(len, names)) < 60  # below the folder of an environment there is room for as much
+
+
+@pytest.mark.parametrize("name", ["con", "NUL", "aux.v2", "Com1"])
+def test_a_model_never_has_the_name_of_a_device(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="on Windows it is the name of a device"):
+        models.add(tmp_path / "a.safetensors", name)
+
+
+def test_two_models_never_have_names_that_differ_in_case_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPCMREF_MODELS", str(tmp_path / "models"))
+    for seed, name in enumerate(("one", "other")):
+        checkpoints.save(model_of(TINY, seed=seed), tmp_path / f"{name}.safetensors", name, {})
+    models.add(tmp_path / "one.safetensors", "mine")
+    for force in (False, True):
+        with pytest.raises(CheckpointError, match=r"There is a model mine already .* choose another with --name"):
+            models.add(tmp_path / "other.safetensors", "Mine", force)
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["mine.safetensors"]
