@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import zipfile
@@ -58,6 +59,29 @@ def test_the_requirements_of_a_wheel_are_those_of_no_extra(matrix: ModuleType, t
         said = "Name: x\nRequires-Dist: torch>=2.6\nRequires-Dist: ray; extra == 'ray'\n"
         archive.writestr("x-1.dist-info/METADATA", said)
     assert matrix._requirements(wheel) == ["torch>=2.6"]
+
+
+@pytest.mark.parametrize(
+    ("files", "wrong"),
+    [
+        (
+            {"hpcmref/a.py": 9, "hpcmref-0.2.0.dist-info/METADATA": 9, "hpcmref-0.2.0.data/data/share/man/man1/a.1": 9},
+            None,
+        ),
+        ({"hpcmref/a.py": 9, "tests/test_a.py": 9}, "the wheel holds .*tests/test_a.py"),
+        ({"hpcmref/weights": 2000}, "are allowed"),
+    ],
+    ids=["good", "with tests", "too large"],
+)
+def test_a_wheel_holds_the_package_alone_and_is_small(
+    matrix: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, int], wrong: str | None
+) -> None:
+    monkeypatch.setattr(matrix, "MOST_BYTES", 1500)
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
+        for name, size in files.items():
+            archive.writestr(name, bytes(size))
+    with pytest.raises(matrix.CornerError, match=wrong) if wrong else contextlib.nullcontext():
+        matrix.look_at(tmp_path / "x.whl")
 
 
 def test_a_command_that_fails_is_told(matrix: ModuleType) -> None:

@@ -170,6 +170,13 @@ def test_one_file_in_other_letters_is_read_once(tmp_path: Path) -> None:
     assert [source.path for source in found] == [tmp_path / "a.png", tmp_path / "B.png"]
 
 
+def test_accents_in_two_forms_of_unicode_are_one_name(tmp_path: Path) -> None:
+    composed, parts = tmp_path / "\u00e9.png", tmp_path / "e\u0301.png"  # as most systems write it, and macOS
+    composed.write_bytes(b"a")
+    name_again(composed, parts)
+    assert len(folders.find([str(composed), str(parts)], (".png",)).sources) == 1
+
+
 def test_two_files_whose_names_differ_in_case_only_never_share_an_output(tmp_path: Path) -> None:
     for name in ("A.jpg", "a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(name.encode())

@@ -97,13 +97,20 @@ def build(folder: Path) -> Path:
     _run([python, "-m", "build", "--outdir", folder / "dist", ROOT])
     (wheel,) = (folder / "dist").glob("*.whl")
     _run([python, "-m", "twine", "check", "--strict", *(folder / "dist").iterdir()])
+    look_at(wheel)
+    return wheel
+
+
+def look_at(wheel: Path) -> None:
+    """Print the size of the wheel. Raises CornerError if it is too large or holds anything but the package."""
     with zipfile.ZipFile(wheel) as archive:
         strangers = {name for name in archive.namelist() if not re.match(r"hpcmref(-[\d.]+\.(dist-info|data))?/", name)}
     if strangers:
         raise CornerError(f"the wheel holds {sorted(strangers)}")
     size = wheel.stat().st_size
-    print(f"{wheel.name}: {size / 1e6:.1f} MB{'' if size <= MOST_BYTES else ', MORE THAN ALLOWED'}")
-    return wheel
+    print(f"{wheel.name}: {size / 1e6:.1f} MB")
+    if size > MOST_BYTES:
+        raise CornerError(f"the wheel has {size} bytes, and {MOST_BYTES} are allowed")
 
 
 def install(corner: Corner, interpreter: str, wheel: Path, folder: Path) -> tuple[Path, dict[str, float]]:
