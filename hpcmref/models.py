@@ -14,6 +14,8 @@ from hpcmref.runtime.folders import model_files, models_folder
 
 # No separators of lists (bench --models) and folders.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+"""Names of devices on Windows, with any suffix. They are refused everywhere, as a folder of models may be copied."""
 
 
 def add(source: str | os.PathLike[str], name: str | None = None, force: bool = False) -> CheckpointInfo:
@@ -27,14 +29,17 @@ def add(source: str | os.PathLike[str], name: str | None = None, force: bool = F
     name = source.name.removesuffix(".safetensors") if name is None else name
     if not _NAME.fullmatch(name):
         raise CheckpointError(f"{name!r} cannot be the name of a model: letters, digits, dots, - and _ can.")
+    if _DEVICE.fullmatch(name):
+        raise CheckpointError(f"{name!r} cannot be the name of a model: on Windows it is the name of a device.")
     checkpoints.verify(source)
     found = checkpoints.info(source)
     target = models_folder() / f"{name}.safetensors"
     for other in checkpoints.available():
         is_replaced = force and other.path == target
-        if other.name == name and not is_replaced:
-            way = "choose another with --name" if is_shipped(other) else "--force replaces it, --name gives another"
-            raise CheckpointError(f"There is a model {name} already ({other.path}): {way}.")
+        if other.name.casefold() == name.casefold() and not is_replaced:
+            fixed = is_shipped(other) or other.name != name
+            way = "choose another with --name" if fixed else "--force replaces it, --name gives another"
+            raise CheckpointError(f"There is a model {other.name} already ({other.path}): {way}.")
         if other.fingerprint == found.fingerprint and not is_replaced:
             raise CheckpointError(f"{source} has the fingerprint {found.fingerprint.hex()} of the model {other.name}.")
     if target.exists() and not force:

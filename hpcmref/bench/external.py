@@ -26,6 +26,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class ExternalCodec:
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
         """The bytes of {out}. Raises HpcmrefError for a command that fails, takes too long or leaves no file."""
-        with tidying(), tempfile.TemporaryDirectory(prefix="hpcmref-") as temporary:
+        with tidying(), _temporary_folder() as temporary:
             paths = self._paths(Path(temporary))
             image.save(paths["in"], "PNG", compress_level=1)
             self._run(self.encoding, {**paths, "q": str(quality)})
@@ -86,7 +87,7 @@ class ExternalCodec:
 
     def decode(self, data: bytes) -> Image.Image:
         """The image in {png}. Raises as `encode`, and ImageError if that is no image."""
-        with tidying(), tempfile.TemporaryDirectory(prefix="hpcmref-") as temporary:
+        with tidying(), _temporary_folder() as temporary:
             paths = self._paths(Path(temporary))
             Path(paths["out"] + self.suffix).write_bytes(data)
             self._run(self.decoding, paths)
@@ -164,6 +165,8 @@ def _split(template: str, where: str) -> tuple[list[Command], list[Command]]:
     """The commands before the bar, and those after it, none if there is no bar."""
     lexer: Any = shlex.shlex(template, posix=True, punctuation_chars="|&;<>")
     lexer.whitespace_split = True
+    if sys.platform == "win32":
+        lexer.escape = ""  # the backslash parts folders there
     lexer.commenters = ""
     try:
         words = list(lexer)
@@ -200,6 +203,11 @@ def _digest(program: str) -> str:
         return hashlib.sha256(Path(program).read_bytes()).hexdigest()[:12]
     except OSError as error:
         raise ConfigError(f"{program}: {error.strerror}") from error
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that is removed afterwards; on Windows, but for the files that a program left running has open."""
+    return tempfile.TemporaryDirectory(prefix="hpcmref-", ignore_cleanup_errors=True)
 
 
 def _run_to_its_end(arguments: Sequence[str], seconds: float, folder: str) -> None:

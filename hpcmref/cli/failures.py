@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from typer.core import TyperGroup
 
 from hpcmref.errors import ConfigError, HpcmrefError, near
+from hpcmref.runtime.files import is_closed_pipe
 from hpcmref.runtime.signals import Stopped, stoppable
 
 OUT_OF_MEMORY = "not enough memory; try a smaller image"
@@ -70,7 +71,9 @@ def tell(line: str, stream: TextIO | None) -> None:
         return
     try:
         print(line, file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if not is_closed_pipe(error):
+            raise
         _silence(stream)
 
 
@@ -116,17 +119,23 @@ class GuardedGroup(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Stopped(signal.SIGINT) from None
-        except BrokenPipeError:
-            _flush()
+        except OSError as error:
+            # What is left of the text tells whether EINVAL of Windows was about stdout.
+            if not is_closed_pipe(error) or (_flush() and not isinstance(error, BrokenPipeError)):
+                raise
 
 
-def _flush() -> None:
-    """Write out what is left of the text on stdout, unless nobody reads it."""
+def _flush() -> bool:
+    """Write out what is left of the text on stdout; returns whether that worked, or False if nobody reads it."""
     if sys.stdout is not None:
         try:
             sys.stdout.flush()
-        except BrokenPipeError:
+        except OSError as error:
+            if not is_closed_pipe(error):
+                raise
             _silence(sys.stdout)
+            return False
+    return True
 
 
 def _drop_stdout() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from hpcmref.errors import HpcmrefError
 
 STREAM = "-"
+_JUNCTION = 0xA0000003  # Windows, IO_REPARSE_TAG_MOUNT_POINT
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def find(
     without: a folder that is not entered, where it is met: the one that is written to.
     """
     found = Found()
-    seen: set[str] = set()
+    seen: dict[str, list[str]] = defaultdict(list)
     output = os.path.realpath(without) if without is not None else None
     for argument in arguments:
         if argument == STREAM:
@@ -79,8 +80,11 @@ def find(
             if not named:
                 found.problems.append(HpcmrefError(f"{argument}: no files here end with {', '.join(sorted(suffixes))}"))
         for source in named:
-            if (absolute := os.path.abspath(str(source.path))) not in seen:
-                seen.add(absolute)
+            assert source.path is not None
+            absolute = os.path.abspath(source.path)
+            others = seen[_folded(absolute)]
+            if not any(_is_same(absolute, other) for other in others):
+                others.append(absolute)
                 found.sources.append(source)
     return found
 
@@ -103,11 +107,11 @@ def _walk(
             if entry.name.startswith("."):
                 found.skipped[HIDDEN] += 1
             elif entry.is_dir():
-                if entry.is_symlink():
+                if is_link(entry):
                     found.skipped[LINKS] += 1
                 elif not recursive:
                     found.skipped[FOLDERS] += 1
-                elif os.path.realpath(entry.path) != without:
+                elif without is None or not is_same_file(Path(entry.path), Path(without)):
                     below.append(folder / entry.name)
             elif not entry.is_file():
                 found.skipped[SPECIAL] += 1
@@ -171,18 +175,42 @@ def _owner(claimants: Sequence[Source], short: Path) -> Source:
 
 
 def _without_collisions(named: dict[Source, Path | HpcmrefError]) -> dict[Source, Path | HpcmrefError]:
-    inputs = {os.path.realpath(source.path) for source in named if source.path is not None}
+    inputs: dict[str, list[Path]] = defaultdict(list)
+    for path in (source.path for source in named if source.path is not None):
+        inputs[_folded(os.path.realpath(path))].append(path)
     writers: dict[str, Source] = {}
     for source, target in named.items():
         if isinstance(target, HpcmrefError):
             continue
-        if os.path.realpath(target) in inputs:
+        if any(is_same_file(target, path) for path in inputs[_folded(os.path.realpath(target))]):
             named[source] = HpcmrefError(f"{target} is an input; name another output with -o")
             continue
         other = writers.setdefault(_folded(str(target)), source)
         if other is not source:
             named[source] = HpcmrefError(f"{other.path} and {source.path} would both be written to {target}")
     return named
+
+
+def is_same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder, be it in other letters where the file system sees no difference.
+
+    Hard links with different names count as several files: to replace one leaves the others as they are.
+    """
+    return _is_same(os.path.realpath(one), os.path.realpath(other))
+
+
+def _is_same(one: str, other: str) -> bool:
+    try:
+        return one == other or (_folded(one) == _folded(other) and os.path.samefile(one, other))
+    except OSError:
+        return False
+
+
+def is_link(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a symbolic link, or a junction of Windows, which may lead back to its folder."""
+    if entry.is_symlink():
+        return True
+    return getattr(entry.stat(follow_symlinks=False), "st_reparse_tag", 0) == _JUNCTION
 
 
 def _folded(name: str) -> str:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import typer
 
-from hpcmref.cli.folders import STREAM, find, name_outputs
+from hpcmref.cli.folders import STREAM, find, is_same_file, name_outputs
 from hpcmref.errors import ConfigError, HpcmrefError
-from hpcmref.runtime.files import atomic_write, descriptor_of, is_special
+from hpcmref.runtime.files import atomic_write, descriptor_of, is_closed_pipe, is_special
 
 ENCODED_SUFFIX = ".hpcm"  # of files that are written
 ENCODED_SUFFIXES = (ENCODED_SUFFIX, ".bin")  # of files that a folder is searched for
@@ -72,7 +72,10 @@ class Job:
             try:
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
-            except BrokenPipeError:  # of text it would be no error, but here data is lost
+            except OSError as error:
+                if not is_closed_pipe(error):
+                    raise
+                # Of text it would be no error, but here data is lost.
                 raise HpcmrefError("standard output was closed before everything was written") from None
         else:
             keep = preserve and self.source is not None and not is_special(self.source)
@@ -197,7 +200,7 @@ def plan(
     else:
         assert source is not None
         target = source.parent / (source.stem + new_suffix)
-    if source is not None and not is_special(target) and target.resolve() == source.resolve():
+    if source is not None and not is_special(target) and is_same_file(target, source):
         return Plan([], [HpcmrefError(f"{target} is an input; name another output with -o")])
     return Plan([Job(source, target)])
 

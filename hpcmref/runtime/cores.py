@@ -37,7 +37,7 @@ def keep_to_limits() -> None:
 def _quota(root: Path, membership: Path) -> float:
     """The least number of cores that a cgroup of this process, or one above it, may use; infinite without a limit."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
         return math.inf
     least = math.inf

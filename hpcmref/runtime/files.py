@@ -12,12 +12,18 @@ import os
 import re
 import secrets
 import stat
+import sys
+import time
 from pathlib import Path
 
 from hpcmref.errors import HpcmrefError
 
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 _MAX_LINKS = 40  # as the kernel follows
+_LONGEST = 259
+"""Characters of a path on Windows that does not begin with \\\\?\\."""
+_PAUSES = (0.05, 0.1, 0.2, 0.4)
+"""Seconds between attempts to rename a file on Windows."""
 
 
 def atomic_write(path: Path, data: bytes, modified: int | None = None) -> None:
@@ -40,7 +46,7 @@ def atomic_write(path: Path, data: bytes, modified: int | None = None) -> None:
         if is_special(target):
             target.write_bytes(data)
         else:
-            _replace(target, data, modified)
+            _replace(_without_limit(target), data, modified)
     except OSError as error:
         raise HpcmrefError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -74,6 +80,15 @@ def is_special(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
+def is_closed_pipe(error: OSError) -> bool:
+    """Whether a write failed because nobody reads the pipe any more: EPIPE, or on Windows EINVAL.
+
+    EINVAL with the name of a file is another error: the name is one that Windows does not allow.
+    """
+    invalid = sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None
+    return invalid or isinstance(error, BrokenPipeError)
+
+
 def _replace(target: Path, data: bytes, modified: int | None) -> None:
     """Write a regular file next to `target`, and give it that name."""
     if target.is_dir():
@@ -91,12 +106,35 @@ def _replace(target: Path, data: bytes, modified: int | None) -> None:
             os.fsync(file.fileno())
         if modified is not None:
             os.utime(temporary, ns=(modified, modified))
-        os.replace(temporary, target)
+        _rename(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
+            os.chmod(temporary, 0o600)  # Windows removes no file that is read-only, as the old one may have been
             temporary.unlink()
         raise
     _flush_folder(target.parent)
+
+
+def _rename(path: Path, target: Path) -> None:
+    """As os.replace. Windows refuses while a virus scanner or an indexer has one of both open: it is asked again."""
+    for pause in _PAUSES if sys.platform == "win32" else ():
+        try:
+            os.replace(path, target)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(path, target)
+
+
+def _without_limit(target: Path) -> Path:
+    """On Windows, an absolute path in the form that may have more than 260 characters, if it or the longer name of the
+    temporary file comes near that; elsewhere the same path.
+    """
+    text = str(target)
+    longest = len(text) + len(".hpcmref-0123456789abcdef.tmp")
+    if sys.platform != "win32" or longest <= _LONGEST or text.startswith("\\\\?\\"):
+        return target
+    return Path("\\\\?\\UNC" + text[1:] if text.startswith("\\\\") else "\\\\?\\" + text)
 
 
 def _take_over(path: Path, old: os.stat_result) -> None:

@@ -27,12 +27,13 @@ class Stopped(BaseException):
         return f"{how} {self.progress}".rstrip()
 
 
-ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# SIGBREAK: Ctrl-Break of Windows, and a console window that is closed.
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise Stopped in the main thread for SIGINT, SIGTERM and SIGHUP; more of them are ignored until the end.
+    """Raise Stopped in the main thread for the signals in ENDING; more of them are ignored until the end.
 
     Signals that the program was started to ignore (`nohup`, background jobs) stay ignored. Does nothing in a thread.
     """

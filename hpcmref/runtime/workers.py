@@ -36,6 +36,9 @@ R = TypeVar("R")
 _PATIENCE = 1.0
 """Seconds that a worker has to end by itself before it is killed."""
 
+_MOST_ON_WINDOWS = 61
+"""Processes that can be waited for at once there, as in concurrent.futures."""
+
 _PR_SET_PDEATHSIG = 1  # Linux, prctl.h
 
 
@@ -57,7 +60,7 @@ class Workers(Generic[T, R]):
     def __init__(self, work: Callable[[T], R], count: int, threads: int | None = None) -> None:
         """threads: that each computes with; None gives each its share of the cores."""
         self._work = work
-        self._count = count
+        self._count = count = min(count, _MOST_ON_WINDOWS) if sys.platform == "win32" else count
         self._threads = threads or max(1, available_cores() // count)
         self._workers: list[_Worker] = []
         self._started = False
