@@ -77,7 +77,7 @@ def drawing() -> str:
 
 def with_drawing(text: str) -> str:
     """The document with the present drawing in the place of its own."""
-    return re.sub(r"```mermaid\n.*?\n```", lambda _: drawing(), text, flags=re.DOTALL)
+    return re.sub(r"```mermaid\n.*?```", lambda _: drawing(), text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
