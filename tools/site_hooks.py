@@ -12,8 +12,8 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-PAGES = ("*.md", "docs/**/*.md", "results/*.md", "research/*.md", "examples/*.md", "contrib/*.md", "tests/data/*.md")
-ATTACHED = ("LICENSE", "docs/images/*", "docs/*.css", "results/*", "examples/*.py", "research/*.py", "contrib/*")
+PAGES = ("*.md", "docs/**/*.md", "results/*.md", "research/*.md", "examples/*.md", "tests/data/*.md")
+ATTACHED = ("LICENSE", "docs/images/*", "docs/*.css", "results/*", "examples/*.py", "research/*.py")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
