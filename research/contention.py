@@ -1,9 +1,9 @@
 """How much slower is hpcmref beside another busy process? `python -m research.contention IMAGE...` prints ratios.
 
-Every command runs alone and beside a process that computes without a pause, once with OpenMP's own way of waiting
-("spin"), once with that of the command line ("sleep", `hpcmref.runtime.waiting`), and with those of --also. All kinds
-take turns, so that a change of the machine's speed meets all alike; of each the median is taken. Seconds are of whole
-processes. The machine should have nothing else to do; on more cores than --cores, all processes are held to that many.
+Every command runs alone and beside a process that computes all the time. Both are measured with OpenMP's own way of
+waiting ("spin"), with that of the command line ("sleep", `hpcmref.runtime.waiting`), and with those of --also. All
+variants take turns, so that a change of the machine's speed affects them equally, and the median of each is used.
+Seconds are those of whole processes. The machine should be idle otherwise. All processes are limited to --cores cores.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ import typer
 from hpcmref.runtime.waiting import SETTINGS, SLEEP
 
 SPIN = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}
-"""The defaults of GNU's and Intel's OpenMP, said aloud so that `hpcmref` keeps to them."""
+"""The defaults of GNU's and Intel's OpenMP. They are set explicitly, so that `hpcmref` does not change them."""
 
 LIMIT_ALONE, LIMIT_BESIDE = 1.03, 2.2
-"""What is aimed at: seconds alone against those with spinning, and beside one busy process against alone."""
+"""The goals: the ratio of seconds alone to those with spinning, and of seconds beside a busy process to those alone."""
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Medians of one command with one way of waiting: alone, and beside a busy process."""
+    """The median seconds of one command with one way of waiting, alone and beside a busy process."""
 
     alone: float
     beside: float
 
     def row(self, command: str, way: str, spin: Seconds) -> str:
-        """One line of the table; spin: of the same command."""
+        """Return one line of the table. spin: the measurement of the same command with spinning threads."""
         against, slowdown = self.alone / spin.alone, self.beside / self.alone
         within = "yes" if against <= LIMIT_ALONE and slowdown <= LIMIT_BESIDE else "no"
         return f"{command:14} {way:22} {self.alone:8.2f} {against:16.3f} {slowdown:13.2f}  {within}"
@@ -49,7 +49,7 @@ HEADING = f"{'command':14} {'threads':22} {'alone, s':>8} {'alone/spin alone':>1
 
 
 def commands(images: Sequence[Path], folder: Path) -> dict[str, list[str]]:
-    """Name -> arguments of hpcmref. `folder` holds the files that `decode` needs, and gets what is written."""
+    """Return the arguments of hpcmref by name of the command. folder: has the inputs of `decode`, and gets outputs."""
     first, all_images = str(images[0]), [str(image) for image in images]
     encoded = str(folder / "encoded.bin")
     return {
@@ -76,7 +76,7 @@ def _seconds(arguments: Sequence[str], environment: dict[str, str]) -> float:
 
 @contextlib.contextmanager
 def _busy(wanted: bool) -> Iterator[None]:
-    """Another process that computes without a pause, for as long as the context lasts."""
+    """Run another process that computes all the time, as long as the context lasts."""
     if not wanted:
         yield
         return
@@ -96,7 +96,7 @@ def measure(
         for (way, beside), taken in seconds.items():
             with _busy(beside):
                 taken.append(_seconds(arguments, ways[way]))
-            _remove(folder / "run")  # or training would go on with its state
+            _remove(folder / "run")  # otherwise training would continue with its state
     medians = {kind: statistics.median(taken) for kind, taken in seconds.items()}
     return {way: Seconds(medians[way, False], medians[way, True]) for way in ways}
 

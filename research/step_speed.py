@@ -1,10 +1,10 @@
-"""How much faster is a training step than that of f85adeb? Both trainers, the same network, crops and seed, in turns.
+"""How much faster is a training step than that of commit f85adeb? Both trainers have the same network, crops and seed.
 
     python research/step_speed.py shared/data/train-000.tar --threads 1 --compile
 
-The network is nano without attention and without a bank, which both know. The older trainer comes from the history of
-this repository. Time is the processor's, of one process, so that other work on the machine counts less; with more
-threads than one it is the clock's.
+The network is nano without attention and without a memory bank, which both versions know. The older trainer is taken
+from the history of this repository. The two run in turns. With one thread, processor time is measured, so that other
+work on the machine matters less. With more threads, elapsed time is measured.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(["git", "archive", OLD, "hpcmref"], cwd=ROOT, check=True, capture_output=True).stdout
         subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
-        neutral = Path(folder) / "empty"  # Python looks in its own folder first: no code may lie there
+        neutral = Path(folder) / "empty"  # Python imports from its working folder first, so that must have no code
         neutral.mkdir()
         workers = {}
         for name, code in (("old", folder), ("new", str(ROOT))):
@@ -113,7 +113,7 @@ def read(worker: subprocess.Popen[str]) -> str:
 
 
 def cosine(folder: str) -> float:
-    """Between the gradients that both left: all parameters as one vector."""
+    """Return the cosine similarity of the gradients of both versions, with all parameters as one vector."""
     import torch
 
     old, new = (torch.cat([part.flatten() for part in torch.load(f"{folder}/{name}.pt")]) for name in ("old", "new"))

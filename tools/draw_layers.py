@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 
 def imports() -> dict[str, set[str]]:
-    """Which rooms each room imports, anywhere in its files, for types too."""
+    """Return the rooms that each room imports, anywhere in its files, also only for types."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -78,12 +78,12 @@ def drawing() -> str:
 
 
 def _reachable(room: str, direct: dict[str, set[str]]) -> set[str]:
-    """All rooms that a room imports, directly or through others."""
+    """Return all rooms that a room imports, directly or through others."""
     return direct[room] | {far for near in direct[room] for far in _reachable(near, direct)}
 
 
 def with_drawing(text: str) -> str:
-    """The document with the present drawing in the place of its own."""
+    """Replace the drawing in a text by the present one."""
     return re.sub(r"```mermaid\n.*?```", lambda _: drawing(), text, flags=re.DOTALL)
 
 
