@@ -1,13 +1,13 @@
-"""Does the wheel work in every corner: Python, torch, numpy, Pillow, range coder, instruction set, locale?
+"""Test the wheel in many environments ("corners"): Python, torch, numpy, Pillow, range coder, instruction set, locale.
 
     python tools/matrix.py                                       all corners
     python tools/matrix.py "Python 3.11" "lowest packages"       these, compared with the first of them
     python tools/matrix.py --python 3.14=/opt/python3.14/bin/python3 "Python 3.14"
     python tools/matrix.py --pictures FOLDER --table             more pictures; writes the rows into docs/platforms.md
 
-Builds sdist and wheel, and for each corner makes a fresh environment, installs the wheel alone and runs
-`corner_check.py`. Equal latents must give equal bytes in all corners, and each corner decodes the files of the first,
-which decodes those of all others. Exit code 1 if anything fails or differs.
+The script builds sdist and wheel. For each corner it makes a fresh environment, installs only the wheel, and runs
+`corner_check.py`. Equal latents must give equal bytes in all corners. Each corner decodes the files of the first one,
+and the first one decodes the files of all others. The exit code is 1 if anything fails or differs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TABLE = ROOT / "docs" / "platforms.md"
 FIRST = "first"
 """The folder with the files of the corner that all others are compared with."""
 MOST_BYTES = 20_000_000
-"""Of the wheel."""
+"""The largest permitted size of the wheel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Corner:
-    """A fresh environment: a Python, pins of packages, and processes to run in it besides the plain one."""
+    """A fresh environment: a version of Python, pinned packages, and variants of the process that runs in it."""
 
     name: str
     python: str
@@ -87,11 +87,11 @@ CORNERS = (
 
 
 class CornerError(Exception):
-    """A corner failed; the last line of what it said."""
+    """A corner has failed. The message is the last line of its output."""
 
 
 def build(folder: Path) -> Path:
-    """Build sdist and wheel, look at both, and return the path of the wheel."""
+    """Build sdist and wheel, check the content of both, and return the path of the wheel."""
     python = _environment(sys.executable, folder / "builder")
     _run([python, "-m", "pip", "install", "-q", "build", "twine"])
     _run([python, "-m", "build", "--outdir", folder / "dist", ROOT])
@@ -114,7 +114,7 @@ def look_at(wheel: Path) -> None:
 
 
 def install(corner: Corner, interpreter: str, wheel: Path, folder: Path) -> tuple[Path, dict[str, float]]:
-    """Make the environment of a corner; returns its Python and the megabytes of torch with numpy, and of everything."""
+    """Make the environment of a corner. Returns its Python, the megabytes of torch with numpy, and those of all."""
     python = _environment(interpreter, folder)
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(corner.pins) + "\n")
@@ -133,11 +133,11 @@ def install(corner: Corner, interpreter: str, wheel: Path, folder: Path) -> tupl
 
 
 def check(python: Path, work: Path, name: str, others: Sequence[str], variant: Variant | None = None) -> dict[str, Any]:
-    """What `corner_check.py` found in an environment."""
+    """Run `corner_check.py` in an environment and return its results."""
     command: list[Any] = [python, work / "checks" / "corner_check.py", work, name, *others]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HPCMREF"))}
     environment["PYTHONPATH"] = str(work / "checks" / "tests")
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are slow where others work as well
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are slow on a busy machine
     if variant is not None:
         environment |= variant.environment
         if variant.read_only:
@@ -149,7 +149,7 @@ def check(python: Path, work: Path, name: str, others: Sequence[str], variant: V
 
 
 def run(corners: Sequence[Corner], pictures: Path | None, interpreters: dict[str, str]) -> tuple[list[dict], bool]:
-    """All rows of the table, and whether everything went well. All are compared with the first that works."""
+    """Run all corners and compare them with the first. Returns the rows of the table, and whether all is well."""
     rows: list[dict[str, Any]] = []
     first: dict[str, Any] | None = None
     reader: Path | None = None  # the Python of that row, whose environment stays until the end
@@ -189,7 +189,7 @@ def run(corners: Sequence[Corner], pictures: Path | None, interpreters: dict[str
 
 
 def _prepare(work: Path, pictures: Path | None) -> None:
-    """The checks without the package, and the pictures."""
+    """Copy the checks, without the package, and the pictures to the working folder."""
     unwanted = shutil.ignore_patterns("__pycache__", ".*")
     for name in ("tests", "research"):
         shutil.copytree(ROOT / name, work / "checks" / name, ignore=unwanted)
@@ -200,7 +200,7 @@ def _prepare(work: Path, pictures: Path | None) -> None:
 
 
 def _line(row: dict[str, Any], first: dict[str, Any] | None) -> str:
-    """The row of a corner in the table."""
+    """Return the row of a corner in the table of results."""
     if first is None or "error" in row:
         return f"| {row['name']} | failed: {row['error']} |"
     same = sum(row["files"].get(name) == crc for name, crc in first["files"].items())
@@ -216,7 +216,7 @@ def _selftest(report: dict[str, Any]) -> str:
 
 
 def _sizes(row: dict[str, Any]) -> str:
-    """The row of a corner in the table of sizes."""
+    """Return the row of a corner in the table of sizes."""
     seen, packages = row["seen"], row["megabytes"]
     ours = {name: size for name, size in packages.items() if name not in ("torch", "numpy", "pip", "setuptools")}
     largest = sorted(ours.items(), key=lambda each: -each[1])[:6]
@@ -242,7 +242,7 @@ def write_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _interpreter(version: str, known: dict[str, str]) -> str:
-    """The path of a Python: one that was named, in PATH, or of pyenv."""
+    """Return the path of a version of Python: one given by --python, in PATH, or of pyenv."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     of_pyenv = sorted((root / "versions").glob(f"{version}.*/bin/python3"))
     found = known.get(version) or (str(of_pyenv[-1]) if of_pyenv else shutil.which(f"python{version}"))
@@ -257,7 +257,7 @@ def _environment(interpreter: str, folder: Path) -> Path:
 
 
 def _requirements(wheel: Path) -> list[str]:
-    """What the wheel asks for, extras apart."""
+    """Return the requirements of the wheel, without those of extras."""
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(metadata).decode().splitlines()
@@ -266,7 +266,7 @@ def _requirements(wheel: Path) -> list[str]:
 
 
 def _read_only(*folders: Path) -> list[str]:
-    """A prefix that makes folders read-only for a command: needs root and Linux, whose mounts bind root as well."""
+    """Return a command prefix that makes folders read-only, for root too. It needs root and Linux."""
     if not (sys.platform.startswith("linux") and os.geteuid() == 0 and shutil.which("unshare")):
         raise CornerError("not run: read-only folders need root on Linux")
     mounts = [f'mount --bind "{each}" "{each}" && mount -o remount,bind,ro "{each}"' for each in folders]
@@ -274,7 +274,7 @@ def _read_only(*folders: Path) -> list[str]:
 
 
 def _run(command: Sequence[Any], environment: dict[str, str] | None = None, folder: Path | None = None) -> str:
-    """What a command printed; raises CornerError with its last line if it failed."""
+    """Run a command and return its output. Raises CornerError with its last line if it fails."""
     done = subprocess.run([*map(str, command)], env=environment, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit code {done.returncode}"]

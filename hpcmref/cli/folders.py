@@ -1,11 +1,11 @@
-"""Which files does a command line mean, and what are their outputs called? docs/files.md states the rules.
+"""Find the input files of a command line, and choose the names of their outputs. docs/files.md states the rules.
 
-Folders are walked. Hidden files and folders (names that begin with a dot) are left out; links to files are read, links
-to folders are not entered. The tree is kept in the output.
+Folders are searched with all folders below them. Hidden files and folders (names that begin with a dot) are left out.
+Links to files are read, and links to folders are not followed. The output has the same tree of folders.
 
-`a.jpg` becomes `a.hpcm`. Where several files of one folder would, one of them does, and each other one gets its whole
-name: `a.png.hpcm`. The one that does is the one that an existing `a.hpcm` came from, so that files which are added
-later change no names.
+`a.jpg` becomes `a.hpcm`. If several files of one folder would become `a.hpcm`, only one of them does, and each of the
+others keeps its suffix: `a.png.hpcm`. If `a.hpcm` exists already, the file that it was made from keeps the name. So
+files that are added later do not change existing names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _JUNCTION = 0xA0000003  # Windows, IO_REPARSE_TAG_MOUNT_POINT
 
 @dataclass(frozen=True)
 class Source:
-    """One input; None is standard input. folder: where it lies below the folder that was named."""
+    """One input file, or None for standard input. folder: its folder, relative to the named one that was searched."""
 
     path: Path | None
     folder: Path = Path()
@@ -33,10 +33,10 @@ class Source:
 
 @dataclass
 class Found:
-    """What the arguments stand for.
+    """The input files of a command line.
 
-    skipped: how many files were left out, by reason. suffixes: of those that were left out for theirs. problems: what
-    could not be listed.
+    skipped: the number of files that were left out, by reason. suffixes: the suffixes of files that were left out
+    because of them. problems: an error for each folder that cannot be listed or has no suitable files.
     """
 
     sources: list[Source] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Found:
     problems: list[HpcmrefError] = field(default_factory=list)
 
     def describe_skipped(self) -> str | None:
-        """What was left out, as a sentence."""
+        """Describe what was left out in one line, or return None if nothing was."""
         if not self.skipped:
             return None
         parts = []
@@ -62,10 +62,12 @@ SPECIAL, OTHERS = "broken links, pipes or devices", "with other suffixes"
 def find(
     arguments: Sequence[str], suffixes: Collection[str], recursive: bool = True, without: str | None = None
 ) -> Found:
-    """The inputs that the arguments name. A folder stands for the files in it, and unless `recursive` is false in the
-    folders below it, whose suffix is one of `suffixes`, sorted by name. `-` stands for standard input.
+    """Find the inputs of a command line.
 
-    without: a folder that is not entered, where it is met: the one that is written to.
+    arguments: files, folders, and `-` for standard input. A folder means all files in it whose suffix is in `suffixes`,
+        sorted by name.
+    recursive: also search the folders below a folder.
+    without: a folder that is not searched, because the command writes to it.
     """
     found = Found()
     seen: dict[str, list[str]] = defaultdict(list)
@@ -124,7 +126,10 @@ def _walk(
 
 
 def name_outputs(sources: Sequence[Source], output: Path, suffix: str) -> dict[Source, Path | HpcmrefError]:
-    """The output of each source in the folder `output`, or why it has none: two inputs never share an output."""
+    """Choose the output file of each source in the folder `output`. Two sources never get the same output.
+
+    suffix: that of the outputs. The value is an error for a source that gets no output.
+    """
     rivals: dict[tuple[str, str], list[Source]] = defaultdict(list)
     for source in sources:
         assert source.path is not None
@@ -136,7 +141,7 @@ def name_outputs(sources: Sequence[Source], output: Path, suffix: str) -> dict[S
 
 
 def _name_rivals(group: list[Source], output: Path, suffix: str) -> dict[Source, Path | HpcmrefError]:
-    """Name the outputs of files in one folder whose names differ by their suffix only."""
+    """Choose the output files of sources in one folder whose names differ only in their suffix."""
     named: dict[Source, Path | HpcmrefError] = {}
     paths: dict[Source, Path] = {}
     first: dict[str, Path] = {}  # name -> the file that has it
@@ -158,9 +163,10 @@ def _name_rivals(group: list[Source], output: Path, suffix: str) -> dict[Source,
 
 
 def _owner(claimants: Sequence[Source], short: Path) -> Source:
-    """Which of several files, sorted by name, the short name belongs to.
+    """Return the source that gets the short name. claimants: the sources that want it, sorted by name.
 
-    If it exists: the one whose time of modification it has (--preserve), or else the first that was there before it.
+    If a file with the short name exists, its source is found by the time of modification (equal after --preserve), or
+    else it is the first source that existed before that file.
     """
     if len(claimants) == 1 or not short.exists():
         return claimants[0]
@@ -214,5 +220,5 @@ def is_link(entry: os.DirEntry[str]) -> bool:
 
 
 def _folded(name: str) -> str:
-    """Equal for names that some file systems do not tell apart."""
+    """Normalise a name, so that names which some file systems do not distinguish become equal."""
     return unicodedata.normalize("NFC", name).casefold()

@@ -27,10 +27,11 @@ SETTINGS = tuple(SLEEP)
 
 
 def sleep_while_waiting(environment: MutableMapping[str, str] | None = None) -> bool:
-    """Set SLEEP in the environment (by default this process's own) unless it has one of SETTINGS; return if it did.
+    """Set the variables of SLEEP in an environment, unless it has one of SETTINGS. Return whether they were set.
 
-    OpenMP reads these variables once, when it is loaded, so this must come before torch is imported. Worker processes
-    inherit them. This changes the whole process, so it is for the program `hpcmref`, not for `import hpcmref`.
+    environment: None means that of this process. OpenMP reads the variables once, when it is loaded, so this must
+    happen before torch is imported. Worker processes inherit them. This changes the whole process, so only the command
+    `hpcmref` calls it, and `import hpcmref` does not.
     """
     environment = os.environ if environment is None else environment
     if any(name in environment for name in SETTINGS):
