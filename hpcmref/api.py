@@ -402,7 +402,7 @@ def decode_many(
     damaged: bool = False,
     jobs: int = 1,
     progress: Progress | None = None,
-) -> Iterator[Image.Image] | Iterator[np.ndarray]:
+) -> Iterator[Image.Image] | Iterator[NDArray[Any]]:
     """Decode many files, and yield their images in the order of the files.
 
     Args:

@@ -125,7 +125,7 @@ def decode_files(codec: Codec, folders: list[Path]) -> int:
 
 
 def commands() -> dict[str, Any]:
-    """Run the command line with file names that are not ASCII. Returns the it has the self-test, which must pass."""
+    """Run the command line with file names that are not ASCII. Returns the report of the self-test, which must pass."""
     with tempfile.TemporaryDirectory() as folder:
         picture, file = (os.fsdecode(f"Größe 写.{suffix}".encode()) for suffix in ("png", "bin"))
         shutil.copy(HERE / "tests" / "data" / "sample.png", Path(folder, picture))

@@ -108,7 +108,7 @@ def plain(
     without a range coder.
     """
     model = copy.deepcopy(model).to(device)
-    model.requires_grad_(False).train()  # gradients eval enabled otherwise, since without them modules save memory and time
+    model.requires_grad_(False).train()  # in eval mode, modules save memory and time
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(device).permute(2, 0, 1)[None]
     height, width = pixels.shape[2:]
     x = F.pad(pixels.contiguous().float() / 255, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")

@@ -76,7 +76,7 @@ class Job:
             except OSError as error:
                 if not is_closed_pipe(error):
                     raise
-                # an error here, unlike for text, because data is lost.
+                # This is an error here, unlike for text, because data is lost.
                 raise HpcmrefError("standard output was closed before everything was written") from None
         else:
             keep = preserve and self.source is not None and not is_special(self.source)

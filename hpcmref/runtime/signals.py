@@ -33,7 +33,7 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP",
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """In this context, raise Stopped in the main thread when the signals or SIGHUP arrives.
+    """In this context, raise Stopped in the main thread when one of the signals in ENDING arrives.
 
     After the first, further signals are ignored until the context ends. Signals that the program was started to ignore
     (`nohup`, background jobs) stay ignored. Does nothing in other threads than the main one.
