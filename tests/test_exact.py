@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coding import calibrated, there_and_back
 from models import TINY, latents_of, model_of
 from PIL import Image
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from hpcmref import checkpoints
 from hpcmref.codec import Codec
 from hpcmref.errors import CheckpointError, UnsupportedError
-from hpcmref.exact import attach, calibrate, exactly, guard, repeatably, words
+from hpcmref.exact import attach, exactly, guard, repeatably, words
 from hpcmref.exact.convert import BYTES, FLOATS, WORDS, Bits, Grids, _attention_grids, _convolution_grids
 from hpcmref.exact.layers import (
     BOUNDS,
@@ -43,11 +44,9 @@ from hpcmref.exact.layers import (
     power_of_two,
 )
 from hpcmref.format.rangecoder import scale_table
-from hpcmref.latents import LatentCodec
 from hpcmref.model import HPCM, PRESETS
 from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.context import Attend, CrossAttentionCell
-from hpcmref.model.hpcm import EntropyPath
 from hpcmref.model.layers import RateTable
 from research.exactness_cost import rate_of
 
@@ -505,25 +504,6 @@ MODELS = {
     "phi": dataclasses.replace(PRESETS["phi"], **SMALL, stages=((16, 1),) * 3, synthesis=((16, 1),) * 3),
     "light": PRESETS["light"],
 }
-
-
-def calibrated(model: HPCM, size: tuple[int, int] = (1, 2)) -> Grids:
-    y, z = latents_of(model, 2, size)
-
-    def run() -> None:
-        for quality in {0.0, float(model.config.qualities - 1)}:
-            model.entropy(torch.full((2,), quality), size, SymbolWriter(y, z, torch.empty(0), []))
-
-    return calibrate(model.entropy, run)
-
-
-def there_and_back(entropy: EntropyPath, y: Tensor, z: Tensor, quality: int = 20) -> tuple[list[bytes], Tensor, Tensor]:
-    """Payloads of a batch of latents, and y_hat of the writer and of the reader, without the sign of zeros."""
-    codec = LatentCodec(entropy, CPU)
-    compressed = codec.compress(y, z, quality)
-    read = codec.decompress(compressed.payloads, compressed.checksums, (z.shape[2], z.shape[3]), quality)
-    codec.unchanged.check_all()
-    return compressed.payloads, compressed.y_hat + 0.0, read + 0.0
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,10 +7,10 @@ import json
 import conformance
 import pytest
 import torch
+from coding import calibrated
 from containers import changed, learned_of
 from models import TINY, latents_of, model_of
 from PIL import Image
-from test_exact import calibrated
 
 from hpcmref.codec import Codec
 from hpcmref.errors import DecodeError, FormatError, HpcmrefError, ModelChangedError

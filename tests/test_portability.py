@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coding import OTHERS, calibrated, there_and_back
 from containers import latent_checksum_of
 from models import TINY, latents_of, model_of
 from PIL import Image
-from test_exact import calibrated, there_and_back
 
 from hpcmref.codec import Codec
 from hpcmref.errors import DecodeError, TruncatedError
@@ -190,24 +190,6 @@ def test_what_differs_all_the_same_is_an_error(codec: Codec, files: list[bytes])
 
 
 # --- other processes -----------------------------------------------------------------------------------------------
-
-OTHERS = (
-    Configuration(
-        "an old machine",
-        {
-            "ATEN_CPU_CAPABILITY": "default",
-            "ONEDNN_MAX_CPU_ISA": "SSE41",
-            "MKL_CBWR": "COMPATIBLE",
-            "OMP_NUM_THREADS": "1",
-        },
-    ),
-    Configuration(
-        "a machine with AVX2",
-        {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-        "batch",
-    ),
-    Configuration("bfloat16 by default", {"ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}, "medium precision"),
-)
 
 
 @pytest.mark.parametrize("configuration", OTHERS, ids=lambda configuration: configuration.name)
