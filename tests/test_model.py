@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from coding import SYNCHRONISING
 from models import TINY, model_of, tensor_of
 from PIL import Image
 from torch import Tensor
@@ -119,18 +120,6 @@ def operations(call: Any) -> set[str]:
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as recorded:
         call()
     return {event.key for event in recorded.key_averages()}
-
-
-SYNCHRONISING = {
-    "aten::item",
-    "aten::_local_scalar_dense",
-    "aten::is_nonzero",
-    "aten::masked_select",
-    "aten::nonzero",  # which indexing with a boolean mask calls
-    "aten::equal",
-    "aten::_unique2",
-    "aten::lift_fresh",  # of torch.tensor, which copies from the host
-}
 
 
 @KINDS
