@@ -21,6 +21,7 @@ from hpcmref.errors import ConfigError
 from hpcmref.exact import attach
 from hpcmref.format import container
 from hpcmref.model import HPCM, PRESETS, HPCMConfig, context
+from hpcmref.model.coders import Estimator
 from hpcmref.model.config import MEMORY_BANKS, MemoryConfig
 from hpcmref.model.context import Attend
 from hpcmref.model.memory_bank import StateBank
