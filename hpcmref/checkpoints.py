@@ -386,9 +386,12 @@ def load_official(state_dict: Mapping[str, torch.Tensor], preset: str) -> HPCM:
 
 
 def convert_official(source: Path, target: Path, preset: str) -> CheckpointInfo:
-    """Convert a .pth.tar file of the official code to a checkpoint of hpcmref in float32.
+    """Convert a .pth.tar file of HPCM's authors to a model file of hpcmref in float32, and return its description.
 
-    Returns the header of the new file. Raises CheckpointError if the source is damaged or not of the preset.
+    source: read with `weights_only=True`, so that it cannot run code. target: replaced if it exists. preset: base,
+    large or phi.
+
+    Raises CheckpointError if the preset is another one, or the source is missing, damaged or not of the preset.
     """
     import torch
 

@@ -7,7 +7,7 @@ dies.
 | end of the parent | what ends its workers |
 | --- | --- |
 | the work is done, an exception, Ctrl-C, SIGTERM, SIGHUP | the parent, in `Workers.close` |
-| SIGKILL, a crash | Linux: a signal that the kernel sends; everywhere: a thread that sees the parent's pipe end |
+| SIGKILL, a crash | Linux: a signal that the kernel sends; everywhere: a thread that notices the closed pipe |
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Workers(Generic[T, R]):
 
     @property
     def are_busy(self) -> bool:
-        """Whether all workers have an item, so that no other can be given."""
+        """Whether all workers have an item. No further item can be given until one of them is done."""
         return self.at_work >= self._count
 
     def give(self, item: T) -> None:
