@@ -25,14 +25,14 @@ _MAX_WEBP_SIDE = 16383
 _WEBP: dict[str, Any] = {"lossless": True, "quality": 100, "method": 4, "exact": True}
 _THOROUGH: dict[str, Any] = {**_WEBP, "method": 5}
 _SIMPLE = 0.25
-"""Bits per pixel below which the thorough search is worth its time: it finds a tenth in ordered dither."""
+"""Bits per pixel below which WebP's thorough search is worth its time: it saves a tenth on ordered dither."""
 
 
 def encode(image: Image.Image | NDArray[Any]) -> bytes:
-    """The file of an image whose colours, alpha and grey levels decode exactly, invisible colours included.
+    """Encode an image so that its colours, alpha and grey levels decode exactly, also where alpha is 0.
 
-    Raises ImageError for images that are not exactly 8 bits of grey or RGB (16 bits, CMYK, palettes excepted), and as
-    `picture_of` does.
+    Returns the bytes of the file. Raises ImageError for images that 8 bits of grey or RGB cannot represent exactly
+    (16 bits, CMYK, YCbCr, LAB, HSV), and the errors of `picture_of`.
     """
     _refuse_inexact(image)
     picture = images.picture_of(image, keep_invisible=True)
@@ -40,7 +40,7 @@ def encode(image: Image.Image | NDArray[Any]) -> bytes:
 
 
 def file_of(picture: Picture, coding: Coding, payload: bytes) -> bytes:
-    """The file of a picture whose colours `pack` has made a payload of."""
+    """Return the bytes of a file with the payload that `pack` made of the picture."""
     height, width = picture.pixels.shape[:2]
     encoder = Encoder(*map(int, __version__.split(".")[:2]))
     chunks = picture.extras.chunks()
@@ -48,7 +48,7 @@ def file_of(picture: Picture, coding: Coding, payload: bytes) -> bytes:
 
 
 def pack(picture: Picture) -> tuple[Coding, bytes]:
-    """The smallest lossless payload of a picture's colours."""
+    """Return the smallest lossless payload of a picture's colours, and its coding."""
     colours = Image.fromarray(picture.pixels[..., 0] if picture.grey else picture.pixels)
     payloads = [(Coding.PNG, _saved(colours, "PNG", {"optimize": True}))]
     if max(colours.size) <= _MAX_WEBP_SIDE:
@@ -66,8 +66,10 @@ def _saved(colours: Image.Image, form: str, options: dict[str, Any]) -> bytes:
 
 
 def unpack(file: Container) -> NDArray[Any]:
-    """The colours (H, W, 3) uint8 of a file without a learned payload. Raises DecodeError if the payload is damaged or
-    not of the picture that the header describes; that is known before any pixel is decoded.
+    """Decode the colours (H, W, 3) uint8 of a file with a lossless payload.
+
+    Raises DecodeError if the payload is damaged, or has not the size that the header states. The size is compared
+    before any pixel is decoded.
     """
     try:
         with Image.open(io.BytesIO(file.payload), formats=[file.coding.name]) as image:
@@ -79,13 +81,15 @@ def unpack(file: Container) -> NDArray[Any]:
             return np.array(image.convert("RGB"))
     except DecodeError:
         raise
-    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
+    except Exception as error:  # damaged bytes can make Pillow's plugins raise any exception
         raise DecodeError(f"the file is damaged: its {file.coding.name} payload cannot be decoded ({error})") from None
 
 
 def decode(file: Container, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """The image of a file without a learned payload. Raises DecodeError, FormatError for damaged chunks, and ImageError
-    for more pixels than max_pixels or for a truncated file, of which nothing can be shown.
+    """Decode the image of a file with a lossless payload.
+
+    Raises DecodeError for a damaged payload, FormatError for damaged chunks, and ImageError for more pixels than
+    max_pixels or for a truncated file.
     """
     if (pixels := file.width * file.height) > max_pixels:
         raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
@@ -93,7 +97,7 @@ def decode(file: Container, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
 
 
 def verify(data: bytes, image: Image.Image | NDArray[Any]) -> None:
-    """Decode what `encode` returned for an image, and compare all pixels. Raises DecodeError if one differs."""
+    """Decode a file that `encode` returned and compare all pixels with the image. Raises DecodeError if one differs."""
     compare(data, images.picture_of(image, keep_invisible=True))
 
 

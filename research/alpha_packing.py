@@ -1,8 +1,8 @@
-"""Bytes of ten alpha masks: packed by hpcmref, as WebP lossless and as PNG.
+"""How many bytes do ten alpha masks take, packed by hpcmref, as lossless WebP and as PNG?
 
     python -m research.alpha_packing
 
-WebP and PNG hold the mask as a grey picture.
+WebP and PNG store the mask as a grey picture.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def masks(side: int = 384) -> dict[str, NDArray[Any]]:
 
 
 def size_as(image: Image.Image, form: str, **options: object) -> int:
-    """Bytes of the image in a format of Pillow."""
+    """Return the bytes of the image in a format of Pillow."""
     file = io.BytesIO()
     image.save(file, form, **options)
     return len(file.getvalue())

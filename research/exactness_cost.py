@@ -33,7 +33,7 @@ def main(
     timed: Annotated[int, typer.Option(help="How many of the images to measure times with.")] = 3,
     repeat: Annotated[int, typer.Option(help="How often each of these is coded; the best time counts.")] = 5,
 ) -> None:
-    """Compare the exact entropy path with the float32 one that it is made from."""
+    """Compare the exact entropy path with the float32 entropy path that it is made from."""
     from hpcmref import checkpoints
     from hpcmref.codec import Codec
 
@@ -71,12 +71,12 @@ def main(
 
 
 def _slope(bpp: NDArray[Any], psnr: NDArray[Any]) -> NDArray[Any]:
-    """By what part the rate rises for a decibel, at every quality (n,); unknown, so 0, where there is only one."""
+    """Return by what part the rate rises for one decibel, at every quality (n,). For one quality alone, return 0."""
     return np.gradient(np.log(bpp), psnr) if len(bpp) > 1 else np.zeros(1)
 
 
 class _Rate:
-    """A coder that adds up the bits of the true latents, in float64; see `model.coders.Estimator`."""
+    """A coder that adds up the bits of the given latents in float64; see `model.coders.Estimator`."""
 
     def __init__(self, y: torch.Tensor, z: torch.Tensor) -> None:
         from hpcmref.model.schedule import lattices
@@ -94,7 +94,7 @@ class _Rate:
 
 
 def bpp_and_psnr(codec: Codec, entropy: EntropyPath, image: Image.Image, quality: int) -> tuple[float, float]:
-    """Estimated bits per pixel and PSNR in dB of an image whose latents `entropy` predicts."""
+    """Return the estimated bits per pixel and the PSNR in dB of an image, with the entropy path `entropy`."""
     from hpcmref.exact import exactly
 
     pixels = np.asarray(image.convert("RGB"))
@@ -112,7 +112,10 @@ def bpp_and_psnr(codec: Codec, entropy: EntropyPath, image: Image.Image, quality
 def time_ratios(
     codec: Codec, plain: EntropyPath, image: Image.Image, quality: int | None, repeats: int = 5
 ) -> tuple[float, float]:
-    """Seconds to encode and to decode, over those with the entropy path `plain`: the best of each, tried in turns."""
+    """Return the seconds of encoding and of decoding, divided by those with the entropy path `plain`.
+
+    Both are measured in turns, and the best time of each is used.
+    """
     exact = codec.latents.entropy
     best: dict[tuple[bool, str], float] = {}
     try:

@@ -1,5 +1,8 @@
 """What do several test files share? Threads that do not spin, the sample photograph, the shipped codec, and the count
 of skipped tests at the end of a run.
+
+`python -m pytest -n 2 --dist worksteal` runs the tests in two processes (pytest-xdist). The first process runs none: it
+gets all reports, and so it alone counts what was skipped and lists the slowest tests.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 # Before anything loads OpenMP: on a busy machine, threads that spin while they wait for each other make the float64
 # models of the parity tests twenty times slower (measured: 78 s instead of 3 s).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes beside each other share the cores
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 # Models that the person who runs the tests has added are none of their business.
 os.environ["HPCMREF_MODELS"] = str(Path(__file__).parent / "no models")
 
@@ -28,6 +34,7 @@ DATA = Path(__file__).parent / "data"
 
 MAY_BE_MISSING = (
     "needs a CUDA device",
+    "no history of commits here",
     "there is a CUDA device",
     "this GPU has no TF32",
     "there are no int8 instructions here",
@@ -64,8 +71,9 @@ def codec() -> Codec:
 
 def skipped(reporter: Any) -> collections.Counter[str]:
     """How many tests (or files of tests) were skipped for each reason."""
-    reports = reporter.stats.get("skipped", [])
-    return collections.Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+    # Every process of a parallel run reports a file that is skipped as a whole.
+    reports = {report.nodeid: report for report in reporter.stats.get("skipped", [])}
+    return collections.Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports.values())
 
 
 def unexpected(reasons: collections.Counter[str]) -> list[str]:

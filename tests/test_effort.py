@@ -354,11 +354,11 @@ class TestCommand:
         ("options", "message"),
         [
             (["--effort", "10"], "--effort"),
-            (["--max-seconds", "5"], "there is no search to end"),
-            (["--on-interrupt", "keep"], "there is no search to end"),
-            (["--effort", "3", "--metric", "psnr"], "it is mse or ms-ssim"),
+            (["--max-seconds", "5"], "--effort 0 does not search"),
+            (["--on-interrupt", "keep"], "--effort 0 does not search"),
+            (["--effort", "3", "--metric", "psnr"], "it must be mse or ms-ssim"),
             (["--effort", "3", "--max-seconds", "0"], "must be a number above 0"),
-            (["--effort", "3", "--lossless"], "leaves nothing to search for"),
+            (["--effort", "3", "--lossless"], "a lossless file cannot be improved"),
             (["--effort", "3", "--on-interrupt", "keep", "--jobs", "2"], "leave out --jobs and --ray"),
         ],
     )

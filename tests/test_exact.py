@@ -17,10 +17,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import conformance
 import numpy as np
 import pytest
 import torch
+from coding import calibrated, there_and_back
 from models import TINY, latents_of, model_of
 from PIL import Image
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from hpcmref import checkpoints
 from hpcmref.codec import Codec
 from hpcmref.errors import CheckpointError, UnsupportedError
-from hpcmref.exact import attach, calibrate, exactly, guard, int16_matmul, repeatably
+from hpcmref.exact import attach, exactly, guard, int16_matmul, repeatably
 from hpcmref.exact.convert import (
     FLOAT32_SUMS,
     INT8_INPUTS,
@@ -52,11 +52,9 @@ from hpcmref.exact.layers import (
     power_of_two,
 )
 from hpcmref.format.rangecoder import scale_table
-from hpcmref.latents import LatentCodec
 from hpcmref.model import HPCM, PRESETS
 from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.context import Attend, CrossAttentionCell
-from hpcmref.model.hpcm import EntropyPath
 from hpcmref.model.layers import QualityTable
 from research.exactness_cost import bpp_and_psnr
 
@@ -522,25 +520,6 @@ MODELS = {
 }
 
 
-def calibrated(model: HPCM, size: tuple[int, int] = (1, 2)) -> Grids:
-    y, z = latents_of(model, 2, size)
-
-    def run() -> None:
-        for quality in {0.0, float(model.config.qualities - 1)}:
-            model.entropy(torch.full((2,), quality), size, SymbolWriter(y, z, torch.empty(0), []))
-
-    return calibrate(model.entropy, run)
-
-
-def there_and_back(entropy: EntropyPath, y: Tensor, z: Tensor, quality: int = 20) -> tuple[list[bytes], Tensor, Tensor]:
-    """Payloads of a batch of latents, and y_hat of the writer and of the reader, without the sign of zeros."""
-    codec = LatentCodec(entropy, CPU)
-    compressed = codec.compress(y, z, quality)
-    read = codec.decompress(compressed.payloads, compressed.checksums, (z.shape[2], z.shape[3]), quality)
-    codec.unchanged.check_all()
-    return compressed.payloads, compressed.y_hat + 0.0, read + 0.0
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_every_kind_of_model_has_a_twin(name: str, codec: Codec) -> None:
     model = HPCM(PRESETS["light"]).initialise().eval() if name == "light" else model_of(MODELS[name])
@@ -593,13 +572,6 @@ def test_the_cost_in_rate(codec: Codec, sample: Image.Image) -> None:
         )
         assert bpp < 1.005 * float_bpp
         assert psnr > float_psnr - 0.02
-
-
-@pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_a_golden_file_decodes_for_ever(preset: str) -> None:
-    if preset == "nano" and conformance.shipped_fingerprint() != conformance.golden_fingerprint():
-        pytest.fail("the shipped model has changed: run `python tests/conformance.py nano`")
-    assert conformance.decoded(preset) == json.loads(conformance.EXPECTED.read_text())[preset]
 
 
 # --- hostile checkpoints -------------------------------------------------------------------------------------------

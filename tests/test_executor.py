@@ -50,6 +50,9 @@ class TestEncode:
         assert one.stderr.startswith("hpcmref: in/bad.png is not an image of a kind that is read: ")
         assert one.stderr.count("\n") == 1
         assert lines(two) == lines(one, "one/", "two/")
+
+    def test_processes_change_no_picture(self, folder: Path) -> None:
+        assert call("encode", "in", "-o", "one", "--lossless").exit_code == 1
         Path("one/bad.hpcm").write_text("no file")
         one = call("decode", "one", "-o", "back")
         two = call("decode", "one", "-o", "back2", "--jobs", "2")

@@ -83,7 +83,7 @@ def test_no_room_for_the_output(folder: Path) -> None:
     Image.radial_gradient("L").resize((64, 64)).save("a.png")
     Path("a.hpcm").write_bytes(b"precious")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # noqa: E731
-    result = shell("encode", "a.png", "-q", "63", "--force", preexec_fn=limit)
+    result = shell("encode", "a.png", "--lossless", "--force", preexec_fn=limit)
     assert result.returncode == 1
     assert result.stderr == b"hpcmref: a.png: cannot write a.hpcm: File too large\n"
     assert Path("a.hpcm").read_bytes() == b"precious"
@@ -97,7 +97,7 @@ def test_a_device_that_is_full(folder: Path) -> None:
     for arguments in (("encode", "a.png", "-o", "/dev/full"), ("encode", "a.png", "-o", "-")):
         with open("/dev/full", "wb") as full:
             result = subprocess.run(
-                [sys.executable, "-m", "hpcmref", *arguments],
+                [sys.executable, "-m", "hpcmref", *arguments, "--lossless"],
                 stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT, timeout=120,
             )  # fmt: skip
         assert result.returncode == 1

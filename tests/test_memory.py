@@ -12,14 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from coding import OTHERS, SYNCHRONISING, Operations, calibrated, exact_after_checks, there_and_back
 from containers import latent_checksum_of
 from models import TINY, TRAINABLE, latents_of, model_of
 from PIL import Image
-from test_exact import calibrated, there_and_back
-from test_model import SYNCHRONISING
-from test_portability import OTHERS
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpcmref import checkpoints
 from hpcmref.codec import Codec
@@ -208,18 +205,6 @@ def test_gradients_reach_keys_values_and_gates(name: str) -> None:
                 assert parameter.grad.count_nonzero(), key
 
 
-class Operations(TorchDispatchMode):
-    """Keeps the names of all operations; the profiler does the same, a hundred times slower."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(function.name().split(".")[0])
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", ["light", "full", "linear", "global", "cross"])
 def test_nothing_leaves_the_device_inside_a_pass(name: str) -> None:
     model = opened(name)
@@ -357,23 +342,8 @@ def test_a_grid_of_means(side: int) -> None:
 @EVERY_BANK
 def test_every_bank_decodes_what_it_encoded(name: str, codec: Codec) -> None:
     """In a batch and alone, on 1 and 3 threads, and close to what the float model computes."""
-    model = opened(name)
-    exact = attach(model.entropy, calibrated(model, SIZE)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    y, z = latents_of(model, 2, SIZE)
-    payloads, written, read = there_and_back(exact, y, z)
-    assert torch.equal(written.view(torch.int32), read.view(torch.int32))
-    before = torch.get_num_threads()
-    torch.set_num_threads(4 - before)
-    try:
-        (payload,), alone, _ = there_and_back(exact, y[1:], z[1:])
-    finally:
-        torch.set_num_threads(before)
-    assert payload == payloads[1]
-    assert torch.equal(alone[0].view(torch.int32), written[1].view(torch.int32))
-    with torch.inference_mode():
-        qualities = torch.full((2,), 20.0)
-        approximate = model.entropy(qualities, SIZE, SymbolWriter(y, z, torch.empty(0), []))
-    assert (written - approximate).abs().mean() < 0.03
+    _, difference = exact_after_checks(opened(name), SIZE)
+    assert difference < 0.03
 
 
 @EVERY_BANK

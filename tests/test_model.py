@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from coding import SYNCHRONISING
 from models import TINY, model_of, tensor_of
 from PIL import Image
 from torch import Tensor
@@ -46,9 +47,9 @@ def test_presets() -> None:
 
 
 def test_the_arithmetic_of_the_presets() -> None:
-    """base as published (918.56 thousand a pixel, of which the attention that nothing reads is 6.72); light's limit."""
+    """base as published (918.56 thousand, of which 6.72 is an attention that nothing reads); light is 2 to 3 nano."""
     assert sum(macs_per_pixel(PRESETS["base"]).values()) == pytest.approx(918.56e3 - 6.72e3, abs=10)
-    assert sum(macs_per_pixel(PRESETS["light"]).values()) < 200e3
+    assert 2 < sum(macs_per_pixel(PRESETS["light"]).values()) / sum(macs_per_pixel(PRESETS["nano"]).values()) < 3
     parts = macs_per_pixel(TINY)
     assert parts["g_a"] == (192 * 48 + 9 * 12**2 + 2 * 3 * 48**2) / 64 + 4 * 48 * 32 / 256
     assert parts["g_s"] == parts["g_a"]
@@ -119,18 +120,6 @@ def operations(call: Any) -> set[str]:
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as recorded:
         call()
     return {event.key for event in recorded.key_averages()}
-
-
-SYNCHRONISING = {
-    "aten::item",
-    "aten::_local_scalar_dense",
-    "aten::is_nonzero",
-    "aten::masked_select",
-    "aten::nonzero",  # which indexing with a boolean mask calls
-    "aten::equal",
-    "aten::_unique2",
-    "aten::lift_fresh",  # of torch.tensor, which copies from the host
-}
 
 
 @KINDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,16 @@ def names_in(path: Path) -> set[str]:
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
+@cache
+def known_names() -> dict[str, set[str]]:
+    """The names of every file of tests."""
+    return {path.name: names_in(path) for path in Path(__file__).parent.glob("test_*.py")}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_test_that_is_named_exists(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
-    known = {path.name: names_in(path) for path in Path(__file__).parent.glob("test_*.py")}
+    known = known_names()
     for file, name in re.findall(r"`tests/(\w+\.py)(?:::(\w+))?`", text):
         assert (ROOT / "tests" / file).exists(), file
         assert not name or name in known[file], f"{document.name} names {name}, which is not in {file}"

@@ -8,33 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from coding import Recorder
 from conftest import DATA
 from models import TRAINABLE, model_of
-from torch import Tensor
 
 from hpcmref import checkpoints
 from hpcmref.errors import CheckpointError, ConfigError
 from hpcmref.model import HPCM, PRESETS
-from hpcmref.model.coders import _Target
-from hpcmref.model.schedule import Step
 from hpcmref.training import Phase, TrainingConfig, train
 from hpcmref.training.start import start_from
 
 GROWN = dataclasses.replace(TRAINABLE, M=48)
 OLD = torch.arange(48) % 6 < 4
 """The places of a grown model that hold the 32 trained channels: 4 of the 6 in each group."""
-
-
-class Recorder:
-    """A coder that codes nothing: every latent is what `latents` says, and the predictions are kept."""
-
-    def __init__(self, y: Tensor, z: Tensor) -> None:
-        self._target = _Target(y, z)
-        self.predicted: list[tuple[Tensor, Tensor]] = []
-
-    def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
-        self.predicted.append((scales, means))
-        return self._target.of(step)
 
 
 def started(config: Any, trained: HPCM) -> HPCM:

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from coding import OTHERS, Recorder, calibrated, exact_after_checks, there_and_back
 from containers import latent_checksum_of
 from models import STATE, TINY, TRAINABLE, latents_of, model_of
 from PIL import Image
-from test_exact import calibrated, there_and_back
-from test_portability import OTHERS
-from test_start import Recorder
 from torch import Tensor, nn
 
 from hpcmref import checkpoints
@@ -23,7 +21,7 @@ from hpcmref.errors import ConfigError
 from hpcmref.exact import attach
 from hpcmref.format import container
 from hpcmref.model import HPCM, PRESETS, HPCMConfig, context
-from hpcmref.model.coders import Estimator, SymbolWriter
+from hpcmref.model.coders import Estimator
 from hpcmref.model.config import MEMORY_BANKS, MemoryConfig
 from hpcmref.model.context import Attend
 from hpcmref.model.memory_bank import StateBank
@@ -205,25 +203,8 @@ def test_a_finer_state_repeats_each_value() -> None:
 
 def test_what_was_encoded_is_decoded(codec: Codec) -> None:
     """In a batch and alone, on 1 and 3 threads, and close to what the float model computes."""
-    model = model_of(STATE)
-    exact = attach(model.entropy, calibrated(model, SIZE)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    weights = {name: tensor.clone() for name, tensor in exact.state_dict().items()}
-    y, z = latents_of(model, 2, SIZE)
-    payloads, written, read = there_and_back(exact, y, z)
-    assert torch.equal(written.view(torch.int32), read.view(torch.int32))
-    before = torch.get_num_threads()
-    torch.set_num_threads(4 - before)
-    try:
-        (payload,), alone, _ = there_and_back(exact, y[1:], z[1:])
-    finally:
-        torch.set_num_threads(before)
-    assert payload == payloads[1]
-    assert torch.equal(alone[0].view(torch.int32), written[1].view(torch.int32))
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in exact.state_dict().items())
-    with torch.inference_mode():
-        qualities = torch.full((2,), 20.0)
-        approximate = model.entropy(qualities, SIZE, SymbolWriter(y, z, torch.empty(0), []))
-    assert (written - approximate).abs().mean() < 0.02
+    _, difference = exact_after_checks(model_of(STATE), SIZE)
+    assert difference < 0.02
 
 
 def test_strips_change_nothing(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:

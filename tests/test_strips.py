@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coding import calibrated, there_and_back
 from models import TINY, latents_of, model_of, psnr
 from PIL import Image
-from test_exact import calibrated, there_and_back
 from torch import Tensor
 from torch.nn import functional as F
 

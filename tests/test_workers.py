@@ -183,16 +183,21 @@ def alive(processes: set[int]) -> set[int]:
 
 
 @linux
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
-def test_no_worker_outlives_its_parent(tmp_path: Path, sample: Image.Image, name: str) -> None:
-    """Two seconds after any end of "encode --jobs 2" no worker is left, no temporary file, and it is said how far."""
+@pytest.mark.parametrize(
+    ("name", "options"), [("SIGINT", []), ("SIGTERM", ["--lossless"]), ("SIGHUP", ["--lossless"]), ("SIGKILL", [])]
+)
+def test_no_worker_outlives_its_parent(tmp_path: Path, sample: Image.Image, name: str, options: list[str]) -> None:
+    """Two seconds after any end of "encode --jobs 2" no worker is left, no temporary file, and it is said how far.
+
+    With --lossless the workers do not import torch, and without it they do.
+    """
     (tmp_path / "in").mkdir()
     sample.save(tmp_path / "in/0.png")
     for number in range(1, 150):
         (tmp_path / f"in/{number}.png").hardlink_to(tmp_path / "in/0.png")
     number = getattr(signal, name)
     process = subprocess.Popen(
-        [sys.executable, "-m", "hpcmref", "encode", "in", "-o", "out", "--jobs", "2", "--quiet"],
+        [sys.executable, "-m", "hpcmref", "encode", "in", "-o", "out", "--jobs", "2", "--quiet", *options],
         cwd=tmp_path, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True,
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL) if name != "SIGKILL" else None,
     )  # fmt: skip

@@ -307,8 +307,8 @@ PRESETS: dict[str, HPCMConfig] = {
         ),
         HPCMConfig(
             preset="light", M=320, N=128, transform="dct", stages=((256, 4),), synthesis=((256, 6),), ratio=4,
-            hyper_blocks=2, hyper_ratio=2, context_width=320, prior_s1_s2=(2, 1), prior_s3=(2, 1), heads=16,
-            lambdas=_LAMBDAS,
+            hyper_blocks=2, hyper_ratio=2, context_width=320, prior_s1_s2=(3, 1), prior_s3=(3, 1), heads=0,
+            lambdas=_LAMBDAS, memory=MEMORY_BANKS["state"],
         ),
         _official("base", 4, (2, 1), (3, 2), 32),
         _official("large", 8, (2, 2), (4, 3), 32),

@@ -251,7 +251,7 @@ class _Log:
     def __init__(self, path: Path, trainer: Trainer, report: Callable[[Report], None]) -> None:
         self._trainer = trainer
         self._report = report
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
         settings: dict[str, Any] = {name: str(value) for name, value in asdict(trainer.config).items()}
         self._write({"kind": "start", "step": trainer.step, "ranks": trainer.ranks.count, "config": settings})
 
