@@ -12,7 +12,7 @@ import typer
 
 from hpcmref._version import __version__
 from hpcmref.cli.failures import GuardedGroup
-from hpcmref.runtime.heap import keep_memory
+from hpcmref.runtime.heap import end_without_search, keep_memory
 from hpcmref.runtime.waiting import sleep_while_waiting
 
 __all__ = ["COMMANDS", "app", "load"]
@@ -87,4 +87,5 @@ def main(
 ) -> None:
     """A learned image codec: small files that decode to the same pixels on every machine."""
     keep_memory()
+    end_without_search()
     sleep_while_waiting()

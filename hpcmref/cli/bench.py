@@ -307,7 +307,7 @@ def _settings(qualities: Sequence[str], target: str | None, chosen: Sequence[Cod
 
 def _need_extra() -> None:
     if importlib.util.find_spec("bjontegaard") is None:
-        raise HpcmrefError("bench needs bjontegaard: pip install 'hpcmref[bench]'")
+        raise HpcmrefError("bench needs more packages: pip install 'hpcmref[bench]', or '.[bench]' in a checkout")
 
 
 def _default() -> str:
