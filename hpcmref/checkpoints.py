@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hpcmref.model import HPCM
 
 DEFAULT_MODEL = "nano-1"
-"""The name of the model that is used when none is asked for."""
+"""The name of the model that is used if none is given."""
 
 _WEIGHTS = Path(__file__).parent / "weights"
 _METADATA = "hpcmref"
@@ -37,7 +37,7 @@ _ENTROPY = "entropy."
 _GRID = "exact."
 _FLOATS, _INTEGERS = ("F16", "F32"), ("I8", "I16", "I32")
 _SHIPPED = {"dde122eb3cb9a199f0e6774917b1fe2efba1a9d47266d93ee0d493f562c1b9e6"}
-"""SHA-256 of the shipped model files that hold no checksum of their own."""
+"""The SHA-256 of those shipped model files that do not contain a checksum."""
 
 _TILES = Path(__file__).parent / "exact" / "tiles"
 

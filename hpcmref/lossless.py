@@ -1,7 +1,7 @@
-"""Bit-exact pictures: the payload is a WebP or PNG file of the colours, whichever is smaller. No model is needed.
+"""Lossless coding: the payload is a WebP or PNG file of the colours, whichever is smaller. No model is needed.
 
-Alpha, metadata and mode are in chunks, as in files with a learned payload. WebP ends at 16383 pixels a side; larger
-pictures are always PNG.
+Alpha, metadata and mode are in chunks, as in files with a learned payload. WebP is limited to 16383 pixels a side, so
+larger pictures are always PNG.
 """
 
 from __future__ import annotations

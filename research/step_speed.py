@@ -1,6 +1,6 @@
 """How much faster is a training step than that of commit f85adeb? Both trainers have the same network, crops and seed.
 
-    python research/step_speed.py shared/data/train-000.tar --threads 1 --compile
+    python research/step_speed.py train-000.tar --threads 1 --compile
 
 The network is nano without attention and without a memory bank, which both versions know. The older trainer is taken
 from the history of this repository. The two run in turns. With one thread, processor time is measured, so that other

@@ -264,7 +264,7 @@ class _Encoder:
         decoded = lossless.decode(file) if self.lossless else self._codec.decode(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the encoder has given them already
-            picture = picture_of(image, self.keep_invisible or self.lossless)  # as it was coded
+            picture = picture_of(image, self.keep_invisible or self.lossless)  # the pixels that were coded
             original = picture.pixels
             shown = picture_of(decoded, keep_invisible=True).pixels
             alpha = picture.extras.alpha

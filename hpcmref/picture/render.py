@@ -166,7 +166,7 @@ def _has_room(form: str, mode: str, name: str, content: Any) -> bool:
 
 
 def _metadata_options(form: str, items: dict[str, Any]) -> dict[str, Any]:
-    """Options of Pillow's save that write the metadata."""
+    """Return the options of Pillow's `save` that write the metadata. items: see `_items`."""
     options: dict[str, Any] = {"icc_profile": items.get("icc_profile")}
     tags = items.get("exif")
     if "dpi" in items:
@@ -195,7 +195,7 @@ def _tiff_options(items: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if tags := items.get("exif"):
         directory = _writable(tags)
-        options["compression"] = None  # with any other, Pillow fails to write the directories of EXIF
+        options["compression"] = None  # with compression, Pillow cannot write the directories of EXIF
     if "xmp" in items:
         directory[ExifTags.Base.XMLPacket] = items["xmp"]
     if "iptc" in items:
