@@ -42,9 +42,9 @@ class PreviewReader(SymbolReader):
     scale = 0
 
     def run(self, entropy: torch.nn.Module, quality: Tensor, size: tuple[int, int]) -> None:
-        """Run the entropy path until the last step that is needed has been read. Raises the errors of the decoder.
+        """Run the entropy path until the last step that is needed has been read. The results are `y_hat` and `known`.
 
-        size: (h, w) of the latents y.
+        entropy: the entropy path. quality: (1,) float32. size: rows and columns of z. Raises the errors of the decoder.
         """
         try:
             entropy(quality, size, self)

@@ -67,6 +67,9 @@ def find(
         sorted by name.
     recursive: also search the folders below a folder.
     without: a folder that is not searched, because the command writes to it.
+
+    Returns the sources without duplicates, what was left out, and an error for each folder that cannot be listed or has
+    no suitable files.
     """
     found = Found()
     seen: set[str] = set()

@@ -140,7 +140,11 @@ def info_of(extras: Extras) -> dict[str, Any]:
 
 
 def pack_alpha(alpha: np.ndarray) -> bytes:
-    """Compress alpha (H, W) uint8 to the content of a chunk. The kind with the fewest bytes in a sample is used."""
+    """Compress alpha (H, W) uint8 to the content of a chunk.
+
+    FORMAT.md lists the kinds. Equal values take one byte, and values of 0 and 255 become bits. For other values, the
+    kind of differences that needs the fewest bytes for a sample of rows is used, or lossless WebP if that is smaller.
+    """
     first = int(alpha.flat[0])
     if not (alpha != first).any():
         return bytes([first])
