@@ -113,7 +113,7 @@ def _refuse_inexact(image: Image.Image | np.ndarray) -> None:
     wide = isinstance(image, np.ndarray) and image.dtype not in (np.uint8, bool)
     if wide or (isinstance(image, Image.Image) and images.is_wide(image)):
         raise ImageError(
-            "more than 8 bits a channel cannot be kept without loss; leave out lossless, or use PNG or TIFF"
+            "more than 8 bits a channel cannot be stored losslessly; leave out lossless, or use PNG or TIFF"
         )
     if isinstance(image, Image.Image) and image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-        raise ImageError(f"{image.mode} colours are converted to RGB, which is not without loss; convert them first")
+        raise ImageError(f"{image.mode} colours are converted to RGB, which is not lossless; convert them first")

@@ -25,7 +25,7 @@ COMMANDS = {
     "compare": "Compare two images of one size: PSNR, MS-SSIM and, where it is installed, SSIMULACRA2.",
     "bench": "Measure codecs side by side on your own images: size, quality, time, memory, BD-rate.",
     "train": "Train a model and export it: DIR/PRESET.safetensors, for use with -m.",
-    "selftest": "Check with known files whether this machine codes as it should.",
+    "selftest": "Check with known files whether this machine codes correctly.",
     "thumbnail": "Write a small PNG of an encoded file, for file managers.",
     "checkpoints": "List, add, remove and convert models.",
 }

@@ -135,7 +135,7 @@ def encode(
 ) -> None:
     """Encode images to small files."""
     if force and resume:
-        raise typer.BadParameter("--force replaces what --resume keeps.")
+        raise typer.BadParameter("--force replaces existing outputs, and --resume keeps them: use one of them.")
     parts = parse_parts(strip_only) if strip_only is not None else ()
     target: dict[str, Any] = {"bpp": bpp, "size": None if size is None else parse_size(size), "psnr": psnr}
     target = {name: value for name, value in target.items() if value is not None}

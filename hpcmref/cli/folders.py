@@ -150,7 +150,7 @@ def _name_rivals(group: list[Source], output: Path, suffix: str) -> dict[Source,
         if other is not source.path:
             where = output / source.folder
             named[source] = HpcmrefError(
-                f"{other} and {source.path} have one name, and would both be written to {where}"
+                f"{other} and {source.path} have the same name, and would both be written to {where}"
             )
         else:
             paths[source] = source.path
