@@ -465,7 +465,7 @@ class _Encoder:
         arguments.effort(self.effort, self.max_seconds)
         arguments.metric(self.metric, self.effort)
         if self.effort and self.lossless:
-            raise ConfigError("effort looks for a better lossy file: lossless coding has none")
+            raise ConfigError("a lossless file cannot be improved: leave out effort")
 
     def __call__(self, source: Any) -> bytes:
         from PIL import Image

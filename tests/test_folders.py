@@ -136,7 +136,8 @@ class TestNames:
         make("x/a.png", "y/a.png", "y/b.png")
         found = name_outputs(find(["x", "y"], (".png",)).sources, Path("out"), ".hpcm")
         errors = [str(each) for each in found.values() if isinstance(each, HpcmrefError)]
-        assert errors == [f"{Path('x/a.png')} and {Path('y/a.png')} have one name, and would both be written to out"]
+        names = f"{Path('x/a.png')} and {Path('y/a.png')}"
+        assert errors == [f"{names} have the same name, and would both be written to out"]
         assert len(found) == 3
 
     def test_an_output_that_is_an_input(self) -> None:

@@ -38,7 +38,7 @@ MOST_BYTES = 20_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Another process in the same environment."""
+    """A variant of the process in an environment. read_only: make its home and its packages read-only."""
 
     name: str
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -124,7 +124,7 @@ def install(corner: Corner, interpreter: str, wheel: Path, folder: Path) -> tupl
     constraints.write_text("\n".join(corner.pins) + "\n")
     pip = [python, "-m", "pip", "install", "-q", "-c", constraints]
     seen: dict[str, Any] = {}
-    # numpy below 2 where compressai needs it: torch alone would bring another one first.
+    # compressai needs numpy below 2, and torch alone would install a newer one first.
     _run([*pip, "torch", "numpy<2" if corner.compressai and corner.python < "3.13" else "numpy"])
     seen["torch and numpy"] = _megabytes(folder)
     listed = json.loads(_run([python, "-m", "pip", "list", "--format=json"]))
