@@ -1,4 +1,4 @@
-"""hpcmref: a learned image codec. `encode` an image to bytes, `decode` bytes to an image.
+"""hpcmref: a learned image codec. `encode` turns an image into bytes, and `decode` turns bytes into an image.
 
     import hpcmref
     from PIL import Image
@@ -6,8 +6,8 @@
     data = hpcmref.encode(Image.open("photo.png"), quality=32)
     image = hpcmref.decode(data)
 
-`encode_many` and `decode_many` take many, `thumbnail` gives a small picture, `info` says what a file holds, and `load`
-gives a codec to keep. torch is imported on first use, so that importing hpcmref is cheap.
+`encode_many` and `decode_many` process many images, `thumbnail` returns a small image, `info` reads the header of a
+file, and `load` returns a codec that can be kept. torch is imported on first use, so that importing hpcmref is fast.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from hpcmref.codec import Codec, load
 
 DEFAULT_QUALITY = 32
+"""The quality of `encode` if none is given. Qualities are 0 (smallest file) to 63 (best picture)."""
 
 DEFAULT_MAX_PIXELS = 1 << 27
-"""Larger images are not decoded unless the caller allows it: 134 megapixels, for which there should be 8 GB."""
+"""The most pixels that are decoded unless the caller allows more: 134 megapixels, which take about 8 GB of memory."""
 
 _register()
 _watch_forks()

@@ -1,4 +1,4 @@
-"""What does `python -m hpcmref` do? The same as the `hpcmref` command."""
+"""`python -m hpcmref` does the same as the command `hpcmref`."""
 
 from hpcmref.cli import app
 

@@ -1,3 +1,3 @@
-"""The one place that knows the version."""
+"""The version of hpcmref. It is defined here only."""
 
 __version__ = "0.2.0"

@@ -1,6 +1,6 @@
-"""The functions of the package: images in, files out, and back. `import hpcmref` shows them under its own name.
+"""The public functions: encode, decode, thumbnail, info. `import hpcmref` offers them under its own name.
 
-What is heavy (torch, NumPy) is imported when a function is called.
+torch and NumPy are imported inside the functions, so that `import hpcmref` stays fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hpcmref.many import Progress, each_of
 from hpcmref.sources import FileSource, ImageSource, array_of, content_of, image_of, portable_of
 
 if TYPE_CHECKING:
-    import numpy as np
+    from numpy.typing import NDArray
     from PIL import Image
 
     from hpcmref.format.container import Container
@@ -41,25 +41,41 @@ def encode(
     metric: str = "mse",
     max_seconds: float | None = None,
 ) -> bytes:
-    """The file of one image: what the model makes of it, or a lossless stream where that is better, as it is for text,
-    drawings and screenshots (`hpcmref.choice`).
+    """Encode an image and return the bytes of an hpcmref file.
 
-    image: an image of Pillow; an array (H, W) or (H, W, 1 to 4) of bool, uint8, uint16 or floats from 0 to 1; a tensor
-        (1 to 4, H, W) of uint8 or floats from 0 to 1; a path; the bytes of an image file; or a file opened in binary
-        mode.
-    quality: 0 (smallest) to 63 (best); None is the default of 32.
-    size, bpp, psnr: instead of a quality, the most bytes or bits per pixel, or the least dB of RGB.
-    lossless: instead of a quality, keep every pixel bit for bit; takes no model.
-    model: a name or a path, see `load`. device: "cpu", "cuda" or "auto".
-    keep_invisible: keep the colours of pixels whose alpha is 0.
-    strip: leave out all metadata, or some of "location", "exif", "xmp", "icc", "iptc" and "text".
-    verify: decode the file before it is returned, and compare.
-    effort: 0 (fast) to 9: how long to search for a better file; any decoder reads it.
-    metric: "mse" or "ms-ssim", which a search makes small.
-    max_seconds: end the search after them, with the best file so far.
+    The image is coded with the model, or losslessly where that is better. Lossless coding is often better for text,
+    drawings and screenshots (`hpcmref.choice` has the rule).
 
-    Raises an HpcmrefError: ConfigError for a wrong argument (ArgumentTypeError, also a TypeError, for a wrong type),
-    ImageError for an image that cannot be read or held, CheckpointError for a model that cannot be used.
+    Args:
+        image: An image of Pillow; an array (H, W) or (H, W, C) with C of 1 to 4, of bool, uint8, uint16, or floats
+            from 0 to 1; a tensor (C, H, W) of uint8 or floats from 0 to 1; a path; the bytes of an image file; or a
+            file opened in binary mode.
+        quality: 0 (smallest file) to 63 (best picture). None means 32.
+        model: The name of a model or the path of a model file, see `load`. None means the default model.
+        device: "cpu", "cuda", or "auto" for CUDA if there is a CUDA device.
+        size: The largest permitted size of the file in bytes. It replaces `quality`.
+        bpp: The largest permitted rate of the file in bits per pixel. It replaces `quality`.
+        psnr: The smallest permitted PSNR in dB, over RGB samples. It replaces `quality`.
+        lossless: Keep every pixel exactly. It replaces `quality`, and no model is needed.
+        keep_invisible: Keep the colours of pixels whose alpha is 0. They are otherwise replaced by colours that
+            take fewer bits.
+        strip: True leaves out all metadata. A list leaves out some of "location", "exif", "xmp", "icc", "iptc" and
+            "text".
+        verify: Decode the file with a second decoder, and compare the result before the file is returned.
+        effort: 0 (fast) to 9 (slow): how long to search for a better file. Every decoder reads the result.
+        metric: The error that the search reduces, "mse" or "ms-ssim".
+        max_seconds: End the search after this many seconds and use its best file so far.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        ConfigError: An argument has a wrong value. For a wrong type it is an ArgumentTypeError, which is a TypeError
+            too.
+        ImageError: The image cannot be read, or the format cannot hold it.
+        CheckpointError: The model cannot be used.
+        HpcmrefError: No quality reaches the given size, rate or PSNR, or the source cannot be read. It is the base
+            class of all others.
     """
     parts = _parts(strip)
     return _Encoder(
@@ -92,7 +108,7 @@ def decode(
     upto: int = 3,
     partial: bool = False,
     damaged: bool = False,
-) -> np.ndarray: ...
+) -> NDArray[Any]: ...
 
 
 def decode(
@@ -105,22 +121,35 @@ def decode(
     upto: int = 3,
     partial: bool = False,
     damaged: bool = False,
-) -> Image.Image | np.ndarray:
-    """The image of one file.
+) -> Image.Image | NDArray[Any]:
+    """Decode an hpcmref file and return the image.
 
-    data: the bytes of a file, a path, or a file opened in binary mode.
-    device, model: see `load`; by default the model that made the file is found among those that are here.
-    max_pixels: larger images are refused.
-    as_array: return an array (H, W), or (H, W, 2 to 4) for grey with alpha, RGB and RGBA, instead of an image: uint8,
-        uint16 for an image of 16-bit grey, bool for one of black and white.
-    upto: the last scale (1, 2 or 3) that is read; 1 and 2 give previews.
-    partial, damaged: show what there is of a truncated or a damaged file.
+    Args:
+        data: The bytes of a file, a path, or a file opened in binary mode.
+        device: "cpu", "cuda", or "auto" for CUDA if there is a CUDA device.
+        model: The name of a model or the path of a model file. None means the model that the file names, which must
+            be among the installed models.
+        max_pixels: Images with more pixels are refused.
+        as_array: Return a NumPy array instead of an image of Pillow. Its shape is (H, W) for grey, and (H, W, C) with
+            C of 2 to 4 for grey with alpha, RGB and RGBA. Its type is uint8, but uint16 for 16-bit grey and bool
+            for black and white.
+        upto: The last scale (1, 2 or 3) that is read. 1 and 2 give previews.
+        partial: Decode a truncated file as far as it goes.
+        damaged: Decode a damaged file as far as its checksums match.
 
-    Raises an HpcmrefError: FormatError or UnsupportedError for what is not such a file, ModelMismatchError if its model
-    is not here, DecodeError if its latents are not those that were encoded, ImageError for too large an image, and
-    ConfigError for a wrong argument.
+    Returns:
+        The image in the mode of the original, with its metadata in `info`, or an array.
+
+    Raises:
+        FormatError: The data is not an hpcmref file, or it is damaged or truncated.
+        UnsupportedError: A newer version of hpcmref has written the file.
+        ModelMismatchError: The model of the file is not installed, or `model` is another one.
+        DecodeError: The decoded latents are not those that were encoded.
+        ImageError: The image has more than `max_pixels` pixels.
+        ConfigError: An argument has a wrong value or type.
     """
-    return _Decoder(device, model, max_pixels, as_array, upto, partial, damaged)(data)
+    decoded: Image.Image | NDArray[Any] = _Decoder(device, model, max_pixels, as_array, upto, partial, damaged)(data)
+    return decoded
 
 
 def thumbnail(
@@ -133,11 +162,25 @@ def thumbnail(
     partial: bool = False,
     damaged: bool = False,
 ) -> Image.Image:
-    """The image of one file, made to fit a square of `side` pixels and never larger than it is.
+    """Decode a file to a small image that fits a square, and never enlarge it.
 
-    Of a picture at least 12 times as large it takes less than half the time of `decode`, and is an approximation that
-    lies within 27 to 40 dB of the decoded picture, made as small. The other arguments and the errors are those of
-    `decode`.
+    If the picture is at least 12 times as large as the thumbnail, in pixels a side, this takes less than half the time
+    of `decode`. The result is then an approximation: its PSNR against the decoded and scaled picture is 27 to 40 dB.
+
+    Args:
+        data: The bytes of a file, a path, or a file opened in binary mode.
+        side: The side of the square in pixels.
+        device: As in `decode`.
+        model: As in `decode`.
+        max_pixels: As in `decode`. It counts the pixels of the whole picture.
+        partial: As in `decode`.
+        damaged: As in `decode`.
+
+    Returns:
+        The small image.
+
+    Raises:
+        HpcmrefError: The errors are those of `decode`.
     """
     arguments.integer("side", side, 1)
     decoder = _Decoder(device, model, max_pixels, False, 3, partial, damaged)
@@ -146,19 +189,28 @@ def thumbnail(
 
 @dataclass(frozen=True)
 class FileInfo:
-    """What a file says about itself; nothing of it is decoded.
+    """The header and the metadata of a file, as `info` returns them.
 
-    width, height: pixels. grey, alpha: the image has one channel of colour, and transparency.
-    metadata: which of "icc", "exif", "xmp", "cicp", "iptc", "text" and "resolution" it has.
-    version: of the format. coding: "learned", "webp" or "png" (the last two are without loss).
-    encoder: version of the hpcmref that wrote it, or None if unknown. effort: 0 to 9.
-    model: the name of its model if that is here; fingerprint: of the model, 8 hexadecimal digits; quality: 0 to 63;
-        arithmetic: which exact arithmetic, see FORMAT.md. All four are None in a file without loss.
-    size: bytes of the file; parts: bytes of its header, chunks, payload and crc.
-    metadata_sizes: bytes of the file that each item of `metadata` takes.
-    about: what the metadata says in words, as far as it says it: "camera", "date", "software", "location" ("yes"),
-        "resolution", and texts.
-    exif: names and values of all EXIF tags.
+    Attributes:
+        width: Width in pixels.
+        height: Height in pixels.
+        grey: Whether the image has one colour channel.
+        alpha: Whether the image has transparency.
+        metadata: The kinds of metadata in the file, of "icc", "exif", "xmp", "cicp", "iptc", "text" and "resolution".
+        version: The version of the file format.
+        coding: "learned", or "webp" or "png" for a lossless payload.
+        encoder: The version of the hpcmref that wrote the file, such as "0.2", or None if it is unknown.
+        effort: The effort of the encoder, 0 to 9.
+        model: The name of the model, or None if the model is not installed or the file is lossless.
+        fingerprint: The fingerprint of the model as 8 hexadecimal digits, or None in a lossless file.
+        quality: 0 to 63, or None in a lossless file.
+        arithmetic: The number of the exact arithmetic (see FORMAT.md), or None in a lossless file.
+        size: The size of the file in bytes.
+        parts: The bytes of its "header", "chunks", "payload" and "crc".
+        metadata_sizes: The bytes that each item of `metadata` takes in the file.
+        about: The most useful metadata as text: "camera", "date", "software", "location" ("yes"), "resolution", and
+            texts of the file. Only items that exist are in it.
+        exif: Names and values of all EXIF tags.
     """
 
     width: int
@@ -182,12 +234,24 @@ class FileInfo:
 
     @property
     def bits_per_pixel(self) -> float:
-        """Bits of the whole file for each pixel."""
+        """The size of the whole file in bits, divided by the number of pixels."""
         return 8 * self.size / (self.width * self.height)
 
 
 def info(data: FileSource) -> FileInfo:
-    """What a file says about itself. data: as `decode` takes it. Raises FormatError, UnsupportedError, ConfigError."""
+    """Read the header and the metadata of a file, without decoding its pixels.
+
+    Args:
+        data: The bytes of a file, a path, or a file opened in binary mode.
+
+    Returns:
+        What the file contains.
+
+    Raises:
+        FormatError: The data is not an hpcmref file, or it is damaged or truncated.
+        UnsupportedError: A newer version of hpcmref has written the file.
+        ConfigError: The argument has a wrong type.
+    """
     from hpcmref import checkpoints
     from hpcmref.format.container import Encoder, Tag, parse, part_sizes
 
@@ -220,7 +284,7 @@ def info(data: FileSource) -> FileInfo:
 
 
 def _described(file: Container) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
-    """What the metadata says in words, and the tags of EXIF."""
+    """Return the metadata as text (see `FileInfo.about`), and the names and values of the EXIF tags."""
     from hpcmref.errors import FormatError
     from hpcmref.format.container import METADATA, Tag
 
@@ -255,15 +319,37 @@ def encode_many(
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> Iterator[bytes]:
-    """The files of many images, one after the other and in their order, as they are asked for.
+    """Encode many images, and yield the bytes of each file in the order of the images.
 
-    images: an iterable of what `encode` takes. The other arguments are those of `encode`, and:
-    jobs: processes at work. With more than one, images are taken some ahead; the script that calls this needs the usual
-        `if __name__ == "__main__":`, since workers start afresh.
-    progress: called after every image with how many are done and how many there are (None if `images` has no length).
+    The images are taken from the iterable as results are asked for. With more than one job, some are taken ahead.
 
-    An image that fails ends it, with the error of `encode` and the number of the image, from 0. Closing the generator
-    (or an exception in `progress`) stops the workers; nothing is left behind.
+    Args:
+        images: An iterable of what `encode` takes.
+        quality: As in `encode`.
+        model: As in `encode`.
+        device: As in `encode`.
+        size: As in `encode`.
+        bpp: As in `encode`.
+        psnr: As in `encode`.
+        lossless: As in `encode`.
+        keep_invisible: As in `encode`.
+        strip: As in `encode`.
+        verify: As in `encode`.
+        effort: As in `encode`.
+        metric: As in `encode`.
+        max_seconds: As in `encode`, for each image.
+        jobs: The number of processes. With more than one, the calling script needs the usual
+            `if __name__ == "__main__":`, because the processes are started with "spawn".
+        progress: A function that is called after each image, with the number of finished images and the number of all
+            images. The latter is None if `images` has no length.
+
+    Yields:
+        The bytes of one file for each image.
+
+    Raises:
+        HpcmrefError: The errors are those of `encode`. The first image that fails ends the generator; its number,
+            from 0, is in the message. When the generator is closed, or `progress` raises an exception, all
+            processes end.
     """
     parts = _parts(strip)
     work = _Encoder(
@@ -301,7 +387,7 @@ def decode_many(
     damaged: bool = False,
     jobs: int = 1,
     progress: Progress | None = None,
-) -> Iterator[np.ndarray]: ...
+) -> Iterator[NDArray[Any]]: ...
 
 
 def decode_many(
@@ -316,15 +402,34 @@ def decode_many(
     damaged: bool = False,
     jobs: int = 1,
     progress: Progress | None = None,
-) -> Iterator[Image.Image] | Iterator[np.ndarray]:
-    """The images of many files, in their order. Arguments are those of `decode`, jobs and progress of `encode_many`."""
+) -> Iterator[Image.Image] | Iterator[NDArray[Any]]:
+    """Decode many files, and yield their images in the order of the files.
+
+    Args:
+        files: An iterable of what `decode` takes.
+        device: As in `decode`.
+        model: As in `decode`.
+        max_pixels: As in `decode`.
+        as_array: As in `decode`.
+        upto: As in `decode`.
+        partial: As in `decode`.
+        damaged: As in `decode`.
+        jobs: As in `encode_many`.
+        progress: As in `encode_many`.
+
+    Yields:
+        One image, or one array, for each file.
+
+    Raises:
+        HpcmrefError: The errors are those of `decode`. The first file that fails ends the generator.
+    """
     work = _Decoder(device, model, max_pixels, as_array, upto, partial, damaged)
     return cast("Iterator[Image.Image]", each_of("files", files, work, content_of, jobs, progress))
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """What `encode` does with its arguments, which are checked; it can be sent to another process."""
+    """The checked arguments of `encode`. A call with an image encodes it. It can be pickled for worker processes."""
 
     quality: int | None
     model: str | os.PathLike[str] | None
@@ -395,7 +500,7 @@ class _Encoder:
 
 @dataclass(frozen=True)
 class _Decoder:
-    """What `decode` does with its arguments, which are checked; it can be sent to another process."""
+    """The checked arguments of `decode`. A call with a file decodes it. It can be pickled for worker processes."""
 
     device: str
     model: str | os.PathLike[str] | None
@@ -428,7 +533,7 @@ class _Decoder:
         return array_of(image) if self.as_array else image
 
     def small(self, source: Any, side: int) -> Image.Image:
-        """What `thumbnail` returns."""
+        """The small image that `thumbnail` returns."""
         from hpcmref.format.container import parse
 
         file = parse(content_of(source), self.partial, self.damaged)
@@ -443,7 +548,7 @@ class _Decoder:
 
 
 def _parts(strip: object) -> tuple[str, ...] | bool:
-    """What is left out of the metadata: all (True), nothing (False) or these parts."""
+    """Check the argument `strip`: True (leave out all metadata), False (keep it), or the parts to leave out."""
     from hpcmref.picture.privacy import PARTS
 
     if isinstance(strip, bool):

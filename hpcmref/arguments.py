@@ -1,5 +1,7 @@
-"""What may an argument of a public function be? Each check returns the value, or raises an error that names the
-argument, says what it is, and what it may be: ArgumentTypeError for another type, ConfigError for another value.
+"""Check the arguments of public functions.
+
+Each function returns the checked value. It raises ArgumentTypeError for a wrong type and ConfigError for a wrong value.
+The message names the argument, its value, and the values that are permitted.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ _DEVICES = "auto, cpu or cuda"
 
 
 def wrong_type(name: str, value: object, wanted: str) -> ArgumentTypeError:
-    """The error about a value of a type that is not taken."""
+    """Return the error for an argument of a wrong type. wanted: the permitted types, in words."""
     kind = type(value)
     known = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
     return ArgumentTypeError(f"{name} is {_short(value)} of type {known}, and must be {wanted}")
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    """A whole number from `low` to `high`; a bool is none."""
+    """Check that an argument is a whole number from `low` to `high` (None: without an upper limit), and not a bool."""
     wanted = f"a whole number, {low} to {high}" if high is not None else f"a whole number, {low} or more"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise wrong_type(name, value, wanted)
@@ -39,7 +41,7 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
 
 
 def positive(name: str, value: object) -> float:
-    """A finite number above 0."""
+    """Check that an argument is a finite number above 0, and return it as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise wrong_type(name, value, "a number above 0")
     number = float(value)
@@ -49,7 +51,7 @@ def positive(name: str, value: object) -> float:
 
 
 def effort(value: object, max_seconds: object) -> int:
-    """0 to 9, and the seconds after which a search of an effort above 0 ends, or None."""
+    """Check an effort (0 to 9) and the time limit of its search (seconds, or None), and return the effort."""
     number = integer("effort", value, 0, 9)
     if max_seconds is not None:
         positive("max_seconds", max_seconds)
@@ -62,7 +64,7 @@ METRICS = ("mse", "ms-ssim")
 
 
 def metric(value: object, effort: int) -> str:
-    """What a search takes for the error of a picture; another than the first needs an effort."""
+    """Check the error that a search minimises: one of METRICS. All but the first need an effort above 0."""
     if not isinstance(value, str):
         raise wrong_type("metric", value, " or ".join(METRICS))
     if value not in METRICS:
@@ -73,21 +75,21 @@ def metric(value: object, effort: int) -> str:
 
 
 def flag(name: str, value: object) -> bool:
-    """True or False."""
+    """Check that an argument is True or False."""
     if not isinstance(value, bool):
         raise wrong_type(name, value, "True or False")
     return value
 
 
 def model(value: object) -> str | os.PathLike[str] | None:
-    """A name of a model, a path, or None."""
+    """Check that an argument can be a model: a name, a path, or None."""
     if value is not None and not isinstance(value, (str, os.PathLike)):
         raise wrong_type("model", value, "a name, the path of a .safetensors file, or None")
     return value
 
 
 def device(value: object) -> str:
-    """One of DEVICES."""
+    """Check that an argument is one of DEVICES."""
     if not isinstance(value, str):
         raise wrong_type("device", value, _DEVICES)
     if value.partition(":")[0] == "mps":
@@ -98,7 +100,7 @@ def device(value: object) -> str:
 
 
 def bytes_like(name: str, value: object) -> bytes:
-    """Bytes, or a copy of a bytearray or memoryview."""
+    """Return bytes as they are, and a bytearray or memoryview as a copy."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, (bytearray, memoryview)):
@@ -107,9 +109,9 @@ def bytes_like(name: str, value: object) -> bytes:
 
 
 def contents(name: str, source: Any, wanted: str) -> bytes:
-    """All bytes of bytes, of a file at a path, or of a file opened in binary mode.
+    """Return all bytes of a source: bytes, the path of a file, or a file opened in binary mode.
 
-    wanted: what the argument may be. Raises HpcmrefError for what cannot be read.
+    wanted: the permitted types, in words. Raises HpcmrefError if the source cannot be read.
     """
     try:
         if isinstance(source, (bytes, bytearray, memoryview)):
@@ -134,7 +136,7 @@ def _where(source: Any) -> str:
 
 
 def _short(value: object) -> str:
-    """A representation that is short, whatever the value does when it is asked for one."""
+    """Return a short representation of a value, even if its own `__repr__` fails."""
     try:
         return reprlib.repr(value)
     except Exception:

@@ -21,8 +21,8 @@ from hpcmref.format.tensorfile import TensorFile
 from hpcmref.runtime.folders import model_files
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from PIL import Image
 
     from hpcmref.exact.convert import Grids
@@ -44,8 +44,11 @@ _TILES = Path(__file__).parent / "exact" / "tiles"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What the header of a checkpoint says of it. size is in bytes; parameters counts numbers; qualities is 1 for a
-    model of one rate."""
+    """The header of a checkpoint.
+
+    parameters: the number of weights. size: bytes of the file. default: whether it is the default model. qualities: how
+    many qualities the model has; 1 for a model of one rate.
+    """
 
     name: str
     preset: str
@@ -59,15 +62,18 @@ class CheckpointInfo:
 
 
 def shipped() -> list[CheckpointInfo]:
-    """The models that ship with the package, the default first. Raises CheckpointError if one of them is damaged."""
+    """Return the models that ship with the package, the default first.
+
+    Raises CheckpointError if one of them is damaged.
+    """
     found = [info(path) for path in sorted(_WEIGHTS.glob("*.safetensors"))]
     return sorted(found, key=lambda each: not each.default)
 
 
 def available() -> list[CheckpointInfo]:
-    """The models that ship with the package, the default first, and then those in the user's folder (`models_folder`).
+    """Return the models that ship with the package, the default first, and then those in the user's `models_folder`.
 
-    Files there that are no models are left out: they must not keep anyone from decoding.
+    Files in that folder that are not valid models are skipped, so that they do not prevent decoding with other models.
     """
     own = []
     for path in model_files():
@@ -77,21 +83,21 @@ def available() -> list[CheckpointInfo]:
 
 
 def with_fingerprint(fingerprint: bytes) -> CheckpointInfo | None:
-    """The model with this fingerprint, if it is available."""
+    """Return the available model with this fingerprint, or None."""
     return next((each for each in available() if each.fingerprint == fingerprint), None)
 
 
 def name_of(fingerprint: bytes) -> str | None:
-    """The name of the model with this fingerprint, if it is available."""
+    """Return the name of the available model with this fingerprint, or None."""
     found = with_fingerprint(fingerprint)
     return None if found is None else found.name
 
 
 def find(model: str | os.PathLike[str] | None) -> Path:
-    """The file of a model: a name, a path, or None for the default. Raises CheckpointError.
+    """Return the file of a model.
 
-    A name without its version, as nano, stands for the newest version that there is. A name of a model that ships never
-    stands for another file.
+    model: a name, a path, or None for the default. A name without a version, such as "nano", means the newest version.
+    The name of a shipped model always means the shipped file. Raises CheckpointError if there is no such model.
     """
     names = {each.name: each.path for each in reversed(available())}
     if model is None:
@@ -109,7 +115,7 @@ def find(model: str | os.PathLike[str] | None) -> Path:
 
 
 def info(path: Path) -> CheckpointInfo:
-    """Read the header of a checkpoint. Raises CheckpointError if it is not one of ours."""
+    """Read the header of a checkpoint. Raises CheckpointError if the file is not a checkpoint of hpcmref."""
     with tensorfile.opened(path) as file:
         metadata = _metadata(file)
     try:
@@ -125,7 +131,7 @@ def info(path: Path) -> CheckpointInfo:
             qualities=MAX_QUALITY + 1 if metadata["config"].get("lambdas") else 1,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} lacks what an hpcmref checkpoint must say of itself ({error}).") from error
+        raise CheckpointError(f"{path} lacks a field that the header of a checkpoint must have ({error}).") from error
 
 
 def _metadata(file: TensorFile) -> dict[str, Any]:
@@ -139,7 +145,7 @@ def _metadata(file: TensorFile) -> dict[str, Any]:
 
 
 def _fingerprint_in(metadata: Mapping[str, Any]) -> bytes:
-    """The 4 bytes of the fingerprint that a file states. Raises KeyError, TypeError, ValueError."""
+    """Return the 4 bytes of the fingerprint in a header. Raises KeyError, TypeError, ValueError."""
     fingerprint = bytes.fromhex(metadata["fingerprint"])
     if len(fingerprint) != 4:
         raise ValueError(f"its fingerprint has {len(fingerprint)} bytes, not 4")
@@ -153,10 +159,13 @@ def save(
     provenance: Mapping[str, Any],
     half: bool = True,
 ) -> CheckpointInfo:
-    """Calibrate a model and write it as a checkpoint, whole or not at all.
+    """Calibrate a model and write it as a checkpoint.
 
-    The entropy path is stored as the integers that exact arithmetic computes with (`exact.storage`); half: g_a, h_a and
-    g_s in float16, else in float32. Raises CheckpointError for weights that are not finite.
+    The entropy path is stored as the integers that exact arithmetic computes with (`exact.storage`). g_a, h_a and g_s
+    are stored in float16 if `half`, else in float32. The file is written completely or not at all.
+
+    description: one line for `checkpoints list`. provenance: how the model was made, as JSON.
+    Returns the header of the new file. Raises CheckpointError for weights that are not finite.
     """
     import torch
 
@@ -173,10 +182,10 @@ def save(
 
 
 def convert(source: Path, target: Path) -> CheckpointInfo:
-    """Write a checkpoint of hpcmref anew, with a checksum and a compact entropy path.
+    """Rewrite a checkpoint in the present form, with a checksum and a compact entropy path.
 
-    The source may be of an older form, without a checksum. The fingerprint stays, and so do all latents. Raises
-    CheckpointError.
+    The source may have the older form without a checksum. The fingerprint and the decoded latents do not change.
+    Returns the header of the new file. Raises CheckpointError if the source is damaged.
     """
     with tensorfile.opened(source) as file:
         half = file.entries["g_s.0.weight"].dtype == "F16" if "g_s.0.weight" in file.entries else True
@@ -195,7 +204,11 @@ def _write(
     half: bool,
     fingerprint: tuple[str, int] | None = None,
 ) -> CheckpointInfo:
-    """Write a compact checkpoint; fingerprint: its digits and the rule that made them, by default those of rule 2."""
+    """Write a compact checkpoint.
+
+    fingerprint: its hexadecimal digits and the number of the rule that they were computed with. None computes it with
+    rule 2.
+    """
     import torch
     from safetensors.torch import save as to_bytes
 
@@ -226,21 +239,24 @@ def _write(
     return info(path)
 
 
-def _checksum(metadata: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of all tensors and of the metadata but for the checksum itself."""
+def _checksum(metadata: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Return the SHA-256 of all tensors and of the metadata, without the checksum itself."""
     said = {name: value for name, value in metadata.items() if name != "sha256"}
     return tensorfile.digest(json.dumps(said, sort_keys=True), arrays).hexdigest()
 
 
 def tiles() -> list[Image.Image]:
-    """The photographs that grids are chosen with: 256x256 RGB."""
+    """Return the photographs that calibration uses, each 256 x 256 RGB."""
     from PIL import Image
 
     return [Image.open(path).convert("RGB") for path in sorted(_TILES.glob("*.webp"))]
 
 
 def calibrated(model: HPCM) -> Grids:
-    """Exact grids of a model, from the calibration tiles at four qualities: both ends, and two in between."""
+    """Choose the quantisation scales (grids) of exact arithmetic for a model.
+
+    The model runs on the calibration tiles at four qualities: the lowest, the highest, and two between them.
+    """
     import numpy as np
     import torch
 
@@ -258,7 +274,7 @@ def calibrated(model: HPCM) -> Grids:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds: the model (float32, in eval mode), its exact grids and its fingerprint."""
+    """The content of a checkpoint file: the model (float32, in eval mode), its quantisation scales, its fingerprint."""
 
     model: HPCM
     grids: Grids
@@ -266,13 +282,13 @@ class Checkpoint:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raises CheckpointError if it is damaged in any byte that matters."""
+    """Read a checkpoint and check it completely. Raises CheckpointError if it is damaged."""
     with tensorfile.opened(path) as file:
         return _loaded(file)[0]
 
 
 def _loaded(file: TensorFile, any_file: bool = False) -> tuple[Checkpoint, dict[str, Any]]:
-    """A checkpoint and its metadata; any_file: also one without a checksum that did not ship."""
+    """Read a checkpoint and its metadata. any_file: accept files without a checksum that were not shipped, too."""
     import torch
 
     from hpcmref.exact import storage
@@ -292,12 +308,12 @@ def _loaded(file: TensorFile, any_file: bool = False) -> tuple[Checkpoint, dict[
     _check_header(file, model, sealed)
     if not sealed and not any_file and file.sha256() not in _SHIPPED:
         raise CheckpointError(
-            f"{path} has no checksum, as files of an old form. Make a new one of it: hpcmref checkpoints convert."
+            f"{path} has the old form without a checksum. Convert it with: hpcmref checkpoints convert."
         )
     arrays = file.read()
     if sealed and _checksum(metadata, arrays) != metadata["sha256"]:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one that it states.")
-    # Rule 1 is over float weights, which a compact file does not hold; there the checksum vouches for the fingerprint.
+    # Rule 1 hashes float weights, which a compact file does not contain. The checksum then covers the fingerprint.
     if not (sealed and rule == 1) and _fingerprint(config.to_dict(), arrays, rule) != fingerprint:
         raise CheckpointError(f"{path} is damaged: its weights are not those of fingerprint {fingerprint.hex()}.")
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -341,7 +357,7 @@ def _check_header(file: TensorFile, model: HPCM, sealed: bool) -> None:
 
 
 def verify(path: Path) -> None:
-    """Check all of a checkpoint, also that its layers can be computed exactly. Raises CheckpointError."""
+    """Check a checkpoint completely, and that its layers can be computed exactly. Raises CheckpointError."""
     from hpcmref.exact import attach
 
     checkpoint = load(path)
@@ -349,11 +365,11 @@ def verify(path: Path) -> None:
 
 
 def load_official(state_dict: Mapping[str, torch.Tensor], preset: str) -> HPCM:
-    """A model from the state_dict of the official HPCM code (github.com/lyq133/LIC-HPCM), in eval mode.
+    """Make a model, in eval mode, from a state_dict of the official HPCM code (github.com/lyq133/LIC-HPCM).
 
-    preset: "base", "large" or "phi" (HPCM_Base, HPCM_Large, HPCM_Base_PhiContext). Keys may begin with "module.";
-    the buffers that the official code computes (CDF tables, bounds) are accepted in any size and not used. Raises
-    CheckpointError that names the key if one is missing, unknown or of another shape.
+    preset: "base", "large" or "phi" (HPCM_Base, HPCM_Large, HPCM_Base_PhiContext). Keys may begin with "module.". The
+    buffers that the official code computes (CDF tables, bounds) are ignored. Raises CheckpointError with the name of a
+    key that is missing, unknown, or of another shape.
     """
     import torch
 
@@ -370,14 +386,17 @@ def load_official(state_dict: Mapping[str, torch.Tensor], preset: str) -> HPCM:
 
 
 def convert_official(source: Path, target: Path, preset: str) -> CheckpointInfo:
-    """Convert a .pth.tar of the official code to a checkpoint of ours (float32). Raises CheckpointError."""
+    """Convert a .pth.tar file of the official code to a checkpoint of hpcmref in float32.
+
+    Returns the header of the new file. Raises CheckpointError if the source is damaged or not of the preset.
+    """
     import torch
 
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # the unpickler raises whatever damaged bytes lead it to
+    except Exception as error:  # damaged bytes can make the unpickler raise any exception
         reason = str(error).split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{source} cannot be read as a PyTorch checkpoint: {reason}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -391,7 +410,7 @@ def convert_official(source: Path, target: Path, preset: str) -> CheckpointInfo:
 
 
 def _compare(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], owner: str) -> None:
-    """Raise CheckpointError unless two sets of tensor names and shapes are equal."""
+    """Raise CheckpointError unless two sets of tensor names and shapes are equal. owner: the file, for the message."""
     if missing := sorted(set(expected) - set(found)):
         raise CheckpointError(f"{owner} lacks {missing[0]} ({len(missing)} tensors in all).")
     if unknown := sorted(set(found) - set(expected)):
@@ -404,7 +423,7 @@ def _compare(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[
 
 
 def _filled(model: HPCM, tensors: Mapping[str, torch.Tensor], keys: Mapping[str, str], owner: str) -> HPCM:
-    """A model built on the meta device, with its weights; `keys`: name in the model -> key in `tensors`."""
+    """Assign weights to a model that was built on the meta device. keys: name in the model -> key in `tensors`."""
     shapes = {keys[name]: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     _compare({key: tuple(tensor.shape) for key, tensor in tensors.items()}, shapes, owner)
     for key, tensor in tensors.items():
@@ -414,10 +433,10 @@ def _filled(model: HPCM, tensors: Mapping[str, torch.Tensor], keys: Mapping[str,
     return model
 
 
-def _fingerprint(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray], rule: int) -> bytes:
-    """The first 4 bytes of the SHA-256 of the entropy path: its configuration, weights and exact grids.
+def _fingerprint(config: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], rule: int) -> bytes:
+    """Return the first 4 bytes of the SHA-256 over the configuration, weights and grids of the entropy path.
 
-    rule: 1 hashes weights and grids as float32, 2 as they are stored in a compact file.
+    rule: 1 hashes weights and grids as float32. 2 hashes them as a compact file stores them.
     """
     import hashlib
 
@@ -433,7 +452,7 @@ def _fingerprint(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray], ru
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that latents depend on. Those newer than rule 1 are left out while at their default."""
+    """Return the settings that latents depend on. A setting newer than rule 1 is left out if it has its default."""
     from hpcmref.model.config import HPCMConfig, MemoryConfig
 
     def kept(values: Mapping[str, Any], owner: type[HPCMConfig] | type[MemoryConfig]) -> dict[str, Any]:
@@ -506,7 +525,7 @@ def _official_key(name: str) -> str:
 
 
 def _official_adaptor(match: re.Match[str]) -> str:
-    """Ours are in the order of the steps; the official code uses adaptor i - 1 in step i, the last one in step 0."""
+    """Map the number of an adaptor: step i of hpcmref uses the official adaptor i - 1, and the first step the last."""
     scale, step = match.groups()
     steps = {"1": 1, "2": 3, "3": 6}[scale]
     return f"y_spatial_prior_adaptor_list_s{scale}.{(int(step) - 1) % steps}"

@@ -13,15 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from hpcmref import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, __version__, arguments, checkpoints, lossless
 from hpcmref.checkpoints import Checkpoint
-from hpcmref.choice import Choice, Trial, is_flat, min_size, psnr_of, rate_of, visible, visible_pixels
+from hpcmref.choice import Choice, Trial, is_flat, lambda_of, min_size, psnr_of, visible, visible_pixels
 from hpcmref.errors import (
     ConfigError,
     DecodeError,
@@ -34,7 +36,7 @@ from hpcmref.exact import attach, repeatably
 from hpcmref.format import container
 from hpcmref.format.container import METADATA, Container, Encoder, Learned, Tag
 from hpcmref.latents import ARITHMETIC, SCALES, Compressed, LatentCodec
-from hpcmref.model.hpcm import STRIDE, to_bytes
+from hpcmref.model.hpcm import STRIDE, to_bytes_
 from hpcmref.model.layers import in_bfloat16
 from hpcmref.model.transforms import BLOCK
 from hpcmref.picture import images
@@ -51,7 +53,7 @@ from hpcmref.similarity import MS_SSIM_LEAST_SIDE, lambda_of_ms_ssim
 
 
 @dataclass(frozen=True)
-class _Frame:
+class _Header:
     """The header fields that describe the image: width, height, grey flag and metadata chunks."""
 
     width: int
@@ -84,7 +86,7 @@ class Codec:
 
     def encode(
         self,
-        image: Image.Image | np.ndarray,
+        image: Image.Image | NDArray[Any],
         quality: int | None = None,
         *,
         verify: bool = False,
@@ -114,28 +116,28 @@ class Codec:
         arguments.flag("verify", verify)
         options = Options(effort, metric, max_seconds, watch)
         self._check_search(options)
-        picture, frame = self._framed(image, keep_invisible)
-        _check_sides(frame, metric)
+        picture, header = self._with_header(image, keep_invisible)
+        _check_sides(header, metric)
         if arguments.flag("choose", choose) and is_flat(picture):
             return _without_loss(picture, verify)
         with self._inference():
             x = self.model.features(_padded(picture.pixels, self.device), _to_unit)
-            y, z = self.model.latents(x, self._rate(quality))
+            y, z = self.model.latents(x, self._quality(quality))
             del x  # large images need the room
-            data, y_hat = self._encoded(frame, y, z, quality, verify and not effort)
+            data, y_hat = self._encoded(header, y, z, quality, verify and not effort)
             if choose:
-                made = self._choice(picture, frame, {quality: (data, y_hat)})
+                made = self._choice(picture, header, {quality: (data, y_hat)})
                 if made.is_lossless(quality, _stream_size(data)):
                     return _without_loss(picture, verify, made)
             if effort:
                 del y_hat
                 compressed = self._searched(picture, Goal(self.weight(quality, metric)), y, quality, options)
-                data = self._written(frame, compressed, quality, verify, effort)
+                data = self._written(header, compressed, quality, verify, effort)
         return data
 
     def encode_to(
         self,
-        image: Image.Image | np.ndarray,
+        image: Image.Image | NDArray[Any],
         *,
         size: int | None = None,
         bpp: float | None = None,
@@ -173,9 +175,9 @@ class Codec:
         arguments.flag("verify", verify)
         options = Options(effort, metric, max_seconds, watch)
         self._check_search(options)
-        picture, frame = self._framed(image, keep_invisible)
-        _check_sides(frame, metric)
-        limit = size if bpp is None else bpp * frame.width * frame.height / 8
+        picture, header = self._with_header(image, keep_invisible)
+        _check_sides(header, metric)
+        limit = size if bpp is None else bpp * header.width * header.height / 8
         if arguments.flag("choose", choose) and (is_flat(picture) or (limit and min_size(picture) <= limit)):
             data = _without_loss(picture, verify)
             if limit is None or len(data) <= limit:
@@ -187,8 +189,8 @@ class Codec:
             features = self.model.features(_padded(picture.pixels, self.device), _to_unit)
             while low <= high:
                 quality = (low + high) // 2
-                y, z = self.model.latents(features, self._rate(quality))
-                data, y_hat = self._encoded(frame, y, z, quality, verify)
+                y, z = self.model.latents(features, self._quality(quality))
+                data, y_hat = self._encoded(header, y, z, quality, verify)
                 if limit is not None:  # the largest file within the limit
                     reached = len(data) <= limit
                     low, high = (quality + 1, high) if reached else (low, quality - 1)
@@ -203,7 +205,7 @@ class Codec:
                 return data
         if best is None:
             wanted = f"{psnr} dB" if psnr is not None else f"{size} bytes" if bpp is None else f"{bpp} bits per pixel"
-            raise HpcmrefError(_unreached(self.name, frame, wanted, limit))
+            raise HpcmrefError(_unreached(self.name, header, wanted, limit))
         if not effort:
             return best
         overhead = len(best) - len(container.parse(best).payload)
@@ -213,10 +215,10 @@ class Codec:
             most_error=None if psnr is None else 255**2 * visible_pixels(picture) / 10 ** (psnr / 10),
         )
         with self._inference():
-            y, _ = self.model.latents(features, self._rate(chosen))
+            y, _ = self.model.latents(features, self._quality(chosen))
             del features
             compressed = self._searched(picture, goal, y, chosen, options)
-            return self._written(frame, compressed, chosen, verify, effort)
+            return self._written(header, compressed, chosen, verify, effort)
 
     def _searched(self, picture: Picture, goal: Goal, y: Tensor, quality: int, options: Options) -> Compressed:
         """The best result of a search that starts from y. Invisible pixels do not count towards the error."""
@@ -224,16 +226,16 @@ class Codec:
         seen = torch.from_numpy(alpha > 0).to(self.device) if alpha is not None and alpha.any() and hidden else None
         kind = SimilarTarget if options.metric == "ms-ssim" else Target
         pixels = _padded(picture.pixels, self.device)
-        target = kind(self.model, self._rate(quality), pixels, picture.pixels.shape[:2], picture.grey, seen)
+        target = kind(self.model, self._quality(quality), pixels, picture.pixels.shape[:2], picture.grey, seen)
         return search(self.latents, target, goal, y, self.model.hyper_latents, quality, options)
 
-    def _framed(self, image: Image.Image | np.ndarray, keep_invisible: bool) -> tuple[Picture, _Frame]:
+    def _with_header(self, image: Image.Image | NDArray[Any], keep_invisible: bool) -> tuple[Picture, _Header]:
         """The pixels of an image, and the header fields."""
         picture = images.picture_of(image, arguments.flag("keep_invisible", keep_invisible))
         height, width = picture.pixels.shape[:2]
-        return picture, _Frame(width, height, picture.grey, picture.extras.chunks())
+        return picture, _Header(width, height, picture.grey, picture.extras.chunks())
 
-    def _choice(self, picture: Picture, frame: _Frame, made: dict[int, tuple[bytes, Tensor]]) -> Choice:
+    def _choice(self, picture: Picture, header: _Header, made: dict[int, tuple[bytes, Tensor]]) -> Choice:
         """The possible streams of a picture. made: files and y_hat by quality, as far as they exist already."""
 
         @cache
@@ -243,8 +245,8 @@ class Codec:
         @cache
         def trial(quality: int) -> Trial:
             if quality not in made:
-                y, z = self.model.latents(features(), self._rate(quality))
-                made[quality] = self._encoded(frame, y, z, quality, False)
+                y, z = self.model.latents(features(), self._quality(quality))
+                made[quality] = self._encoded(header, y, z, quality, False)
             data, y_hat = made[quality]
             return Trial(_stream_size(data), self._error(y_hat, quality, picture))
 
@@ -253,28 +255,28 @@ class Codec:
     def _error(self, y_hat: Tensor, quality: int, picture: Picture) -> float:
         """The squared error of all visible samples, 0..255, of a picture that is decoded from y_hat."""
         height, width = picture.pixels.shape[:2]
-        shown = self._pixels(y_hat, quality, _Frame(width, height, picture.grey, ()))
+        shown = self._pixels(y_hat, quality, _Header(width, height, picture.grey, ()))
         reference = torch.from_numpy(picture.pixels).to(self.device)
         alpha = picture.extras.alpha
         seen = None if alpha is None or not alpha.any() else torch.from_numpy(alpha > 0).to(self.device)
         return _squared_error(shown, reference, seen)
 
-    def _encoded(self, frame: _Frame, y: Tensor, z: Tensor, quality: int, verify: bool) -> tuple[bytes, Tensor]:
+    def _encoded(self, header: _Header, y: Tensor, z: Tensor, quality: int, verify: bool) -> tuple[bytes, Tensor]:
         """The file of y (1, M, h, w) and z, and the y_hat that it decodes to."""
         compressed = self.latents.compress(y, z, quality)
-        return self._written(frame, compressed, quality, verify, 0), compressed.y_hat
+        return self._written(header, compressed, quality, verify, 0), compressed.y_hat
 
-    def _written(self, frame: _Frame, compressed: Compressed, quality: int, verify: bool, effort: int) -> bytes:
+    def _written(self, header: _Header, compressed: Compressed, quality: int, verify: bool, effort: int) -> bytes:
         """The file of coded latents."""
         if verify:
-            self.latents.verify(compressed, (-(-frame.height // STRIDE), -(-frame.width // STRIDE)), quality)
+            self.latents.verify(compressed, (-(-header.height // STRIDE), -(-header.width // STRIDE)), quality)
         file = Container(
-            width=frame.width,
-            height=frame.height,
-            grey=frame.grey,
+            width=header.width,
+            height=header.height,
+            grey=header.grey,
             learned=Learned(ARITHMETIC, self.fingerprint, quality, compressed.checksums[0]),
             payload=compressed.payloads[0],
-            chunks=frame.chunks,
+            chunks=header.chunks,
             encoder=replace(_ENCODER, effort=effort),
         )
         return container.write(file)
@@ -342,13 +344,13 @@ class Codec:
         """A picture of `size` (width, height), at most an eighth of the whole, from the linear part of g_s."""
         with self._inference():
             if few_steps and not (file.truncated or file.damaged):
-                grid = (-(-file.height // STRIDE), -(-file.width // STRIDE))
-                y_hat = self.latents.preview(file.payload, learned.checksums, grid, learned.quality)
+                of_z = (-(-file.height // STRIDE), -(-file.width // STRIDE))
+                y_hat = self.latents.preview(file.payload, learned.checksums, of_z, learned.quality)
             else:
                 y_hat = self.y_hat(file)
             gain = self.model.log_inverse_gain
-            small = self._linear(y_hat if gain is None else y_hat * gain(self._rate(learned.quality)).exp())
-            small = to_bytes(small)
+            small = self._linear(y_hat if gain is None else y_hat * gain(self._quality(learned.quality)).exp())
+            small = to_bytes_(small)
         shown = Image.fromarray(small[0].permute(1, 2, 0).contiguous().cpu().numpy())
         area = (0.0, 0.0, file.width / BLOCK, file.height / BLOCK)
         pixels = np.asarray(shown.resize(size, Image.Resampling.LANCZOS, area))
@@ -396,9 +398,9 @@ class Codec:
             raise DecodeError(f"the file has quality {learned.quality}, which the model {self.name} does not")
         return learned
 
-    def _pixels(self, y_hat: Tensor, quality: int, frame: _Frame | Container) -> Tensor:
+    def _pixels(self, y_hat: Tensor, quality: int, header: _Header | Container) -> Tensor:
         """The visible pixels of the picture that is decoded from y_hat: (H, W, 3) uint8."""
-        return _cropped(self.model.picture(y_hat, self._rate(quality)), frame).contiguous()
+        return _cropped(self.model.picture(y_hat, self._quality(quality)), header).contiguous()
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -431,10 +433,10 @@ class Codec:
         A unit is a squared error of 1 (one grey level) in one pixel. For "ms-ssim" it is an MS-SSIM of 0 instead of 1
         in one pixel.
         """
-        found = rate_of(self.model.config.lambdas, quality, self.model.config.qualities)
+        found = lambda_of(self.model.config.lambdas, quality, self.model.config.qualities)
         return lambda_of_ms_ssim(found) if metric == "ms-ssim" else found
 
-    def _rate(self, quality: int) -> Tensor:
+    def _quality(self, quality: int) -> Tensor:
         # Filled on the device: a copy from the host would make the host wait for a GPU.
         return torch.full((1,), float(quality), dtype=torch.float32, device=self.device)
 
@@ -513,7 +515,7 @@ def device_of(name: str) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
 
 
-def _padded(pixels: np.ndarray, device: torch.device) -> Tensor:
+def _padded(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
     """Pixels (H, W, 3) uint8 -> (1, 3, H', W') uint8, the last row and column repeated up to multiples of 64."""
     height, width = pixels.shape[:2]
     pixels = np.pad(pixels, ((0, -height % STRIDE), (0, -width % STRIDE), (0, 0)), mode="edge")
@@ -525,13 +527,13 @@ def _to_unit(x: Tensor) -> Tensor:
     return x.float().div_(255)
 
 
-def _cropped(x: Tensor, frame: _Frame | Container) -> Tensor:
+def _cropped(x: Tensor, header: _Header | Container) -> Tensor:
     """Cut planes (1, 3, H', W') to the size of the image: (H, W, 3)."""
-    return x[0, :, : frame.height, : frame.width].permute(1, 2, 0)
+    return x[0, :, : header.height, : header.width].permute(1, 2, 0)
 
 
-def _check_sides(frame: _Frame, metric: str) -> None:
-    if metric == "ms-ssim" and min(frame.width, frame.height) < MS_SSIM_LEAST_SIDE:
+def _check_sides(header: _Header, metric: str) -> None:
+    if metric == "ms-ssim" and min(header.width, header.height) < MS_SSIM_LEAST_SIDE:
         raise ImageError(f"MS-SSIM needs images of at least {MS_SSIM_LEAST_SIDE} pixels a side")
 
 
@@ -559,9 +561,9 @@ def _without_loss(picture: Picture, verify: bool, made: Choice | None = None) ->
     return data
 
 
-def _unreached(name: str, frame: _Frame, wanted: str, limit: float | None) -> str:
+def _unreached(name: str, header: _Header, wanted: str, limit: float | None) -> str:
     """The error message for a target that no quality reaches. limit: bytes, if the target is a size."""
-    sizes = {Tag(tag).name: len(content) for tag, content in frame.chunks if tag in {*METADATA, Tag.ALPHA}}
+    sizes = {Tag(tag).name: len(content) for tag, content in header.chunks if tag in {*METADATA, Tag.ALPHA}}
     alpha = sizes.pop("ALPHA", 0)
     if limit is not None and sum(sizes.values()) > limit:
         items = " and ".join(f"{name} data of {size} bytes" for name, size in sizes.items())

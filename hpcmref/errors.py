@@ -1,15 +1,15 @@
-"""Which errors can hpcmref raise on purpose? One family; each message is a sentence for a person."""
+"""The errors that hpcmref raises on purpose. All have one base class, and each message is one sentence for a person."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class HpcmrefError(Exception):
-    """Base of every error that hpcmref raises on purpose."""
+    """Base class of all errors that hpcmref raises on purpose."""
 
 
 class FormatError(HpcmrefError):
-    """The bytes are not an hpcmref file, or a damaged or truncated one."""
+    """The bytes are not an hpcmref file, or the file is damaged or truncated."""
 
 
 class TruncatedError(FormatError):
@@ -17,38 +17,38 @@ class TruncatedError(FormatError):
 
 
 class UnsupportedError(HpcmrefError):
-    """A well-formed file that this version cannot read: a newer format, an unknown arithmetic or flag."""
+    """The file is valid, but this version cannot read it, since its format, arithmetic or a flag is unknown."""
 
 
 class ModelMismatchError(HpcmrefError):
-    """The file was made with a model that is not the one at hand."""
+    """Another model than the given one has made the file, or the model of the file is not installed."""
 
 
 class DecodeError(HpcmrefError):
-    """The decoder's latents are not the ones that the encoder wrote."""
+    """The decoded latents or pixels are not those that were encoded."""
 
 
 class ImageError(HpcmrefError):
-    """An image that cannot be read, or is outside the limits of the format."""
+    """The image cannot be read, or it is outside the limits of the format."""
 
 
 class CheckpointError(HpcmrefError):
-    """A checkpoint that is missing, damaged, or not of the preset it should be."""
+    """A model file is missing or damaged, or its architecture is not the expected one."""
 
 
 class ConfigError(HpcmrefError):
-    """A setting out of range, or settings that contradict each other."""
+    """An argument or a setting is out of range, or two settings contradict each other."""
 
 
 class ArgumentTypeError(ConfigError, TypeError):
-    """An argument of a type that the function does not take."""
+    """An argument has a type that the function does not take."""
 
 
 class ModelChangedError(HpcmrefError):
-    """The model in memory is not the one that was loaded, or two decoders of one file disagree."""
+    """The weights in memory have changed since they were loaded, or two decoders of one file disagree."""
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: "(did you mean X?)" if one that is known is near, else nothing."""
+    """Return " (did you mean X?)" for the known name that is most similar to `name`, or "" if none is similar."""
     found = difflib.get_close_matches(name.lower(), list(known), 1)
     return f" (did you mean {found[0]}?)" if found else ""

@@ -66,9 +66,9 @@ class LatentCodec:
         writer = SymbolWriter(y, z, self.thresholds, encoders)
         with torch.inference_mode(), exactly(self.device):
             y_hat = self.entropy(self._quality(len(y), quality), (z.shape[2], z.shape[3]), writer)
-            parts = writer.finish() if keep else writer.finish()[:0]  # frees memory for the encoders
+            parts = writer.flush() if keep else writer.flush()[:0]  # frees memory for the encoders
         self.unchanged.check()
-        payloads = [encoder.finish() for encoder in encoders]
+        payloads = [encoder.payload() for encoder in encoders]
         return Compressed(payloads, list(map(_checksums, writer.checksums)), y_hat), parts
 
     def decompress(

@@ -10,13 +10,14 @@ import io
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from hpcmref import DEFAULT_MAX_PIXELS, __version__
 from hpcmref.errors import DecodeError, ImageError
 from hpcmref.format import container
 from hpcmref.format.container import Coding, Container, Encoder
-from hpcmref.picture import images
+from hpcmref.picture import images, ranges
 from hpcmref.picture.images import Picture
 from hpcmref.picture.metadata import extras_of
 
@@ -24,14 +25,14 @@ _MAX_WEBP_SIDE = 16383
 _WEBP: dict[str, Any] = {"lossless": True, "quality": 100, "method": 4, "exact": True}
 _THOROUGH: dict[str, Any] = {**_WEBP, "method": 5}
 _SIMPLE = 0.25
-"""Bits per pixel below which the thorough search is worth its time: it finds a tenth in ordered dither."""
+"""Bits per pixel below which WebP's thorough search is worth its time: it saves a tenth on ordered dither."""
 
 
-def encode(image: Image.Image | np.ndarray) -> bytes:
-    """The file of an image whose colours, alpha and grey levels decode exactly, invisible colours included.
+def encode(image: Image.Image | NDArray[Any]) -> bytes:
+    """Encode an image so that its colours, alpha and grey levels decode exactly, also where alpha is 0.
 
-    Raises ImageError for images that are not exactly 8 bits of grey or RGB (16 bits, CMYK, palettes excepted), and as
-    `picture_of` does.
+    Returns the bytes of the file. Raises ImageError for images that 8 bits of grey or RGB cannot represent exactly
+    (16 bits, CMYK, YCbCr, LAB, HSV), and the errors of `picture_of`.
     """
     _refuse_inexact(image)
     picture = images.picture_of(image, keep_invisible=True)
@@ -39,7 +40,7 @@ def encode(image: Image.Image | np.ndarray) -> bytes:
 
 
 def file_of(picture: Picture, coding: Coding, payload: bytes) -> bytes:
-    """The file of a picture whose colours `pack` has made a payload of."""
+    """Return the bytes of a file with the payload that `pack` made of the picture."""
     height, width = picture.pixels.shape[:2]
     encoder = Encoder(*map(int, __version__.split(".")[:2]))
     chunks = picture.extras.chunks()
@@ -47,7 +48,7 @@ def file_of(picture: Picture, coding: Coding, payload: bytes) -> bytes:
 
 
 def pack(picture: Picture) -> tuple[Coding, bytes]:
-    """The smallest lossless payload of a picture's colours."""
+    """Return the smallest lossless payload of a picture's colours, and its coding."""
     colours = Image.fromarray(picture.pixels[..., 0] if picture.grey else picture.pixels)
     payloads = [(Coding.PNG, _saved(colours, "PNG", {"optimize": True}))]
     if max(colours.size) <= _MAX_WEBP_SIDE:
@@ -64,9 +65,11 @@ def _saved(colours: Image.Image, form: str, options: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def unpack(file: Container) -> np.ndarray:
-    """The colours (H, W, 3) uint8 of a file without a learned payload. Raises DecodeError if the payload is damaged or
-    not of the picture that the header describes; that is known before any pixel is decoded.
+def unpack(file: Container) -> NDArray[Any]:
+    """Decode the colours (H, W, 3) uint8 of a file with a lossless payload.
+
+    Raises DecodeError if the payload is damaged, or has not the size that the header states. The size is compared
+    before any pixel is decoded.
     """
     try:
         with Image.open(io.BytesIO(file.payload), formats=[file.coding.name]) as image:
@@ -78,21 +81,23 @@ def unpack(file: Container) -> np.ndarray:
             return np.array(image.convert("RGB"))
     except DecodeError:
         raise
-    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
+    except Exception as error:  # damaged bytes can make Pillow's plugins raise any exception
         raise DecodeError(f"the file is damaged: its {file.coding.name} payload cannot be decoded ({error})") from None
 
 
 def decode(file: Container, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """The image of a file without a learned payload. Raises DecodeError, FormatError for damaged chunks, and ImageError
-    for more pixels than max_pixels or for a truncated file, of which nothing can be shown.
+    """Decode the image of a file with a lossless payload.
+
+    Raises DecodeError for a damaged payload, FormatError for damaged chunks, and ImageError for more pixels than
+    max_pixels or for a truncated file.
     """
     if (pixels := file.width * file.height) > max_pixels:
         raise ImageError(f"the image has {pixels} pixels, more than the {max_pixels} that max_pixels allows")
     return images.image_of(unpack(file), file.grey, extras_of(file))
 
 
-def verify(data: bytes, image: Image.Image | np.ndarray) -> None:
-    """Decode what `encode` returned for an image, and compare all pixels. Raises DecodeError if one differs."""
+def verify(data: bytes, image: Image.Image | NDArray[Any]) -> None:
+    """Decode a file that `encode` returned and compare all pixels with the image. Raises DecodeError if one differs."""
     compare(data, images.picture_of(image, keep_invisible=True))
 
 
@@ -105,9 +110,9 @@ def compare(data: bytes, picture: Picture) -> None:
         raise DecodeError("the decoded picture is not the one that was encoded: nothing was returned")
 
 
-def _refuse_inexact(image: Image.Image | np.ndarray) -> None:
+def _refuse_inexact(image: Image.Image | NDArray[Any]) -> None:
     wide = isinstance(image, np.ndarray) and image.dtype not in (np.uint8, bool)
-    if wide or (isinstance(image, Image.Image) and images.is_wide(image)):
+    if wide or (isinstance(image, Image.Image) and ranges.is_wide(image)):
         raise ImageError(
             "more than 8 bits a channel cannot be kept without loss; leave out lossless, or use PNG or TIFF"
         )

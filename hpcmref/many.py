@@ -1,4 +1,4 @@
-"""Work on many sources, one after the other or in several processes, and give the results in their order."""
+"""Process many images or files, one after the other or in several processes, and yield the results in order."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def each_of(
     jobs: int,
     progress: Progress | None,
 ) -> Iterator[R]:
-    """A generator of what `work` makes of every source, in order; see `hpcmref.encode_many`.
+    """Return a generator of the results of `work` for every source, in order; see `hpcmref.encode_many`.
 
-    name: of the argument `sources`. portable: a source -> what is sent to another process. Raises ConfigError at once
-    for wrong arguments.
+    name: the name of the argument `sources`, for messages. portable: converts a source to what is sent to a worker
+    process. Raises ConfigError at once, not at the first result, if an argument is wrong.
     """
     arguments.integer("jobs", jobs, 1)
     if progress is not None and not callable(progress):
@@ -42,8 +42,9 @@ def each_of(
 
 @dataclass(frozen=True)
 class _Numbered:
-    """Work on one of many sources: the number goes along, and warnings come back with the result. An error instead of a
-    source is raised.
+    """Work on a pair of a number and a source, and return the result with the warnings, which the caller shows.
+
+    If the pair contains an error instead of a source, it is raised.
     """
 
     work: Callable[[Any], Any]
@@ -75,7 +76,7 @@ def _alone(sources: Iterable[Any], work: Callable[[Any], R]) -> Iterator[R]:
 
 
 def _spread(sources: Iterable[Any], work: Callable[[Any], R], portable: Callable[[Any], Any], jobs: int) -> Iterator[R]:
-    """As `_alone`, in several processes. What is done before its turn waits here."""
+    """Do the same as `_alone` in several processes. Results that are early wait until it is their turn."""
     from hpcmref.runtime.executor import execute
 
     def items() -> Iterator[tuple[int, Any]]:
@@ -83,7 +84,7 @@ def _spread(sources: Iterable[Any], work: Callable[[Any], R], portable: Callable
             try:
                 yield number, portable(source)
             except HpcmrefError as error:
-                yield number, error  # which ends it when its turn comes, as errors of workers do
+                yield number, error  # raised when its turn comes, as errors of workers are
 
     waiting: dict[int, Any] = {}
     turn = 0
@@ -96,7 +97,7 @@ def _spread(sources: Iterable[Any], work: Callable[[Any], R], portable: Callable
 
 
 def _received(number: int, outcome: Any) -> Any:
-    """The result of a worker; its warnings are given here. Raises the exception that it is instead of a result."""
+    """Return the result of a worker and repeat its warnings here. If the worker failed, raise its exception."""
     if isinstance(outcome, HpcmrefError):
         raise _about(number, outcome) from outcome
     if isinstance(outcome, Exception):
@@ -108,5 +109,5 @@ def _received(number: int, outcome: Any) -> Any:
 
 
 def _about(number: int, error: HpcmrefError) -> HpcmrefError:
-    """The same kind of error, which says what it is about."""
+    """Return an error of the same class whose message begins with the number of the source."""
     return type(error)(f"number {number}: {error}")

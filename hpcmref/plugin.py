@@ -1,7 +1,7 @@
 """The Pillow plugin. `import hpcmref` registers it, and heavy modules are imported only on first use.
 
-Image.open("photo.bin")                   with any suffix: files are known by their first bytes
-image.save("photo.hpcm", quality=40)      or any suffix with format="HPCM"
+Image.open("photo.bin")                   opens files with any suffix, since their first bytes identify them
+image.save("photo.hpcm", quality=40)      writes a file; for other suffixes than .hpcm, add format="HPCM"
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TARGETS = ("size", "bpp", "psnr")
 
 
 def register() -> None:
-    """Make the format known to Pillow."""
+    """Register the format with Pillow."""
     Image.register_open(FORMAT, HpcmImageFile, _is_ours)
     Image.register_save(FORMAT, _save)
     Image.register_save_all(FORMAT, _save_all)
@@ -32,15 +32,17 @@ def register() -> None:
 
 
 class HpcmImageFile(ImageFile.ImageFile):
-    """A file of ours. To open it reads the header and the metadata; to load it decodes it, with one of the models that
-    ship with hpcmref. Errors are OSErrors, as with Pillow's own formats.
+    """An hpcmref file as an image of Pillow.
+
+    Opening it reads the header and the metadata. Loading it decodes the pixels with the model that the file names,
+    which must be installed. Errors are OSErrors, as with Pillow's own formats.
     """
 
     format = FORMAT
     format_description = "hpcmref learned image codec"
     _is_encoded = False
     _side: int | None = None
-    """Of the preview that is loaded instead of the whole."""
+    """The longer side of the preview that is loaded instead of the whole picture, or None."""
 
     def _open(self) -> None:
         from hpcmref.format.container import peek
@@ -57,7 +59,7 @@ class HpcmImageFile(ImageFile.ImageFile):
         self._is_encoded = True
 
     def verify(self) -> None:
-        """Compare the checksum, and close the file."""
+        """Compare the checksum of the file, and close it. Raises OSError if they differ."""
         from hpcmref.format.container import parse
 
         if self.fp is not None:
@@ -69,8 +71,10 @@ class HpcmImageFile(ImageFile.ImageFile):
         super().verify()
 
     def draft(self, mode: str | None, size: tuple[int, int] | None) -> tuple[str, tuple[int, int, float, float]] | None:
-        """Have a picture of an eighth, a sixteenth ... of the size loaded, at least as large as asked for: an
-        approximation (see `hpcmref.thumbnail`). The mode stays.
+        """Prepare to load a picture that is scaled down by 8, 16, 32 ..., but not below `size` (width, height).
+
+        The picture is an approximation, see `hpcmref.thumbnail`. `mode` is ignored. Returns the mode and the area as
+        Pillow expects them, or None if the whole picture will be loaded.
         """
         if not self._is_encoded or self._side is not None or size is None or self.mode == "1":
             return None
@@ -87,16 +91,19 @@ class HpcmImageFile(ImageFile.ImageFile):
         return self.mode, (0, 0, float(self._size[0]), float(self._size[1]))
 
     def thumbnail(self, size: tuple[float, float], *arguments: Any, **options: Any) -> None:
-        """As of Pillow's images; what it is made of is loaded no larger than it must be."""
+        """Do the same as `Image.thumbnail` of Pillow, but decode no larger a picture than is needed (see `draft`)."""
         self.draft(None, (int(size[0]), int(size[1])))
         super().thumbnail(size, *arguments, **options)
 
     def load(self) -> Any:
-        """Decode the file, if that is not done: of a truncated one what there is, if LOAD_TRUNCATED_IMAGES is set."""
+        """Decode the file, unless that is done already. Raises OSError.
+
+        If Pillow's LOAD_TRUNCATED_IMAGES is set, a truncated file is decoded as far as it goes.
+        """
         if self._is_encoded and self.fp is not None:
             from hpcmref.format.container import MAX_PIXELS, parse
 
-            # Pillow's own limit on pixels was asked when the file was opened.
+            # Pillow has checked its own limit on pixels when the file was opened.
             partial = bool(ImageFile.LOAD_TRUNCATED_IMAGES)
             self.fp.seek(0)
             data = self.fp.read()
@@ -136,15 +143,16 @@ def _save_all(image: Image.Image, file: IO[bytes], filename: str | bytes) -> Non
 
 
 def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
-    """Options: quality (0 to 63), a target (size, bpp, psnr) or lossless; keep_invisible; model, device; icc_profile,
-    exif, xmp, dpi and comment.
+    """Encode an image for `Image.save`.
 
-    Metadata that is not given comes from the image; None leaves it out.
+    Options: quality (0 to 63), a target (size, bpp, psnr) or lossless; keep_invisible; model and device; and the
+    metadata icc_profile, exif, xmp, dpi and comment. Metadata without an option is taken from the image, and None
+    leaves it out.
     """
     from hpcmref.picture.images import without_exif
 
     options = image.encoderinfo
-    if "exif" in options and options["exif"] is None:  # what Pillow reads EXIF from has many names
+    if "exif" in options and options["exif"] is None:  # Pillow reads EXIF from several items of `info`
         image = without_exif(image)
         image.encoderinfo = options
     if any(name in options for name in _METADATA):

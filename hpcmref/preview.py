@@ -27,7 +27,7 @@ _LOWEST = 4
 
 
 class _Enough(Exception):  # noqa: N818  no error
-    """The step after the last that is wanted has been reached."""
+    """Ends the entropy path after the last step that the preview needs."""
 
 
 class PreviewReader(SymbolReader):
@@ -41,7 +41,10 @@ class PreviewReader(SymbolReader):
     scale = 0
 
     def run(self, entropy: torch.nn.Module, quality: Tensor, size: tuple[int, int]) -> None:
-        """Read. Raises as the decoder does."""
+        """Run the entropy path until the last step that is needed has been read. Raises the errors of the decoder.
+
+        size: (h, w) of the latents y.
+        """
         try:
             entropy(quality, size, self)
         except _Enough:
@@ -67,8 +70,8 @@ class PreviewReader(SymbolReader):
             lattice = _LATTICES[self.scale]
             self.y_hat, self.known = lattice.up(self.y_hat), lattice.up(self.known)
             self.scale += 1
-        self.y_hat = step.put(self.y_hat, values)
-        self.known = step.put(self.known, torch.ones_like(values))
+        step.put_(self.y_hat, values)
+        step.put_(self.known, torch.ones_like(values))
 
 
 def interpolated(y_hat: Tensor, known: Tensor) -> Tensor:
@@ -100,17 +103,22 @@ def interpolated(y_hat: Tensor, known: Tensor) -> Tensor:
 
 
 def _neighbours(plane: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Left, right, upper and lower neighbour of each position; 0 outside."""
+    """Return the left, right, upper and lower neighbours of all positions of a plane; outside of it they are 0."""
     padded = F.pad(plane, (1, 1, 1, 1))
     inner = slice(1, -1)
     return padded[..., inner, :-2], padded[..., inner, 2:], padded[..., :-2, inner], padded[..., 2:, inner]
 
 
 class LinearSynthesis:
-    """The linear part of g_s at zero, averaged over blocks of 8 x 8 pixels: y_hat to an eighth of the picture."""
+    """The linear part of g_s at y_hat = 0, averaged over blocks of 8 x 8 pixels: from y_hat to an eighth of the
+    picture.
+
+    g_s is run on one impulse for each latent channel, and the averaged answers are the kernels of one transposed
+    convolution.
+    """
 
     def __init__(self, model: HPCM, size: float = 0.2, batch: int = 64) -> None:
-        """size: of the latents that g_s is tried with, in units of the pixel range; batch: how many at once."""
+        """Measure the answers of g_s. size: the height of the impulses, in units of g_s; batch: how many at a time."""
         channels = model.config.M
         probe = next(model.g_s.parameters())
         impulses = torch.zeros(channels, channels, 3, 3, device=probe.device)
@@ -124,5 +132,5 @@ class LinearSynthesis:
         self._offset = nothing[:, :, 2:4, 2:4].mean((2, 3), keepdim=True)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Latents (1, M, h, w) in the units of g_s -> (1, 3, 2h, 2w), about 0..1."""
+        """Map latents (1, M, h, w) in the units of g_s to a small picture (1, 3, 2h, 2w), about 0..1."""
         return F.conv_transpose2d(latents.float(), self._kernel, stride=2, padding=2) + self._offset

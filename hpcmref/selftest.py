@@ -1,10 +1,10 @@
-"""Can this machine be trusted? Decodes a small set of files with known answers, and codes their pictures again.
+"""Test whether this machine codes correctly: decode files with known results, and encode their pictures again.
 
-    conformance/set.json    for each case the file, what its latents are, and the picture that it shows
-    conformance/*.hpcm      files of every shipped model, and one without loss
+    conformance/set.json    for each case the file, a hash of its latents, and the decoded picture
+    conformance/*.hpcm      files of every shipped model, and a lossless one
     conformance/*.png       the pictures, decoded in float32
 
-Latents must have the expected bits, and pixels be within `tolerance` levels. tools/build_conformance.py makes the set.
+Latents must be equal to the last bit, and pixels within `tolerance` levels. tools/build_conformance.py makes the set.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from hpcmref import __version__, checkpoints, lossless
 from hpcmref.checkpoints import CheckpointInfo
 from hpcmref.codec import Codec, device_of, fresh
 from hpcmref.errors import HpcmrefError
-from hpcmref.exact import words
+from hpcmref.exact import int16_matmul
 from hpcmref.format import container, rangecoder
 from hpcmref.format.container import Container
 from hpcmref.runtime.torch_names import has_bfloat16_units
@@ -35,16 +36,20 @@ from hpcmref.runtime.torch_names import has_bfloat16_units
 FOLDER = Path(__file__).parent / "conformance"
 
 CODED_AGAIN = 1.0
-"""How much further from its source, in levels on average, a picture may be that was coded here and not by us."""
+"""How much the mean absolute error (levels of 0..255) of a picture coded here may exceed the recorded one."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One decoding whose result is known.
 
-    model: the registry name, or None for a file without loss, whose pixels are exact. upto: the last scale that is
-    read. length: bytes of the file that are there, or None for all. latents: see `latents_of`. error: mean absolute
-    difference, in levels, between the picture and what is decoded after it is encoded again; None if it is not.
+    file, picture: names of files in the folder of the set.
+    model: the name of the model, or None for a lossless file, whose pixels must be exact.
+    upto: the last scale that is read.
+    length: the number of bytes of the file that are used, to test truncated files; None for all.
+    latents: the expected result of `latents_of`.
+    error: the recorded mean absolute error, in levels of 0..255, of the picture after it is encoded and decoded again.
+        None if it is not encoded again.
     """
 
     name: str
@@ -59,7 +64,7 @@ class Case:
 
 @dataclass(frozen=True)
 class ConformanceSet:
-    """The cases, and how far pixels may be from their pictures (levels of 255)."""
+    """The cases, and the largest permitted difference of a pixel in levels of 0..255."""
 
     tolerance: int
     cases: tuple[Case, ...]
@@ -67,7 +72,13 @@ class ConformanceSet:
 
 @dataclass
 class Report:
-    """What a self-test found. decoded and coded: good cases of all; worst: levels by which pixels differ at most."""
+    """The result of a self-test.
+
+    versions, kernels: see the functions of these names. models: fingerprint of each tested model by name.
+    tolerance: the permitted difference of pixels in levels of 0..255, and worst: the largest that was found.
+    decoded, coded: the number of cases that passed, and of all cases, in decoding and in encoding again.
+    failures: one sentence for each failure.
+    """
 
     versions: dict[str, str]
     kernels: dict[str, str]
@@ -80,18 +91,19 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed, and something was tried."""
+        """Whether nothing failed, and at least one case was decoded and one encoded."""
         return not self.failures and self.decoded[1] > 0 and self.coded[1] > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Return the report as a dictionary that can be written as JSON."""
         return {"passed": self.passed, **asdict(self)}
 
 
 def run(device: str = "auto", folder: Path = FOLDER) -> Report:
-    """Test this machine; takes some seconds. Raises ConfigError if there is no such device.
+    """Test this machine with all cases of a folder, which takes some seconds.
 
-    What is wrong with the machine, a model or the set is in the report's `failures`, a sentence each.
+    Failures of the machine, a model or the set do not raise an error: they are in the report's `failures`. Raises
+    ConfigError if the device does not exist.
     """
     where = device_of(device)
     report = Report(versions(), kernels(where))
@@ -119,7 +131,10 @@ def run(device: str = "auto", folder: Path = FOLDER) -> Report:
 
 
 def _check_model(report: Report, known: ConformanceSet, folder: Path, info: CheckpointInfo, device: str) -> None:
-    """Try all cases of a model. Raises HpcmrefError if there are none, or the model cannot be loaded or changes."""
+    """Test all cases of a model, and add the results to the report.
+
+    Raises HpcmrefError if there are no cases, if the model cannot be loaded, or if its weights change meanwhile.
+    """
     cases = [case for case in known.cases if case.model == info.name]
     if not cases:
         raise HpcmrefError("the conformance set has no file of this model")
@@ -131,7 +146,7 @@ def _check_model(report: Report, known: ConformanceSet, folder: Path, info: Chec
 
 
 def read_set(folder: Path) -> ConformanceSet:
-    """The set in a folder. Raises HpcmrefError if it is missing or damaged."""
+    """Read the conformance set of a folder. Raises HpcmrefError if it is missing or damaged."""
     try:
         content = json.loads((folder / "set.json").read_text(encoding="utf-8"))
         cases = tuple(Case(**case) for case in content["cases"])
@@ -141,7 +156,7 @@ def read_set(folder: Path) -> ConformanceSet:
 
 
 def container_of(case: Case, folder: Path) -> Container:
-    """The file of a case, as much of it as is there. Raises HpcmrefError."""
+    """Read the file of a case, or its first `length` bytes. Raises HpcmrefError."""
     try:
         data = (folder / case.file).read_bytes()
     except OSError as error:
@@ -150,20 +165,21 @@ def container_of(case: Case, folder: Path) -> Container:
 
 
 def latents_of(codec: Codec, file: Container, upto: int = 3) -> str:
-    """The first 16 digits of the SHA-256 of the latents that a file decodes to. Raises HpcmrefError."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of the decoded latents (float32). Raises HpcmrefError."""
     y_hat = codec.y_hat(file, upto).cpu().contiguous() + 0.0  # no negative zeros
     return hashlib.sha256(y_hat.numpy().astype("<f4").tobytes()).hexdigest()[:16]
 
 
-def difference(one: Image.Image, other: Image.Image) -> np.ndarray:
-    """Absolute differences of two pictures of one size and mode, int16. Raises HpcmrefError if these differ."""
+def difference(one: Image.Image, other: Image.Image) -> NDArray[Any]:
+    """Return the absolute differences of two pictures, int16. Raises HpcmrefError if their size or mode differs."""
     if (one.size, one.mode) != (other.size, other.mode):
         raise HpcmrefError(f"the picture is {one.size} {one.mode}, and should be {other.size} {other.mode}")
-    return np.abs(np.asarray(one).astype(np.int16) - np.asarray(other).astype(np.int16))
+    found: NDArray[Any] = np.abs(np.asarray(one).astype(np.int16) - np.asarray(other).astype(np.int16))
+    return found
 
 
 def _check(report: Report, case: Case, folder: Path, codecs: list[Codec]) -> None:
-    """Try one case and count it. codecs: that of the device, and of the CPU; none for a file without loss."""
+    """Test one case and count it. codecs: that of the device and that of the CPU, or none for a lossless file."""
     for counts, step in ((report.decoded, _decode), (report.coded, _code_again)):
         if step is _code_again and case.error is None:
             continue
@@ -177,7 +193,7 @@ def _check(report: Report, case: Case, folder: Path, codecs: list[Codec]) -> Non
 
 
 def _decode(report: Report, case: Case, folder: Path, codecs: list[Codec]) -> Iterator[str]:
-    """What is wrong with the latents and pixels of a file, a sentence each."""
+    """Decode the file of a case, and yield a sentence for each difference of its latents and pixels."""
     file = container_of(case, folder)
     expected = _picture(case, folder)
     if case.model is None:
@@ -194,7 +210,7 @@ def _decode(report: Report, case: Case, folder: Path, codecs: list[Codec]) -> It
 
 
 def _code_again(report: Report, case: Case, folder: Path, codecs: list[Codec]) -> Iterator[str]:
-    """What is wrong when the picture of a case is encoded and decoded here, a sentence each."""
+    """Encode and decode the picture of a case, and yield a sentence for each thing that is wrong."""
     assert case.error is not None
     source = _picture(case, folder)
     learned = container_of(case, folder).learned
@@ -203,14 +219,15 @@ def _code_again(report: Report, case: Case, folder: Path, codecs: list[Codec]) -
     data = codec.encode(source, learned.quality if learned and variable else None, verify=True)
     file = container.parse(data)
     if len({latents_of(each, file) for each in codecs}) > 1:
-        yield "encoded here, its latents are others on the CPU"
+        yield "after it is encoded here, it decodes to other latents on the CPU"
     error = float(difference(codec.decode(data), source).mean())
     if error > case.error + CODED_AGAIN:
-        yield f"encoded here, it differs by {error:.1f} levels on average, and should by {case.error:.1f}"
+        yield f"after it is encoded here, it differs by {error:.1f} levels on average instead of {case.error:.1f}"
 
 
 def _picture(case: Case, folder: Path) -> Image.Image:
     try:
+        image: Image.Image
         with Image.open(folder / case.picture, formats=["PNG"]) as image:
             image.load()
             return image
@@ -219,7 +236,7 @@ def _picture(case: Case, folder: Path) -> Image.Image:
 
 
 def versions() -> dict[str, str]:
-    """Name -> version of what takes part in coding."""
+    """Return the versions of hpcmref and of the software that takes part in coding, by name."""
     return {
         "hpcmref": __version__,
         "Python": platform.python_version(),
@@ -231,7 +248,7 @@ def versions() -> dict[str, str]:
 
 
 def kernels(device: torch.device) -> dict[str, str]:
-    """What computes on a device: its name, and which kernels each kind of operation gets there."""
+    """Return the name of a device, and the kernels that each kind of operation uses on it."""
     coder = rangecoder.implementation()
     if device.type == "cuda":
         cudnn: Any = torch.backends.cudnn
@@ -244,7 +261,7 @@ def kernels(device: torch.device) -> dict[str, str]:
         }
     onednn: Any = torch.backends.mkldnn
     present = onednn.is_available() and onednn.enabled
-    units = "int8 units" if words.has_units("cpu") else "float32, without int8 units"
+    units = "int8 units" if int16_matmul.has_units("cpu") else "float32, without int8 units"
     return {
         "device": f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads of "
         f"{os.cpu_count()} processors",

@@ -9,12 +9,12 @@ from hpcmref import arguments
 from hpcmref.errors import ConfigError, HpcmrefError, ImageError
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from PIL import Image
 
 ImageSource: TypeAlias = (
-    "Image.Image | np.ndarray | torch.Tensor | str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
+    "Image.Image | NDArray[Any] | torch.Tensor | str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]"
 )
 FileSource: TypeAlias = "bytes | bytearray | memoryview | str | os.PathLike[str] | IO[bytes]"
 _IMAGES = (
@@ -25,7 +25,7 @@ _FILES = "the bytes of a file, a path, or a file opened in binary mode"
 
 
 def image_of(source: Any) -> Any:
-    """An image of Pillow or an array of NumPy of what `encode` takes. Raises ImageError, ArgumentTypeError."""
+    """Convert what `encode` takes to an image of Pillow or an array of NumPy. Raises ImageError, ArgumentTypeError."""
     import io
     from pathlib import Path
 
@@ -44,7 +44,7 @@ def image_of(source: Any) -> Any:
 
 
 def is_file(source: Any) -> bool:
-    """It is the bytes of a file, or has them."""
+    """Return whether a source is the bytes of a file, or an open file."""
     return isinstance(source, (bytes, bytearray, memoryview)) or callable(getattr(source, "read", None))
 
 
@@ -57,32 +57,35 @@ def _image_bytes(source: Any) -> bytes:
         raise ImageError(str(error)) from error
 
 
-def _array_of_tensor(tensor: torch.Tensor) -> np.ndarray:
-    """(C, H, W) of any device -> (H, W, C)."""
+def _array_of_tensor(tensor: torch.Tensor) -> NDArray[Any]:
+    """Convert a tensor (C, H, W) on any device to an array (H, W, C). Raises ImageError for other shapes and types."""
     if tensor.ndim != 3 or not 1 <= tensor.shape[0] <= 4:
         raise ImageError(f"image is a tensor of shape {tuple(tensor.shape)}, and must be one of (1 to 4, H, W)")
     if tensor.is_complex() or tensor.is_quantized:
         raise ImageError(f"image is a tensor of {tensor.dtype}, and must be one of uint8 or floats from 0 to 1")
     if tensor.is_sparse or tensor.is_meta:
-        raise ImageError("image is a tensor without its values at hand (sparse, or on the device meta)")
+        raise ImageError("image is a tensor whose values cannot be read (sparse, or on the device meta)")
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.is_floating_point() else tensor).permute(1, 2, 0).numpy()
 
 
-def array_of(image: Image.Image) -> np.ndarray:
-    """(H, W) or (H, W, 2 to 4) of an image; CMYK becomes RGB."""
+def array_of(image: Image.Image) -> NDArray[Any]:
+    """Convert an image of Pillow to an array (H, W) or (H, W, 2 to 4). CMYK is converted to RGB."""
     import numpy as np
 
     return np.array(image.convert("RGB") if image.mode == "CMYK" else image)
 
 
 def content_of(source: Any) -> bytes:
-    """The bytes of what `hpcmref.decode` takes. Raises HpcmrefError if they cannot be read, ArgumentTypeError."""
+    """Return the bytes of what `hpcmref.decode` takes. Raises HpcmrefError if they cannot be read."""
     return arguments.contents("data", source, _FILES)
 
 
 def portable_of(source: Any) -> Any:
-    """A source as it is sent to another process: images with all their metadata in `info`, and files as bytes."""
+    """Convert a source to what can be sent to another process.
+
+    Paths are made absolute, open files become bytes, and an image keeps its metadata in `info`, which is pickled.
+    """
     from PIL import Image
 
     from hpcmref.picture.images import strip_only

@@ -1,21 +1,23 @@
-"""Bytes of ten alpha masks: packed by hpcmref, as WebP lossless and as PNG.
+"""How many bytes do ten alpha masks take, packed by hpcmref, as lossless WebP and as PNG?
 
     python -m research.alpha_packing
 
-WebP and PNG hold the mask as a grey picture.
+WebP and PNG store the mask as a grey picture.
 """
 
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from hpcmref.picture.metadata import pack_alpha
 
 
-def masks(side: int = 384) -> dict[str, np.ndarray]:
+def masks(side: int = 384) -> dict[str, NDArray[Any]]:
     """Name -> (H, W) uint8."""
     rows, columns = np.mgrid[:side, :side]
     rng = np.random.default_rng(0)
@@ -42,7 +44,7 @@ def masks(side: int = 384) -> dict[str, np.ndarray]:
 
 
 def size_as(image: Image.Image, form: str, **options: object) -> int:
-    """Bytes of the image in a format of Pillow."""
+    """Return the bytes of the image in a format of Pillow."""
     file = io.BytesIO()
     image.save(file, form, **options)
     return len(file.getvalue())

@@ -1,9 +1,9 @@
 """How much slower is hpcmref beside another busy process? `python -m research.contention IMAGE...` prints ratios.
 
-Every command runs alone and beside a process that computes without a pause, once with OpenMP's own way of waiting
-("spin"), once with that of the command line ("sleep", `hpcmref.runtime.waiting`), and with those of --also. All kinds
-take turns, so that a change of the machine's speed meets all alike; of each the median is taken. Seconds are of whole
-processes. The machine should have nothing else to do; on more cores than --cores, all processes are held to that many.
+Every command runs alone and beside a process that computes without a pause: with OpenMP's own way of waiting ("spin"),
+with that of the command line (`hpcmref.runtime.waiting`: "short", a short spin before sleep), and with those of --also.
+All kinds take turns, so that a change of the machine's speed meets all alike; of each the median is taken. Seconds are
+of whole processes. The machine should have nothing else to do; on more cores than --cores, all are held to that many.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main(
     """Print a table. Its ratios can be compared with those of another run; its seconds only with each other."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    ways = {"spin": SPIN, "sleep": SLEEP}
+    ways = {"spin": SPIN, "short": SLEEP}
     ways |= {each: dict(pair.split("=", 1) for pair in each.split(",")) for each in also or []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from hpcmref.codec import Codec
 
 REFERENCE = 768 * 512
-"""Pixels that seconds are given for."""
+"""The number of pixels for which seconds are reported."""
 
 
 class Trial(NamedTuple):
-    """One file: bits per pixel, PSNR in dB, and processor seconds of encoding."""
+    """The measurement of one file: bits per pixel, PSNR in dB, and processor seconds of encoding."""
 
     bpp: float
     psnr: float
@@ -43,7 +43,7 @@ def main(
     efforts: Annotated[str, typer.Option(help="Which efforts, with commas between.")] = "1,2,3,4,5,6,7,8,9",
     qualities: Annotated[str, typer.Option(help="Which qualities, at least four, with commas between.")] = "8,24,40,56",
 ) -> None:
-    """BD-rate of efforts against effort 0: the mean over the images, each with a curve of its own."""
+    """Print the BD-rate of each effort against effort 0: the mean of the images' own BD-rates."""
     from hpcmref.codec import load
 
     keep_memory()
@@ -86,7 +86,7 @@ def trial(codec: Codec, image: Image.Image, quality: int, effort: int) -> Trial:
 
 
 def rate(plain: list[Trial], found: list[Trial]) -> float:
-    """BD-rate in percent; NaN where curves cannot be compared."""
+    """Return the BD-rate in percent, or NaN if the curves cannot be compared."""
     before, after = (
         Curve(name, tuple(Point(each.bpp, each.psnr) for each in trials))
         for name, trials in (("plain", plain), ("found", found))
@@ -96,7 +96,7 @@ def rate(plain: list[Trial], found: list[Trial]) -> float:
 
 
 def _tiles(archives: list[Path], limit: int, crop: int) -> list[Image.Image]:
-    """The middle of the first held-out tiles of training archives; one photograph in 64 is held out."""
+    """Return the middle of the first held-out tiles of training archives. One photograph in 64 is held out."""
     from hpcmref.training.data import Tiles
 
     images = []

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +33,7 @@ def main(
     timed: Annotated[int, typer.Option(help="How many of the images to measure times with.")] = 3,
     repeat: Annotated[int, typer.Option(help="How often each of these is coded; the best time counts.")] = 5,
 ) -> None:
-    """Compare the exact entropy path with the float32 one that it is made from."""
+    """Compare the exact entropy path with the float32 entropy path that it is made from."""
     from hpcmref import checkpoints
     from hpcmref.codec import Codec
 
@@ -45,7 +46,10 @@ def main(
     qualities = (0, 16, 32, 48, 63) if codec.model.config.qualities > 1 else (None,)
     paths = (plain, codec.latents.entropy)
     found = np.array(
-        [[[rate_of(codec, path, image, quality or 0) for path in paths] for image in images] for quality in qualities]
+        [
+            [[bpp_and_psnr(codec, path, image, quality or 0) for path in paths] for image in images]
+            for quality in qualities
+        ]
     )
     ratios = [
         np.median([time_ratios(codec, plain, image, quality, repeat) for image in images[:timed]] or [(0, 0)], axis=0)
@@ -66,13 +70,13 @@ def main(
     Console().print(table)
 
 
-def _slope(bpp: np.ndarray, psnr: np.ndarray) -> np.ndarray:
-    """By what part the rate rises for a decibel, at every quality (n,); unknown, so 0, where there is only one."""
+def _slope(bpp: NDArray[Any], psnr: NDArray[Any]) -> NDArray[Any]:
+    """Return by what part the rate rises for one decibel, at every quality (n,). For one quality alone, return 0."""
     return np.gradient(np.log(bpp), psnr) if len(bpp) > 1 else np.zeros(1)
 
 
 class _Rate:
-    """A coder that adds up the bits of the true latents, in float64; see `model.coders.Estimator`."""
+    """A coder that adds up the bits of the given latents in float64; see `model.coders.Estimator`."""
 
     def __init__(self, y: torch.Tensor, z: torch.Tensor) -> None:
         from hpcmref.model.schedule import lattices
@@ -89,26 +93,29 @@ class _Rate:
         return symbols + means
 
 
-def rate_of(codec: Codec, entropy: EntropyPath, image: Image.Image, quality: int) -> tuple[float, float]:
-    """Estimated bits per pixel and PSNR in dB of an image whose latents `entropy` predicts."""
+def bpp_and_psnr(codec: Codec, entropy: EntropyPath, image: Image.Image, quality: int) -> tuple[float, float]:
+    """Return the estimated bits per pixel and the PSNR in dB of an image, with the entropy path `entropy`."""
     from hpcmref.exact import exactly
 
     pixels = np.asarray(image.convert("RGB"))
     height, width = (side // 64 * 64 for side in pixels.shape[:2])
     x = torch.from_numpy(pixels[:height, :width].copy()).permute(2, 0, 1)[None].to(codec.device).float() / 255
     with torch.inference_mode(), exactly(codec.device):
-        rate = torch.tensor([float(quality)], device=codec.device)
-        y, z = codec.model.analyse(x, rate)
+        qualities = torch.tensor([float(quality)], device=codec.device)
+        y, z = codec.model.analyse(x, qualities)
         coder = _Rate(y, z)
-        y_hat = entropy(rate, (z.shape[2], z.shape[3]), coder)
-        error = (codec.model.synthesise(y_hat, rate).clamp(0, 1) - x).square().mean()
+        y_hat = entropy(qualities, (z.shape[2], z.shape[3]), coder)
+        error = (codec.model.synthesise(y_hat, qualities).clamp(0, 1) - x).square().mean()
     return coder.bits / (height * width), float(-10 * error.log10())
 
 
 def time_ratios(
     codec: Codec, plain: EntropyPath, image: Image.Image, quality: int | None, repeats: int = 5
 ) -> tuple[float, float]:
-    """Seconds to encode and to decode, over those with the entropy path `plain`: the best of each, tried in turns."""
+    """Return the seconds of encoding and of decoding, divided by those with the entropy path `plain`.
+
+    Both are measured in turns, and the best time of each is used.
+    """
     exact = codec.latents.entropy
     best: dict[tuple[bool, str], float] = {}
     try:

@@ -1,9 +1,9 @@
-"""Does every way to compute code and decode the same latents? `python -m research.exactness_matrix FOLDER`.
+"""Does every configuration of the machine decode the same latents? `python -m research.exactness_matrix FOLDER`.
 
-One process encodes the images of a folder and a set of small pictures of awkward sizes, the smallest first. Then one
-process after the other, each made to compute differently (other instruction sets, threads, kernels, precision modes,
-batches, a GPU), decodes all files and encodes all pictures, in two orders. Every decoded y_hat must have the same bits,
-every file that such a process writes must decode in the first process, and no process may change its model.
+One process encodes the images of a folder and a set of small pictures of unusual sizes, the smallest first. Then other
+processes, each with a different configuration (instruction sets, threads, kernels, precision modes, batches, a GPU),
+decode all files and encode all pictures, in two orders. Every decoded y_hat must have the same bits, every file that
+such a process writes must decode in the first process, and no process may change its model.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from hpcmref.latents import LatentCodec
 from hpcmref.model.hpcm import STRIDE
 
 Latents = tuple[int, int]
-"""CRC-32 of an image's symbols, and of the bits of its y_hat (float32, with positive zeros)."""
+"""The CRC-32 of an image's symbols, and that of the bits of its y_hat (float32, with positive zeros)."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A way to compute: environment variables of a process, and a mode of `MODES` that it enters."""
+    """A configuration: environment variables of a process, and a mode of `MODES` that it enters."""
 
     name: str
     environment: dict[str, str] = field(default_factory=dict)
@@ -105,7 +105,7 @@ def _without_onednn(codec: Codec) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fallback_kernels(codec: Codec) -> Iterator[None]:
-    """As in a PyTorch that was built without oneDNN."""
+    """Behave as a PyTorch that was built without oneDNN."""
     available = torch.backends.mkldnn.is_available
     torch.backends.mkldnn.is_available = lambda: False
     try:
@@ -140,15 +140,15 @@ MODES: dict[str, Callable[[Codec], AbstractContextManager[Any]]] = {
     "medium precision": _medium_precision,
     "no denormals": _no_denormals,
 }
-"""What surrounds decoding. Those named "batch..." decode all files of a size at once, "cuda" on a GPU."""
+"""Contexts in which files are decoded. "batch..." decode all files of a size at once, and "cuda" uses a GPU."""
 
 
 SIZES = ((1, 1), (7, 33), (64, 64), (65, 63), (64, 200), (300, 200))
-"""Width and height of the small pictures, in the order in which they are coded; then in the opposite one."""
+"""Width and height of the small pictures. They are coded in this order and then in the opposite one."""
 
 
 def small_pictures() -> list[Image.Image]:
-    """One picture of each of SIZES: waves and noise, in colour."""
+    """Return one picture of each of SIZES, with waves and noise in colour."""
     random = np.random.RandomState(0)
     pictures = []
     for width, height in SIZES:
@@ -160,7 +160,7 @@ def small_pictures() -> list[Image.Image]:
 
 
 def decode(codec: Codec, files: Sequence[bytes], mode: str = "plain") -> list[Latents]:
-    """The latents of files of one model, in a mode of MODES. Raises an HpcmrefError if they do not verify."""
+    """Decode files of one model in a mode of MODES, and return their latents. Raises an HpcmrefError on a mismatch."""
     groups = [[index] for index in range(len(files))]
     if mode.startswith("batch"):
         shapes = [_shape(parse(file)) for file in files]
@@ -185,13 +185,13 @@ def latents_of(codec: LatentCodec, files: Sequence[bytes]) -> list[Latents]:
 
 
 def _shape(file: Container) -> tuple[int, int, int]:
-    """Quality, rows and columns of z."""
+    """Return the quality of a file, and the rows and columns of its z."""
     assert file.learned is not None
     return file.learned.quality, -(-file.height // STRIDE), -(-file.width // STRIDE)
 
 
 def encode(codec: Codec, images: Sequence[Image.Image], quality: int | None, mode: str = "plain") -> list[bytes]:
-    """The files of images, in a mode of MODES; raises ModelChangedError if the model changes."""
+    """Encode images in a mode of MODES. Raises ModelChangedError if the model changes."""
     files = []
     with MODES[mode](codec):
         for image in images:
@@ -202,7 +202,7 @@ def encode(codec: Codec, images: Sequence[Image.Image], quality: int | None, mod
 
 @dataclass(frozen=True)
 class Answer:
-    """What a process of the matrix found: latents of the files that it was given, and files of the same pictures."""
+    """The result of a process: the latents of the files that it was given, and its own files of the same pictures."""
 
     latents: list[Latents]
     files: list[bytes]
@@ -211,7 +211,7 @@ class Answer:
 def run(
     configuration: Configuration, files: Sequence[Path], model: str | None, images: Sequence[Path] = ()
 ) -> Answer | str:
-    """Decode files and encode images in a process of its own; or the last line of what it said when it failed."""
+    """Decode files and encode images in a new process. Return its result, or its last line of output if it fails."""
     request = {
         "files": [str(file) for file in files],
         "images": [str(image) for image in images],
@@ -234,7 +234,7 @@ def run(
 
 
 def work() -> None:
-    """What the process of `run` does: a request on standard input, an answer on standard output."""
+    """The main function of the process of `run`: read a request from standard input, and print the result."""
     request = json.load(sys.stdin)
     mode = request["mode"]
     codec = load(request["model"], "cuda" if mode == "cuda" else "cpu")
@@ -257,7 +257,7 @@ def main(
     limit: Annotated[int | None, typer.Option(help="Use only the first images.")] = None,
     crop: Annotated[int | None, typer.Option(help="Use only the middle of each image, so many pixels a side.")] = None,
 ) -> None:
-    """Decode the images of a folder in every configuration; exit code 1 if any image differs."""
+    """Decode the images of a folder in every configuration. The exit code is 1 if any image differs."""
     images = [*small_pictures(), *images_of(folder, limit, crop)]
     console = Console()
     codec = load(model, "cpu")
@@ -298,7 +298,7 @@ def _decodes(codec: Codec, file: bytes) -> bool:
 
 
 def images_of(folder: Path, limit: int | None = None, crop: int | None = None) -> list[Image.Image]:
-    """The first images of a folder, RGB; of each no more than the middle, `crop` pixels a side."""
+    """Return the first images of a folder in RGB, each cropped to at most `crop` pixels a side in the middle."""
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     images = [Image.open(path).convert("RGB") for path in paths[:limit]]
     if not images:
@@ -312,7 +312,7 @@ def _middle(image: Image.Image, side: int) -> Image.Image:
 
 
 def machine() -> str:
-    """What computes here, for the title of a table."""
+    """Describe the machine for the title of a table."""
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 

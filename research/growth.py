@@ -1,8 +1,8 @@
-"""How do time and memory grow with the image? `python -m research.growth` measures it, and draws a figure.
+"""How do time and memory grow with the size of the image? `python -m research.growth` measures it, and draws a figure.
 
-Every size is encoded in a process of its own and decoded in another, so that no memory of one is counted for the next.
-Seconds are from pixels in memory to the file in memory and back, after a small image; memory is the most that the
-process ever held, with Python, torch and the weights.
+Every size is encoded in a new process and decoded in another, so that memory of one is not counted for the next.
+Seconds are from pixels in memory to the file in memory and back, after a small image. Memory is the peak of the
+process, with Python, torch and the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Point:
-    """One image of width x height pixels: bytes of its file, seconds and bytes of memory of each direction."""
+    """The measurement of one image of width x height pixels: bytes of its file, and seconds and memory (bytes) of both
+    directions.
+    """
 
     width: int
     height: int
@@ -71,11 +73,11 @@ def _in_a_process(request: dict[str, Any]) -> dict[str, Any]:
     if process.returncode:
         said = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
         raise RuntimeError(f"{request['direction']} of {request['size']} pixels: {said[-1]}")
-    return json.loads(process.stdout)
+    return dict(json.loads(process.stdout))
 
 
 def work() -> None:
-    """What the process of a measurement does: a request on stdin, seconds and bytes on stdout."""
+    """The main function of a measuring process: read a request from stdin, and write seconds and bytes to stdout."""
     from hpcmref.bench.profile import photograph
     from hpcmref.codec import load
     from hpcmref.runtime.heap import keep_memory, peak_memory
@@ -100,7 +102,7 @@ def work() -> None:
 
 
 def figure(points: list[Point], title: str) -> bytes:
-    """Seconds and memory against megapixels, as PNG; lines through the origin and the largest image show linearity."""
+    """Draw seconds and memory against megapixels as PNG, with lines through the origin and the largest image."""
     import io
 
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
-"""Pictures that no photograph resembles, drawn from a seed: text, screenshots, pixel art, dither, checkers, noise.
+"""Pictures that are unlike photographs, generated from a seed: text, screenshots, pixel art, dither, checkers, noise.
 
-`pictures(side)` gives all of them by name; `python -m research.lossless_choice` measures them.
+`pictures(side)` returns all of them by name. `python -m research.lossless_choice` measures them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SYNTHETIC = ("flat", "checker", "columns", "dither", "pixel art", "noise", "grad
 
 
 def text(side: int, seed: int = 0) -> Image.Image:
-    """A page of text: black or coloured on white or nearly white, in sizes of 9 to 20 pixels."""
+    """Draw a page of text, black or coloured, on white or nearly white, in sizes of 9 to 20 pixels."""
     random = np.random.default_rng(seed)
     paper = tuple(int(each) for each in random.integers(235, 256, 3)) if seed % 3 == 2 else (255, 255, 255)
     page = Image.new("RGB", (side, side * 5 // 4), paper)
@@ -35,7 +35,7 @@ def text(side: int, seed: int = 0) -> Image.Image:
 
 
 def screenshot(side: int, seed: int = 0) -> Image.Image:
-    """Windows with titles, buttons, lines of text and flat or shaded backgrounds."""
+    """Draw windows with titles, buttons, lines of text and flat or shaded backgrounds."""
     random = np.random.default_rng(seed)
     shade = np.linspace(0, 40 * (seed % 2), side)[:, None, None] + random.integers(40, 180, 3)
     screen = Image.fromarray(np.broadcast_to(shade, (side, side * 4 // 3, 3)).astype(np.uint8))
@@ -53,7 +53,7 @@ def screenshot(side: int, seed: int = 0) -> Image.Image:
 
 
 def synthetic(name: str, side: int, seed: int = 0) -> Image.Image:
-    """One of SYNTHETIC, `side` pixels a side."""
+    """Draw the picture of a name in SYNTHETIC, `side` pixels a side."""
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[:side, :side]
     colours = random.integers(0, 256, (8, 3))
@@ -78,7 +78,7 @@ def synthetic(name: str, side: int, seed: int = 0) -> Image.Image:
 
 
 def _drawing(side: int, random: np.random.Generator) -> Image.Image:
-    """Smooth shapes of flat colour with soft edges, as vector graphics are."""
+    """Draw smooth shapes of flat colour with antialiased edges, like vector graphics."""
     large = Image.new("RGB", (4 * side, 4 * side), "white")
     draw = ImageDraw.Draw(large)
     for _ in range(12):
@@ -88,7 +88,7 @@ def _drawing(side: int, random: np.random.Generator) -> Image.Image:
 
 
 def pictures(side: int) -> dict[str, Image.Image]:
-    """Ten pages of text, ten screenshots, and the others."""
+    """Return ten pages of text, ten screenshots, and all other pictures, by name."""
     drawn: dict[str, Callable[[], Image.Image]] = {}
     for seed in range(10):
         drawn[f"text {seed}"] = lambda seed=seed: text(side, seed)  # type: ignore[misc]

@@ -2,9 +2,9 @@
 
     python -m research.lossless_choice --side 512 --photographs kodak
 
-For every picture of `research.hard_pictures`, and every photograph of a folder: bits per pixel and PSNR of the learned
-stream and of the choice at some qualities, and the lossless stream against the best of WebP lossless and PNG. Then the
-time of encoding with the choice against without, in turn, as the ratio of the sums (processor time).
+For every picture of `research.hard_pictures` and every photograph of a folder, the script prints bits per pixel and
+PSNR of the learned stream and of the choice at some qualities, and compares the lossless stream with the better of WebP
+and PNG at their strongest settings. Then it compares the processor time of encoding with and without the choice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ QUALITIES = (0, 16, 32, 48, 62, 63)
 
 
 def best_of_others(image: Image.Image) -> int:
-    """Bytes as WebP lossless at its strongest setting but one, which takes minutes, or as PNG."""
+    """Return the bytes as lossless WebP or PNG, whichever is smaller. WebP's strongest setting would take minutes."""
     sizes = []
     for form, options in (("PNG", {"optimize": True}), ("WEBP", {"lossless": True, "quality": 100, "method": 5})):
         file = io.BytesIO()
@@ -38,13 +38,13 @@ def best_of_others(image: Image.Image) -> int:
 
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """dB over all samples; infinite for equal pictures."""
+    """Return the PSNR in dB over all samples, which is infinite for equal pictures."""
     error = np.square(np.asarray(image, np.float64) - np.asarray(reference, np.float64)).mean()
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
 def row(codec: Codec, name: str, image: Image.Image) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     pixels = image.width * image.height
     ratio = len(lossless.pack(picture_of(image))[1]) / best_of_others(image)
     cells = [f"{name:16}", f"{ratio:6.3f}"]
@@ -56,7 +56,7 @@ def row(codec: Codec, name: str, image: Image.Image) -> str:
 
 
 def overhead(codec: Codec, images: list[Image.Image], quality: int) -> float:
-    """Processor time of encoding with the choice, as a multiple of that without."""
+    """Return the processor time of encoding with the choice, divided by that without."""
     spent = [0.0, 0.0]
     for image in images:
         for choose in (False, True, True, False):

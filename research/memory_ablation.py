@@ -1,15 +1,14 @@
-"""Does a memory bank pay? `python -m research.memory_ablation run ...`, then `... report ...`.
+"""Is a memory bank worth its time? `python -m research.memory_ablation run ...`, then `... report ...`.
 
-Every variant starts as one and the same trained model, with a closed bank, and its context model is fine-tuned: the
-same crops, qualities, noise and number of steps for all of one seed, plain HPCM (`off`) included. A bank acts on the
-entropy path alone, so g_a, h_a, h_s and g_s keep their weights, and the features of all crops are computed once. The
-loss is the rate, weighted as in training; the weights that are judged are an average over the last steps.
+Every variant starts from the same trained model with a closed bank, and its context model is fine-tuned. For one seed,
+all variants have the same crops, qualities, noise and number of steps, also plain HPCM (`off`). A bank concerns only
+the entropy path, so g_a, h_a, h_s and g_s keep their weights, and the features of all crops are computed once. The loss
+is the rate, weighted as in training. The weights that are evaluated are an average over the last steps.
 
-Kodak: bits per pixel are estimated by the model in float32, and PSNR is real; `cost` writes real files of a few
-images beside that, and measures the time that they take.
-`off` is judged after more steps, too: a variant whose step takes r times as long is compared with `off` after N steps
-(equal steps) and after r N (equal time, interpolated). Results are lines of JSON, one a run, and runs that are there
-already are not repeated.
+On Kodak, bits per pixel are estimated by the model in float32, and the PSNR is measured. `cost` also writes files of a
+few images, and measures their time. `off` is evaluated after more steps, too: a variant whose step takes r times as
+long is compared with `off` after N steps (equal steps) and after r N steps (equal time, interpolated). Results are
+lines of JSON, one for each run, and existing runs are not repeated.
 """
 
 from __future__ import annotations
@@ -37,23 +36,23 @@ from hpcmref.codec import Codec
 from hpcmref.errors import HpcmrefError
 from hpcmref.model import HPCM
 from hpcmref.model.coders import Estimator
-from hpcmref.model.config import MEMORIES, MemoryConfig
+from hpcmref.model.config import MEMORY_BANKS, MemoryConfig
 from hpcmref.model.entropy import bits
 from hpcmref.model.layers import anchor_weights
-from hpcmref.runtime.torch_names import lerp_all
+from hpcmref.runtime.torch_names import lerp_all_
 from hpcmref.training.data import Tiles
 from hpcmref.training.loop import _blocks_in_bfloat16
 from hpcmref.training.start import start_from
-from research.exactness_cost import rate_of
+from research.exactness_cost import bpp_and_psnr
 
-LIGHT, FULL, LINEAR = MEMORIES["light"], MEMORIES["full"], MEMORIES["linear"]
+LIGHT, FULL, LINEAR = MEMORY_BANKS["light"], MEMORY_BANKS["full"], MEMORY_BANKS["linear"]
 
 VARIANTS: dict[str, MemoryConfig | None] = {
     "off": None,
     "light": LIGHT,
     "linear": LINEAR,
-    "cross": MEMORIES["cross"],
-    "global": MEMORIES["global"],
+    "cross": MEMORY_BANKS["cross"],
+    "global": MEMORY_BANKS["global"],
     "full": FULL,
     "light, per position": replace(LIGHT, per_position=True),
     "light, before the prior": replace(LIGHT, before_prior=True),
@@ -71,17 +70,17 @@ VARIANTS: dict[str, MemoryConfig | None] = {
     "full, value_resolution 4": replace(FULL, value_resolution=4),
     "full, value_resolution 16": replace(FULL, value_resolution=16),
 }
-"""The most important first."""
+"""The variants, the most important first."""
 
 QUALITIES = (6, 24, 42, 60)
 LONGER = (1.15, 1.4)
-"""How many times the steps `off` is judged after, beside once."""
+"""The multiples of the number of steps after which `off` is also evaluated."""
 
 RATES = {"trained": 1e-4, "bank": 1e-3, "opening": 1e-2}
-"""Learning rates, constant after a warm-up: of what was trained before, of a bank, and of how far its gate opens."""
+"""Learning rates, constant after a warm-up: of the trained weights, of a bank, and of its gate."""
 
 AVERAGE = 0.97
-"""Decay of the average of the weights, a step."""
+"""The decay of the average of the weights in a step."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -96,7 +95,7 @@ class Picture:
 
 @app.callback()
 def _commands() -> None:
-    """What a memory bank gains and costs."""
+    """Measure what a memory bank gains and costs."""
 
 
 @app.command()
@@ -112,7 +111,7 @@ def run(
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "0,1",
     first: Annotated[int | None, typer.Option(help="Only the first variants.")] = None,
 ) -> None:
-    """Fine-tune and judge every variant, one seed after the other."""
+    """Fine-tune and evaluate every variant, one seed after the other."""
     output.mkdir(parents=True, exist_ok=True)
     trained = channels_last(checkpoints.load(checkpoints.find(model)).model)
     features = _crops(trained, data, output / "crops.pt", crops, crop)
@@ -129,7 +128,7 @@ def run(
 
 
 def channels_last(model: HPCM) -> HPCM:
-    """The model with its weights in the memory format that convolutions on a CPU are fastest in."""
+    """Return the model with its weights in the memory format that is fastest for convolutions on a CPU."""
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -142,7 +141,7 @@ def _rows(results: Path) -> list[dict[str, Any]]:
 
 
 def _crops(model: HPCM, data: Sequence[Path], cache: Path, count: int, side: int) -> Tensor:
-    """Features (count, M, side/16, side/16) of random crops; computed once."""
+    """Compute the features (count, M, side/16, side/16) of random crops."""
     if not cache.exists():
         tiles = Tiles(data, side)
         generator = torch.Generator().manual_seed(0)
@@ -153,7 +152,7 @@ def _crops(model: HPCM, data: Sequence[Path], cache: Path, count: int, side: int
 
 
 def pictures_of(model: HPCM, folder: Path) -> list[Picture]:
-    """The PNG files of a folder, cropped to multiples of 64 pixels, with the model's features of each."""
+    """Read the PNG files of a folder, cropped to multiples of 64 pixels, and compute the model's features of each."""
     pictures = []
     for path in sorted(folder.glob("*.png")):
         pixels = np.asarray(Image.open(path).convert("RGB"))
@@ -165,7 +164,7 @@ def pictures_of(model: HPCM, folder: Path) -> list[Picture]:
 
 
 def _with_memory(trained: HPCM, memory: MemoryConfig | None, seed: int) -> HPCM:
-    """The trained model with a closed bank whose other weights come from the seed."""
+    """Return the trained model with a closed bank, whose other weights come from the seed."""
     torch.manual_seed(seed)
     model = HPCM(replace(trained.config, memory=memory))
     start_from(model, trained)
@@ -175,7 +174,7 @@ def _with_memory(trained: HPCM, memory: MemoryConfig | None, seed: int) -> HPCM:
 def _tuned(
     trained: HPCM, name: str, features: Tensor, pictures: list[Picture], steps: int, batch: int, seed: int, output: Path
 ) -> dict[str, Any]:
-    """One run: a line of the results."""
+    """Do one run, and return its line of the results."""
     model = _with_memory(trained, VARIANTS[name], seed)
     judged = _with_memory(trained, VARIANTS[name], seed)
     plain = _with_memory(trained, None, seed)
@@ -213,7 +212,7 @@ def _tuned(
         optimiser.step()
         decay = min(AVERAGE, step / (step + 10))
         with torch.no_grad():
-            lerp_all(averages, list(parameters), 1 - decay)
+            lerp_all_(averages, list(parameters), 1 - decay)
         seconds += time.process_time() - begun
         losses.append(float(loss.detach()))
         if step in last:
@@ -233,10 +232,11 @@ def _tuned(
 
 
 def _loss(model: HPCM, features: Tensor, quality: Tensor) -> Tensor:
-    """Bits per pixel of y, each image's over lambda^0.4 as in training."""
+    """Return the mean bits per pixel of y, where those of each image are divided by lambda^0.4 as in training."""
     with torch.no_grad():
         y, z = model.latents(features.contiguous(memory_format=torch.channels_last), quality)
     estimator = Estimator(y, z, noise=True)
+    model.entropy.train()
     model.entropy(quality, (z.shape[2], z.shape[3]), estimator)
     rate = bits(estimator.y_likelihoods) / (256 * features.shape[2] * features.shape[3])
     log_lambdas = torch.tensor(model.config.lambdas).log()
@@ -245,7 +245,7 @@ def _loss(model: HPCM, features: Tensor, quality: Tensor) -> Tensor:
 
 
 def _step_ratio(model: HPCM, plain: HPCM, features: Tensor) -> float:
-    """Seconds of a step over those of plain HPCM: the best of each, tried in turns."""
+    """Return the seconds of a step divided by those of plain HPCM. Both take turns, and the best time is used."""
     best = {True: float("inf"), False: float("inf")}
     quality = torch.linspace(0, 63, len(features))
     for _ in range(4):
@@ -258,23 +258,23 @@ def _step_ratio(model: HPCM, plain: HPCM, features: Tensor) -> float:
 
 @torch.inference_mode()
 def _judged(model: HPCM, pictures: list[Picture], quality: int, synthesis: bool = True) -> list[float]:
-    """Mean bits per pixel and PSNR in dB of pictures at one quality."""
+    """Return the mean bits per pixel and the mean PSNR in dB of pictures at one quality."""
     rates, decibels = [], []
     for picture in pictures:
-        rate = torch.tensor([float(quality)])
-        y, z = model.latents(picture.features, rate)
+        qualities = torch.tensor([float(quality)])
+        y, z = model.latents(picture.features, qualities)
         estimator = Estimator(y, z, noise=False)
-        y_hat = model.entropy(rate, (z.shape[2], z.shape[3]), estimator)
+        y_hat = model.entropy(qualities, (z.shape[2], z.shape[3]), estimator)
         total = bits(estimator.y_likelihoods.double()) + bits(estimator.z_likelihoods.double())
         rates.append(float(total) / picture.x[0, 0].numel())
         if synthesis:
-            error = (model.synthesise(y_hat, rate).clamp(0, 1) - picture.x).square().mean()
+            error = (model.synthesise(y_hat, qualities).clamp(0, 1) - picture.x).square().mean()
             decibels.append(float(-10 * error.log10()))
     return [statistics.fmean(rates), statistics.fmean(decibels) if synthesis else float("nan")]
 
 
 def _use(model: HPCM, pictures: list[Picture]) -> dict[str, Any]:
-    """How far the gates are open, and by how many percent the rate at a middle quality rises when they are closed."""
+    """Return how far the gates are open, and how many percent the rate at a middle quality rises with closed gates."""
     openings = [value for key, value in model.named_parameters() if ".opening." in key]
     open_rate, _ = _judged(model, pictures, 32, synthesis=False)
     kept = [opening.detach().clone() for opening in openings]
@@ -312,7 +312,7 @@ def cost(
 
 
 def _codec(name: str, output: Path) -> Codec:
-    """The codec of a variant's first seed."""
+    """Return the codec of the first seed of a variant."""
     state = torch.load(_weights(output, name, 0), weights_only=True)
     trained = checkpoints.load(checkpoints.find(_rows(output / "results.jsonl")[0]["model"])).model
     model = HPCM(replace(trained.config, memory=VARIANTS[name])).eval()
@@ -325,11 +325,11 @@ def _codec(name: str, output: Path) -> Codec:
 def _cost(
     name: str, codec: Codec, plain: Codec, images: Sequence[Image.Image], repeat: int, quality: int
 ) -> dict[str, Any]:
-    """Bytes, ratios of time to that of `plain`, and working memory in bytes; a line of cost.jsonl."""
+    """Measure bytes, ratios of time to that of `plain`, and working memory in bytes; return a line of cost.jsonl."""
     best: dict[tuple[bool, str, int], float] = {}
     memory = size = 0
     pixels = sum(image.width * image.height for image in images)
-    estimated = statistics.fmean(rate_of(codec, codec.latents.entropy, image, quality)[0] for image in images)
+    estimated = statistics.fmean(bpp_and_psnr(codec, codec.latents.entropy, image, quality)[0] for image in images)
     for index, image in enumerate(images):
         for _ in range(repeat):
             for is_plain, each in ((False, codec), (True, plain)):
@@ -386,7 +386,7 @@ def _curve(name: str, points: Sequence[Sequence[float]]) -> Curve:
 
 
 def _deltas(row: dict[str, Any], plain: dict[str, Any]) -> tuple[float, float]:
-    """BD-rate in percent against `off` after as many steps, and after as many seconds."""
+    """Return the BD-rates in percent against `off` after the same number of steps, and after the same time."""
     steps = sorted(map(int, plain["curves"]))
     found = _curve(row["variant"], row["curves"][str(row["steps"])])
     wanted = min(row["steps"] * row["step_ratio"], steps[-1])
@@ -399,7 +399,7 @@ def _deltas(row: dict[str, Any], plain: dict[str, Any]) -> tuple[float, float]:
 def _line(
     name: str, rows: Sequence[dict[str, Any]], deltas: Sequence[tuple[float, float]], cost: dict[str, Any] | None
 ) -> str:
-    """A row of the table; of several seeds the mean, and each in brackets."""
+    """Return a row of the table. For several seeds it has the mean, and the value of each in brackets."""
     cells = ["", ""]
     for column in range(2 if deltas else 0):
         values = [delta[column] for delta in deltas]
@@ -417,7 +417,7 @@ def _line(
 
 
 def _draw(deltas: dict[str, list[tuple[float, float]]], path: Path) -> None:
-    """BD-rate of every variant: a point a seed, and a bar for their mean."""
+    """Draw the BD-rate of every variant: a point for each seed, and a bar for their mean."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

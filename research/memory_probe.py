@@ -1,12 +1,14 @@
-"""Do earlier contexts know what the present one does not? `python -m research.memory_probe FOLDER --kodak KODAK`.
+"""How much do earlier contexts add to the present one? `python -m research.memory_probe FOLDER --kodak KODAK`.
 
-What a memory bank could gain at most is what earlier contexts say of the latents beyond what the present context says.
-Here plain HPCM is asked: in some steps of s3, the residual of every latent over its predicted scale, and the log of its
-magnitude (what is wrong with the scale), are predicted by ridge regression from the context before the step alone, and
-from that and all earlier contexts of s3 at the same position, over the surrounding 4 x 4 positions, and over the
-image. Fitted on the crops of `research.memory_ablation run`, judged on other photographs: the part of the variance that
-is explained there, in percent, with the best of some ridges. More features can explain less of what they were not
-fitted on.
+A memory bank can gain at most the information about the latents that earlier contexts have and the present context has
+not. This script estimates it for plain HPCM. In some steps of s3, two targets are predicted by ridge regression: the
+residual of every latent divided by its predicted scale, and the log of its magnitude (the error of the scale). The
+features are the context before the step alone, or that and all earlier contexts of s3, at the same position, over the
+surrounding 4 x 4 positions, and over the image.
+
+The regression is fitted on the crops of `research.memory_ablation run`, and evaluated on other photographs. The result
+is the part of the variance that is explained there, in percent, for the best of several ridge parameters. It can fall
+with more features, because they were fitted on other images.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from hpcmref.model.schedule import STEPS_S3, Step
 from research.memory_ablation import channels_last, pictures_of
 
 STEPS, GROUPS = (2, 5), (0, 3)
-"""Of the six steps of s3, and of its eight channel groups."""
+"""The steps (of the six of s3) and the channel groups (of eight) that are examined."""
 
 RIDGES = (300.0, 3000.0, 30000.0, 300000.0)
 
@@ -46,7 +48,7 @@ SETS = {
 
 
 class _Residuals(Estimator):
-    """An estimator that keeps the residuals of s3 over their scales, (B, M/8, h, w) each."""
+    """An estimator that stores the residuals of s3 divided by their scales, (B, M/8, h, w) each."""
 
     def __init__(self, y: Tensor, z: Tensor) -> None:
         super().__init__(y, z, noise=False)
@@ -79,7 +81,7 @@ def main(
 
 
 def _collected(model: HPCM, batches: Iterable[Tensor], quality: int) -> dict[tuple[int, int], dict[str, Tensor]]:
-    """(step, group) -> name -> rows of features or targets, one a position: (n, C)."""
+    """Return for each (step, group) the features and targets by name, with one row for each position: (n, C)."""
     contexts: list[Tensor] = []  # contexts[i] is what the prior of step i gets
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -92,10 +94,10 @@ def _collected(model: HPCM, batches: Iterable[Tensor], quality: int) -> dict[tup
     with torch.inference_mode():
         for features in batches:
             contexts.clear()
-            rate = torch.full((len(features),), float(quality))
-            y, z = model.latents(features.contiguous(memory_format=torch.channels_last), rate)
+            qualities = torch.full((len(features),), float(quality))
+            y, z = model.latents(features.contiguous(memory_format=torch.channels_last), qualities)
             coder = _Residuals(y, z)
-            model.entropy(rate, (z.shape[2], z.shape[3]), coder)
+            model.entropy(qualities, (z.shape[2], z.shape[3]), coder)
             for step in STEPS:
                 planes = _planes(contexts[step], torch.cat(contexts[:step], dim=1), coder.of_step[step])
                 groups = STEPS_S3[step].table(y.shape[2], y.shape[3], y.device)
@@ -121,7 +123,7 @@ def _planes(present: Tensor, earlier: Tensor, residual: Tensor) -> dict[str, Ten
 
 
 def _explained(fitted: dict[str, Tensor], judged: dict[str, Tensor], names: tuple[str, ...], target: str) -> float:
-    """1 - squared error / variance on the images that nothing was fitted on."""
+    """Return 1 - squared error / variance on the images that were not used for fitting."""
     x, at = (torch.cat([columns[name] for name in names], dim=1).double() for columns in (fitted, judged))
     mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
     x, at = (x - mean) / spread, (at - mean) / spread

@@ -1,25 +1,24 @@
 """How much faster is a training step than that of f85adeb? Both trainers, the same network, crops and seed, in turns.
 
-    python research/step_speed.py shared/data/train-000.tar --threads 1 --compile
+    python -m research.step_speed train-000.tar --threads 1 --compile
 
-The network is nano without attention and without a bank, which both know. The older trainer comes from the history of
+The network is nano-1 without its memory bank, which both know. The older trainer comes from the history of
 this repository. Time is the processor's, of one process, so that other work on the machine counts less; with more
 threads than one it is the clock's.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
-OLD = "f85adeb"
-ROOT = Path(__file__).parent.parent
+import typer
+
+from research.in_turns import Worker, versions
+
+COMMIT = "f85adeb"
 
 WORKER = """
 import dataclasses, json, sys, time
@@ -32,7 +31,10 @@ from hpcmref.training.data import Tiles
 
 data, threads, batch, crop, compiled, gradient = sys.argv[1:]
 torch.set_num_threads(int(threads))
-PRESETS["nano"] = dataclasses.replace(PRESETS["nano"], heads=0, memory=None)
+PRESETS["nano"] = dataclasses.replace(
+    PRESETS["nano"], heads=0, memory=None, stages=((192, 4),), synthesis=((192, 4),),
+    prior_s1_s2=(2, 1), prior_s3=(2, 1),
+)
 config = TrainingConfig(
     data=(Path(data),), output=Path("unused"), phases=(Phase(0, int(batch), int(crop)),), bfloat16=False,
     compile=compiled == "True", steps=10**6, rescale=1.0, limit=60,
@@ -54,71 +56,40 @@ for count in sys.stdin:
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--crop", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="of each trainer in a round")
-    parser.add_argument("--compile", action="store_true", help="for both")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "archive", OLD, "hpcmref"], cwd=ROOT, check=True, capture_output=True).stdout
-        subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
-        neutral = Path(folder) / "empty"  # Python looks in its own folder first: no code may lie there
-        neutral.mkdir()
-        workers = {}
-        for name, code in (("old", folder), ("new", str(ROOT))):
-            arguments = (
-                options.data.resolve(),
-                options.threads,
-                options.batch,
-                options.crop,
-                options.compile,
-                f"{folder}/{name}.pt",
-            )
-            environment = {**os.environ, "PYTHONPATH": code, "OMP_NUM_THREADS": str(options.threads)}
-            workers[name] = subprocess.Popen(
-                [sys.executable, "-c", WORKER, *map(str, arguments)],
-                env=environment, cwd=neutral, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            )  # fmt: skip
-            if (found := read(workers[name]).strip()) != str(Path(code).resolve()):
-                sys.exit(f"step_speed: the {name} trainer came from {found}")
-        print(f"cosine of both gradients at the start: {cosine(folder):.8f}")
+def main(
+    data: Annotated[Path, typer.Argument(help="Training images: a tar file or a folder.")],
+    commit: Annotated[str, typer.Option(help="The older version.")] = COMMIT,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    crop: Annotated[int, typer.Option(min=64)] = 128,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Of each trainer in a round.")] = 3,
+    compiled: Annotated[bool, typer.Option("--compile", help="For both.")] = False,
+) -> None:
+    """Print the cosine of both gradients, seconds a step, and ratios of the old version to the new one."""
+    with versions(commit) as folders, ExitStack() as stack:
+        workers, gradients = {}, []
+        for side in ("old", "new"):
+            gradients.append(folders["empty"] / f"{side}.pt")
+            arguments = (data.resolve(), threads, batch, crop, compiled)
+            worker = Worker(WORKER, (*arguments, gradients[-1]), folders[side], threads, folders["empty"])
+            workers[side] = stack.enter_context(worker)
+        print(f"cosine of both gradients at the start: {cosine(*gradients):.8f}")
         ratios = []
-        for _ in range(options.rounds):
-            seconds = {}
-            for name, worker in workers.items():
-                assert worker.stdin is not None
-                worker.stdin.write(f"{options.steps}\n")
-                worker.stdin.flush()
-                seconds[name] = json.loads(read(worker))
+        for _ in range(rounds):
+            seconds = {side: worker.ask(steps) for side, worker in workers.items()}
             ratios.append(seconds["old"] / seconds["new"])
             print(f"old {seconds['old']:.3f} s a step, new {seconds['new']:.3f} s, ratio {ratios[-1]:.2f}", flush=True)
         print(f"median ratio {median(ratios):.2f}")
-        for worker in workers.values():
-            assert worker.stdin is not None
-            worker.stdin.close()
-            worker.wait()
 
 
-def read(worker: subprocess.Popen[str]) -> str:
-    """The next line that a worker prints."""
-    assert worker.stdout is not None
-    if line := worker.stdout.readline():
-        return line
-    sys.exit("step_speed: a worker has ended")
-
-
-def cosine(folder: str) -> float:
+def cosine(*gradients: Path) -> float:
     """Between the gradients that both left: all parameters as one vector."""
     import torch
 
-    old, new = (torch.cat([part.flatten() for part in torch.load(f"{folder}/{name}.pt")]) for name in ("old", "new"))
+    old, new = (torch.cat([part.flatten() for part in torch.load(path)]) for path in gradients)
     return float(torch.nn.functional.cosine_similarity(old.double(), new.double(), dim=0))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,10 +1,10 @@
-"""How much of the time of decoding does a thumbnail take, and how close is it?
+"""What part of the time of decoding does a thumbnail take, and how accurate is it?
 
     python -m research.thumbnail kodak --megapixels 12
 
-One large picture is put together from the photographs of a folder. For every size of thumbnail: processor time as a
-part of that of decoding the whole, with the codec loaded, both in turn (median of the ratios), and the PSNR against the
-whole made small, and against the original made small.
+One large picture is assembled from the photographs of a folder. For every size of thumbnail, the script prints its
+processor time as a part of that of decoding the whole picture (both in turn, median of the ratios, with the codec
+loaded), and its PSNR against the decoded picture and the original, both scaled down.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hpcmref.codec import load
 
 
 def mosaic(folder: Path, megapixels: float) -> Image.Image:
-    """A picture of 4:3 with as many pixels, from the photographs of a folder at their own size."""
+    """Assemble a picture of 4:3 with this many pixels, from the photographs of a folder at their own size."""
     photographs = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
     width = round((megapixels * 1e6 * 4 / 3) ** 0.5)
     picture = Image.new("RGB", (width, width * 3 // 4))
@@ -40,7 +40,7 @@ def mosaic(folder: Path, megapixels: float) -> Image.Image:
 
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """dB over all samples."""
+    """Return the PSNR in dB over all samples."""
     error = np.square(np.asarray(image, np.float64) - np.asarray(reference, np.float64)).mean()
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
@@ -57,7 +57,7 @@ def main(
     picture = mosaic(folder, megapixels)
     data = codec.encode(picture, quality)
     whole = codec.decode(data)
-    codec.thumbnail(data, 16)  # makes what it keeps
+    codec.thumbnail(data, 16)  # fills the caches of the codec
     print(f"{'side':>6}{'time':>8}{'dB to decoded':>16}{'dB to original':>16}  {picture.width} x {picture.height}")
     for side in map(int, sides.split(",")):
         ratios = []

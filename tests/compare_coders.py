@@ -45,7 +45,7 @@ def encoded(steps: Sequence[Step]) -> bytes:
         encoder = SymbolEncoder()
         for symbols, indexes in steps:
             encoder.put(symbols, indexes)
-        payloads.append(encoder.finish())
+        payloads.append(encoder.payload())
     assert payloads[0] == payloads[1]
     return payloads[0]
 
@@ -88,8 +88,8 @@ def recorded() -> Iterator[list[tuple[bytes, list[Step]]]]:
             super().put(symbols, indexes)
             self.steps.append((symbols.copy(), indexes.copy()))
 
-        def finish(self) -> bytes:
-            streams.append((super().finish(), self.steps))
+        def payload(self) -> bytes:
+            streams.append((super().payload(), self.steps))
             return streams[-1][0]
 
     class Decoder(SymbolDecoder):

@@ -34,9 +34,10 @@ DATA = Path(__file__).parent / "data"
 
 MAY_BE_MISSING = (
     "needs a CUDA device",
+    "no history of commits here",
     "there is a CUDA device",
     "this GPU has no TF32",
-    "there are no units for bytes here",
+    "there are no int8 instructions here",
     "older torch has one mode for all",
     "torch does not use GNU's OpenMP here",
     "this Typer and this click do not keep the help of arguments",

@@ -56,7 +56,7 @@ def seeds_without_model() -> list[bytes]:
         extras = Extras(alpha, mode, icc, exif, xmp)
         chunks = (*extras.chunks(), (100, b"unknown")) if number != 5 else ()
         fields = {"quality": number, "width": 20, "height": 16, "grey": grey, "chunks": chunks}
-        files.append(write(containers.container(**fields, payload=encoder.finish())))
+        files.append(write(containers.container(**fields, payload=encoder.payload())))
     return files
 
 

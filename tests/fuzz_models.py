@@ -31,7 +31,7 @@ from hpcmref import checkpoints
 from hpcmref.codec import Codec
 from hpcmref.errors import HpcmrefError
 from hpcmref.format import tensorfile
-from hpcmref.model.config import MEMORIES
+from hpcmref.model.config import MEMORY_BANKS
 
 CODED = 0.03
 """Part of the models that load with which a picture is coded."""
@@ -93,7 +93,7 @@ def seeds(folder: Path) -> list[bytes]:
     small = {"M": 16, "N": 8, "context_width": 16, "stages": ((16, 1),), "synthesis": ((16, 1),)}
     configurations = [replace(TINY, **small), replace(STATE, **small)]
     for name in ("light", "linear", "cross"):
-        memory = replace(MEMORIES[name], num_heads=4, value_resolution=3)
+        memory = replace(MEMORY_BANKS[name], num_heads=4, value_resolution=3)
         configurations.append(replace(TINY, **small, memory=memory))
     made = []
     tile = Image.radial_gradient("L").convert("RGB").resize((64, 64))

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from hpcmref.model import HPCM, PRESETS, HPCMConfig
-from hpcmref.model.config import MEMORIES
+from hpcmref.model.config import MEMORY_BANKS
 
 TINY = dataclasses.replace(
     PRESETS["nano"],
@@ -25,7 +25,7 @@ TINY = dataclasses.replace(
 )
 """All parts of nano, a hundredth of its size, with attention in the place of its state."""
 
-STATE = dataclasses.replace(TINY, heads=0, memory=dataclasses.replace(MEMORIES["state"], width=12))
+STATE = dataclasses.replace(TINY, heads=0, memory=dataclasses.replace(MEMORY_BANKS["state"], width=12))
 """As tiny, with a state as nano has it."""
 
 TRAINABLE = dataclasses.replace(TINY, stages=((192, 1),), synthesis=((192, 1),))

@@ -184,9 +184,9 @@ def test_psnr_is_of_what_is_visible(codec: Codec, sample: Image.Image) -> None:
 
 
 def test_lambda_lies_between_the_anchors() -> None:
-    assert [choice.rate_of((0.001, 0.1), quality, 64) for quality in (0, 63)] == pytest.approx([0.001, 0.1])
-    assert choice.rate_of((0.001, 0.1), 1, 3) == pytest.approx(0.01)
-    assert choice.rate_of((), 0, 1) == 0
+    assert [choice.lambda_of((0.001, 0.1), quality, 64) for quality in (0, 63)] == pytest.approx([0.001, 0.1])
+    assert choice.lambda_of((0.001, 0.1), 1, 3) == pytest.approx(0.01)
+    assert choice.lambda_of((), 0, 1) == 0
 
 
 def test_bench_measures_the_learned_stream_alone_unless_told_otherwise() -> None:

@@ -562,7 +562,7 @@ def test_threads_that_load_a_model_at_once_load_it_once(one_rate: Path, monkeypa
 
 @pytest.fixture(scope="module")
 def one_rate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a model without rate anchors."""
+    """A checkpoint of a model without quality anchors."""
     path = tmp_path_factory.mktemp("models") / "single.safetensors"
     checkpoints.save(model_of(TINY, lambdas=()), path, "", {})
     return path

@@ -47,7 +47,7 @@ def run(model: HPCM, quality: Tensor, size: tuple[int, int], coder: Coder) -> Te
     with torch.inference_mode():
         y_hat = model.entropy(quality, size, coder)
     if isinstance(coder, SymbolWriter):
-        coder.finish()
+        coder.flush()
     return y_hat
 
 
@@ -67,7 +67,7 @@ def test_the_three_coders_agree(changes: dict[str, Any], size: tuple[int, int], 
     encoders = [SymbolEncoder() for _ in range(3)]
     writer = SymbolWriter(y, z, THRESHOLDS, encoders)
     written = run(model, quality, size, writer)
-    payloads = [encoder.finish() for encoder in encoders]
+    payloads = [encoder.payload() for encoder in encoders]
     reader = SymbolReader(THRESHOLDS, [SymbolDecoder(payload, count(model, size)) for payload in payloads])
     read = run(model, quality, size, reader)
     estimated = run(model, quality, size, Estimator(y, z, noise=False))
@@ -151,7 +151,7 @@ def test_a_writer_leaves_everything_on_the_device() -> None:
     with torch.inference_mode():
         assert exact(torch.zeros(2, device="meta"), (2, 3), writer).shape == y.shape
         with pytest.raises(NotImplementedError, match="meta"):
-            writer.finish()
+            writer.flush()
 
 
 def test_one_changed_symbol_changes_the_checksum() -> None:

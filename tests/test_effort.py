@@ -77,7 +77,8 @@ class TestGradient:
     def test_it_is_that_of_autograd(self, model: HPCM, y: Tensor, grey: bool) -> None:
         picture = self.picture(model, (181, 100), grey)
         leaf = y.clone().requires_grad_()
-        shown = 255 * model.synthesise(leaf, torch.tensor([30.0]))[:, :, :181, :100]
+        shown = 255 * model.train().synthesise(leaf, torch.tensor([30.0]))[:, :, :181, :100]
+        model.eval()
         assert 0 < float(shown.detach().min()) < 120 < float(shown.detach().max()) < 255
         wanted = picture._x
         if grey:
@@ -109,7 +110,8 @@ class TestGradient:
         masked = Target(model, torch.tensor([30.0]), whole._x, (192, 128), False, seen)
         part = self.picture(model, (64, 128))
         torch.testing.assert_close(masked.gradient(y), part.gradient(y), rtol=1e-4, atol=1e-4)
-        assert masked.error(y) == part.error(y)
+        with torch.no_grad():
+            assert masked.error(y) == part.error(y)
 
     def test_what_is_not_seen_has_none(self, model: HPCM, y: Tensor) -> None:
         gradient = self.picture(model, (64, 128)).gradient(y)
@@ -118,7 +120,7 @@ class TestGradient:
 
     def test_the_error_is_that_of_the_decoded_picture(self, codec: Codec, crop: Image.Image) -> None:
         for image in (crop, crop.convert("L")):
-            picture, _ = codec._framed(image, False)
+            picture, _ = codec._with_header(image, False)
             x = torch.from_numpy(np.pad(picture.pixels, ((0, 58), (0, 28), (0, 0)), "edge")).permute(2, 0, 1)[None]
             data = codec.encode(image, QUALITY)
             target = Target(codec.model, torch.tensor([float(QUALITY)]), x, crop.size[::-1], picture.grey)
@@ -147,10 +149,10 @@ def test_costs_of_symbols_are_those_of_the_payload(codec: Codec, crop: Image.Ima
 
 
 def test_bits_of_an_escape_have_its_two_bytes() -> None:
-    """A hundred symbols far outside the first table take as many bytes as the table of costs says."""
+    """A hundred symbols far outside the first table take as many bytes as the table of bits says."""
     encoder = SymbolEncoder()
     encoder.put(np.full(100, 200, np.int32), np.zeros(100, np.int32))
-    assert 8 * len(encoder.finish()) == pytest.approx(100 * symbol_bits(LIMIT)[0, 200 + LIMIT], abs=64)
+    assert 8 * len(encoder.payload()) == pytest.approx(100 * symbol_bits(LIMIT)[0, 200 + LIMIT], abs=64)
 
 
 class TestSimilarity:
@@ -186,11 +188,13 @@ class TestSimilarity:
         if grey:
             x = x[:, :1].expand(1, 3, -1, -1).contiguous()
         leaf = y.clone().requires_grad_()
-        shown, wanted = model.synthesise(leaf, torch.tensor([30.0])), x / 255
+        shown, wanted = model.train().synthesise(leaf, torch.tensor([30.0])), x / 255
+        model.eval()
         if grey:
             shown, wanted = shown.mean(1, keepdim=True), wanted[:, :1]
         ((1 - ms_ssim(shown[:, :, :170, :181], wanted[:, :, :170, :181])) * 170 * 181).sum().backward()
-        gradient = SimilarTarget(model, torch.tensor([30.0]), x, (170, 181), grey).gradient(y)
+        with torch.no_grad():
+            gradient = SimilarTarget(model, torch.tensor([30.0]), x, (170, 181), grey).gradient(y)
         assert leaf.grad is not None
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
 
@@ -350,11 +354,11 @@ class TestCommand:
         ("options", "message"),
         [
             (["--effort", "10"], "--effort"),
-            (["--max-seconds", "5"], "there is no search to end"),
-            (["--on-interrupt", "keep"], "there is no search to end"),
-            (["--effort", "3", "--metric", "psnr"], "it is mse or ms-ssim"),
+            (["--max-seconds", "5"], "--effort 0 does not search"),
+            (["--on-interrupt", "keep"], "--effort 0 does not search"),
+            (["--effort", "3", "--metric", "psnr"], "it must be mse or ms-ssim"),
             (["--effort", "3", "--max-seconds", "0"], "must be a number above 0"),
-            (["--effort", "3", "--lossless"], "leaves nothing to search for"),
+            (["--effort", "3", "--lossless"], "a lossless file cannot be improved"),
             (["--effort", "3", "--on-interrupt", "keep", "--jobs", "2"], "leave out --jobs and --ray"),
         ],
     )

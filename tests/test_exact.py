@@ -29,8 +29,16 @@ from torch.nn import functional as F
 from hpcmref import checkpoints
 from hpcmref.codec import Codec
 from hpcmref.errors import CheckpointError, UnsupportedError
-from hpcmref.exact import attach, exactly, guard, repeatably, words
-from hpcmref.exact.convert import BYTES, FLOATS, WORDS, Bits, Grids, _attention_grids, _convolution_grids
+from hpcmref.exact import attach, exactly, guard, int16_matmul, repeatably
+from hpcmref.exact.convert import (
+    FLOAT32_SUMS,
+    INT8_INPUTS,
+    INT16_INPUTS,
+    Bits,
+    Grids,
+    _attention_grids,
+    _convolution_grids,
+)
 from hpcmref.exact.layers import (
     BOUNDS,
     EXP_STEPS,
@@ -39,7 +47,7 @@ from hpcmref.exact.layers import (
     ROW_EXPONENT,
     ExactAttend,
     ExactConv,
-    ExactRateTable,
+    ExactQualityTable,
     depthwise,
     power_of_two,
 )
@@ -47,8 +55,8 @@ from hpcmref.format.rangecoder import scale_table
 from hpcmref.model import HPCM, PRESETS
 from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.context import Attend, CrossAttentionCell
-from hpcmref.model.layers import RateTable
-from research.exactness_cost import rate_of
+from hpcmref.model.layers import QualityTable
+from research.exactness_cost import bpp_and_psnr
 
 CPU = torch.device("cpu")
 FLOAT32, FLOAT64 = torch.float32, torch.float64
@@ -133,23 +141,25 @@ def random_layer(kind: str) -> tuple[Convolution, Tensor, Tensor]:
     return layer, ranges, x
 
 
-@pytest.fixture(params=["bytes", "float32"])
+@pytest.fixture(params=["int8", "float32"])
 def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words are multiplied in units for bytes, and where there are none in float32."""
+    """The int8 products run on int8 instructions, and where there are none in float32."""
     if request.param == "float32":
-        monkeypatch.setattr(words, "has_units", lambda device: False)
-    elif not words.has_units("cpu"):
-        pytest.skip("there are no units for bytes here")
+        monkeypatch.setattr(int16_matmul, "has_units", lambda device: False)
+    elif not int16_matmul.has_units("cpu"):
+        pytest.skip("there are no int8 instructions here")
 
 
-EVERY_GRID = pytest.mark.parametrize("bits", [BYTES, FLOATS, WORDS], ids=["bytes", "floats", "words"])
+EVERY_GRID = pytest.mark.parametrize(
+    "bits", [INT8_INPUTS, FLOAT32_SUMS, INT16_INPUTS], ids=["int8", "float32", "int16"]
+)
 
 
 @EVERY_GRID
 @EVERY_LAYER
 def test_a_convolution_is_what_integers_say(kind: str, bits: Bits, units: None) -> None:
     layer, ranges, x = random_layer(kind)
-    grids = _convolution_grids(layer, ranges, bits if kind == "1x1" else FLOATS)
+    grids = _convolution_grids(layer, ranges, bits if kind == "1x1" else FLOAT32_SUMS)
     twin = ExactConv(layer, grids, kind)
     assert twin.weight.dtype == (torch.int8 if kind == "1x1" else FLOAT32)
     assert twin(x[None])[0].numpy().tolist() == reference(layer, grids, x)[1].tolist()
@@ -202,16 +212,18 @@ def test_a_convolution_one_over_the_bound_is_not_exact(kind: str) -> None:
 
 def words_at_the_bound(over: int = 0) -> tuple[nn.Conv2d, dict[str, Tensor], Tensor]:
     """A layer whose weights and inputs all are at their limits, and whose sums reach 2^31 - 1 + over."""
-    channels = (2**31 - 1) // (words.WEIGHT_LIMIT * words.LIMIT)
+    channels = (2**31 - 1) // (int16_matmul.WEIGHT_LIMIT * int16_matmul.LIMIT)
     layer = nn.Conv2d(channels, 3, 1).double()
     with torch.no_grad():
-        layer.weight.fill_(words.WEIGHT_LIMIT)
+        layer.weight.fill_(int16_matmul.WEIGHT_LIMIT)
         layer.weight[1].neg_()
         layer.weight[2] *= torch.randint(0, 2, layer.weight[2].shape) * 2 - 1
-        layer.bias.copy_(torch.tensor([1, -1, 1]) * (2**31 - 1 - words.WEIGHT_LIMIT * words.LIMIT * channels))
+        layer.bias.copy_(
+            torch.tensor([1, -1, 1]) * (2**31 - 1 - int16_matmul.WEIGHT_LIMIT * int16_matmul.LIMIT * channels)
+        )
         layer.bias[1] -= over
     grids = {"input": torch.zeros(channels, dtype=torch.int8), "output": torch.zeros(3, dtype=torch.int8)}
-    limit = torch.tensor(words.LIMIT, dtype=torch.int32)
+    limit = torch.tensor(int16_matmul.LIMIT, dtype=torch.int32)
     return layer, grids | {"limit": limit}, torch.full((channels, 5, 4), 1e9)
 
 
@@ -227,7 +239,7 @@ def test_words_are_exact_up_to_the_bound(units: None) -> None:
 
 
 def test_a_bias_beyond_what_float32_holds_is_added_exactly(units: None) -> None:
-    """To sums of bytes, which float32 does hold."""
+    """To sums of int8 products, which float32 does hold."""
     layer = nn.Conv2d(64, 3, 1).double()
     with torch.no_grad():
         layer.weight.copy_(torch.randint(-127, 128, layer.weight.shape))
@@ -246,16 +258,16 @@ def test_what_does_not_fit_words_is_not_computed_in_them() -> None:
     assert twin.weight.dtype == FLOAT64
     assert twin(x[None])[0].numpy().tolist() == reference(layer, grids, x)[1].tolist()
     fitting, bias = torch.full((1, 4, 1, 1), 127.0), torch.zeros(1)
-    assert words.fits(fitting, bias, words.LIMIT).all()
-    assert not words.fits(fitting + 1, bias, words.LIMIT).any()
-    assert not words.fits(fitting, bias, words.LIMIT + 1).any()
-    assert not words.fits(fitting, bias + 2**31, words.LIMIT).any()
-    assert not words.fits(torch.full((1, 1033, 1, 1), 127.0), bias, 128).any()  # bytes times weights, in float32
+    assert int16_matmul.fits(fitting, bias, int16_matmul.LIMIT).all()
+    assert not int16_matmul.fits(fitting + 1, bias, int16_matmul.LIMIT).any()
+    assert not int16_matmul.fits(fitting, bias, int16_matmul.LIMIT + 1).any()
+    assert not int16_matmul.fits(fitting, bias + 2**31, int16_matmul.LIMIT).any()
+    assert not int16_matmul.fits(torch.full((1, 1033, 1, 1), 127.0), bias, 128).any()  # int8 inputs
 
 
 def test_a_word_is_its_two_bytes() -> None:
-    x = torch.arange(-words.LIMIT, words.LIMIT + 1)
-    high, low = words.split(x.float())
+    x = torch.arange(-int16_matmul.LIMIT, int16_matmul.LIMIT + 1)
+    high, low = int16_matmul.split(x.float())
     assert torch.equal(256 * high.int() + low, x.int())
     assert (int(high.min()), int(high.max())) == (-127, 127)
 
@@ -269,10 +281,10 @@ def test_units_that_saturate_are_not_used(monkeypatch: pytest.MonkeyPatch) -> No
         return pairs.clamp(-(2**15), 2**15 - 1).sum(1).int()
 
     monkeypatch.setattr(torch, "_int_mm", saturating)
-    assert not words._multiplies_bytes.__wrapped__()
+    assert not int16_matmul._multiplies_int8.__wrapped__()
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not words.has_units("cpu")
+    assert not int16_matmul.has_units("cpu")
 
 
 @EVERY_LAYER
@@ -280,7 +292,7 @@ def test_a_convolution_is_close_to_its_float_twin(kind: str) -> None:
     """Within half a step of every input and every weight, for what is inside the ranges."""
     layer, ranges, x = random_layer(kind)
     x = torch.minimum(torch.maximum(x, -ranges.view(-1, 1, 1)), ranges.view(-1, 1, 1))
-    grids = _convolution_grids(layer, ranges, FLOATS)
+    grids = _convolution_grids(layer, ranges, FLOAT32_SUMS)
     difference = (ExactConv(layer, grids, kind)(x[None]) - layer(x[None])).abs()[0].detach().double()
 
     inputs, outputs = grids["input"].double(), grids["output"].double()
@@ -301,7 +313,7 @@ def test_a_convolution_is_close_to_its_float_twin(kind: str) -> None:
 def test_the_order_of_a_sum_changes_nothing() -> None:
     layer = nn.Conv2d(256, 64, 1)
     x = torch.randn(1, 256, 12, 12) * 10 ** (2 * torch.rand(256, 1, 1))
-    grids = _convolution_grids(layer, x.abs().amax((0, 2, 3)), WORDS)
+    grids = _convolution_grids(layer, x.abs().amax((0, 2, 3)), INT16_INPUTS)
     twin, order = ExactConv(layer, grids, "layer"), torch.randperm(256)
     shuffled = nn.Conv2d(256, 64, 1)
     shuffled.load_state_dict({"weight": layer.weight[:, order], "bias": layer.bias})
@@ -311,7 +323,9 @@ def test_the_order_of_a_sum_changes_nothing() -> None:
     assert twin.input_scale is not None
     assert twin.output_scale is not None
     rows = (x * twin.input_scale).round().clamp(-twin.limit, twin.limit)[0].flatten(1).T
-    parts = [words.product(rows[:, part::7], twin.weight[part::7], twin.limit) for part in torch.randperm(7).tolist()]
+    parts = [
+        int16_matmul.product(rows[:, part::7], twin.weight[part::7], twin.limit) for part in torch.randperm(7).tolist()
+    ]
     sums = torch.stack(parts).sum(0, dtype=torch.int32) + twin.bias
     assert torch.equal(twin(x)[0].flatten(1).T, sums * twin.output_scale)
 
@@ -351,11 +365,11 @@ def test_a_layer_may_scale_its_output_for_the_next() -> None:
     first, second = (random_layer("1x1")[0] for _ in range(2))
     second = nn.Conv2d(5, 7, 1)
     x = torch.randn(1, 6, 8, 8)
-    grids = [_convolution_grids(layer, torch.rand(layer.in_channels) + 0.5, WORDS) for layer in (first, second)]
+    grids = [_convolution_grids(layer, torch.rand(layer.in_channels) + 0.5, INT16_INPUTS) for layer in (first, second)]
     alone = [ExactConv(layer, grid, "layer") for layer, grid in zip((first, second), grids, strict=True)]
     expected = alone[1](F.leaky_relu(alone[0](x), 0.01))
-    alone[0].feed(alone[1])
-    assert alone[1].input_scale is None
+    alone[0].fuse_scale_into(alone[1])
+    assert alone[1].owns_input
     assert torch.equal(alone[1](F.leaky_relu(alone[0](x), 0.01)), expected)
 
 
@@ -464,12 +478,12 @@ def test_the_exponential_table() -> None:
 
 @pytest.mark.parametrize("anchors", [1, 2, 8])
 def test_numbers_that_depend_on_the_quality(anchors: int) -> None:
-    table = RateTable(torch.ones(anchors), 5)
+    table = QualityTable(torch.ones(anchors), 5)
     nn.init.normal_(table.values)
     with torch.no_grad():
         table.values[:, 0] = 1e-30  # nearly a denormal, times a scale quite one
         table.values[:, 1] *= 1000
-    rows = ExactRateTable(table, "table").rows
+    rows = ExactQualityTable(table, "table").rows
     assert len(rows) == (64 if anchors > 1 else 1)
     values = table.values.detach()
     for quality in range(len(rows)):
@@ -554,7 +568,7 @@ def test_the_cost_in_rate(codec: Codec, sample: Image.Image) -> None:
     plain = checkpoints.load(checkpoints.find(None)).model.entropy
     for quality in (0, 8, 40):
         (float_bpp, float_psnr), (bpp, psnr) = (
-            rate_of(codec, path, image, quality) for path in (plain, codec.latents.entropy)
+            bpp_and_psnr(codec, path, image, quality) for path in (plain, codec.latents.entropy)
         )
         assert bpp < 1.005 * float_bpp
         assert psnr > float_psnr - 0.02

@@ -36,7 +36,7 @@ from hpcmref.format.rangecoder import implementation
 from hpcmref.latents import Compressed, LatentCodec
 from hpcmref.model import HPCM, PRESETS, HPCMConfig
 from hpcmref.model.coders import SymbolReader, SymbolWriter
-from hpcmref.model.config import MEMORIES
+from hpcmref.model.config import MEMORY_BANKS
 from hpcmref.model.hpcm import EntropyPath
 from research.exactness_matrix import Configuration, decode, run, small_pictures
 
@@ -288,7 +288,7 @@ def test_too_little_memory_is_one_sentence(gpu: Codec, sample: Image.Image, tmp_
 # --- every kind of network -----------------------------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {"M": 32, "N": 16, "context_width": 40, "stages": ((16, 1),) * 3, "synthesis": ((16, 1),) * 3}
-BANKS = {name: dataclasses.replace(bank, num_heads=4, value_resolution=3) for name, bank in MEMORIES.items()}
+BANKS = {name: dataclasses.replace(bank, num_heads=4, value_resolution=3) for name, bank in MEMORY_BANKS.items()}
 KINDS: dict[str, HPCMConfig] = {
     "attention": TINY,
     "base": dataclasses.replace(PRESETS["base"], **SMALL, heads=4),
@@ -355,8 +355,8 @@ def test_encoding_never_waits_for_the_gpu(kind: str) -> None:
         with torch.inference_mode(), exactly(torch.device(DEVICE)), ExitStack() as stack:
             if attempt:
                 stack.enter_context(_waiting_is_an_error())
-            rate = torch.full((2,), quality, device=DEVICE)
-            exact(rate, SIZE, SymbolWriter(y, z, thresholds, []))
+            qualities = torch.full((2,), quality, device=DEVICE)
+            exact(qualities, SIZE, SymbolWriter(y, z, thresholds, []))
 
 
 def test_the_transforms_never_wait_for_the_gpu(gpu: Codec) -> None:
@@ -365,9 +365,9 @@ def test_the_transforms_never_wait_for_the_gpu(gpu: Codec) -> None:
         with gpu._inference(), ExitStack() as stack:
             if attempt:
                 stack.enter_context(_waiting_is_an_error())
-            rate = gpu._rate(20)
-            y, _ = gpu.model.latents(gpu.model.features(x, lambda part: part.float().div_(255)), rate)
-            gpu.model.synthesise(y, rate)
+            qualities = gpu._quality(20)
+            y, _ = gpu.model.latents(gpu.model.features(x, lambda part: part.float().div_(255)), qualities)
+            gpu.model.synthesise(y, qualities)
 
 
 def test_a_preview_reads_no_more_than_it_must(gpu: Codec) -> None:

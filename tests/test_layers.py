@@ -28,6 +28,7 @@ def test_every_room_has_a_layer() -> None:
 
 def test_the_drawing_is_up_to_date() -> None:
     text = draw_layers.DOCUMENT.read_text()
+    assert text.count("```mermaid\nflowchart") == 1
     assert draw_layers.with_drawing(text) == text, "python tools/draw_layers.py draws it anew"
 
 

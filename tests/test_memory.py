@@ -22,21 +22,21 @@ from hpcmref import checkpoints
 from hpcmref.codec import Codec
 from hpcmref.errors import ConfigError
 from hpcmref.exact import attach
-from hpcmref.exact.memory import ExactGridMean, ExactLinearAttend, ExactPool, ExactRecall, ExactSigmoid, _root
+from hpcmref.exact.memory_bank import ExactCellMean, ExactLinearAttend, ExactPool, ExactRecall, ExactSigmoid, _root
 from hpcmref.format import container
 from hpcmref.latents import thresholds
-from hpcmref.model import HPCM, PRESETS, HPCMConfig, context, memory
+from hpcmref.model import HPCM, PRESETS, HPCMConfig, context, memory_bank
 from hpcmref.model.coders import SymbolWriter
-from hpcmref.model.config import MEMORIES, MemoryConfig
+from hpcmref.model.config import MEMORY_BANKS, MemoryConfig
 from hpcmref.model.context import CrossAttentionCell
-from hpcmref.model.memory import GridMean, LinearAttend, Pool, Recall, State, from_grid, top
+from hpcmref.model.memory_bank import CellMean, LinearAttend, Pool, Recall, State, from_cells, top
 from hpcmref.model.strips import in_strips
 from hpcmref.training import Phase, TrainingConfig
 from hpcmref.training.loop import Trainer, _blocks_in_bfloat16
 from hpcmref.training.start import start_from
 from research.exactness_matrix import decode, run
 
-BANKS = {name: dataclasses.replace(bank, num_heads=4, value_resolution=3) for name, bank in MEMORIES.items()}
+BANKS = {name: dataclasses.replace(bank, num_heads=4, value_resolution=3) for name, bank in MEMORY_BANKS.items()}
 for preset in ("memory-saving", "fast", "state"):  # the mode light with other numbers; the last has its own tests
     del BANKS[preset]
 BANKS |= {
@@ -51,7 +51,7 @@ BANKS |= {
 }
 EVERY_BANK = pytest.mark.parametrize("name", BANKS)
 SIZE = (1, 2)
-"""Of z, so that the lattice of s1 is 4 x 8, and grids of 3 x 3 have cells of unequal sizes."""
+"""Of z, so that the lattice of s1 is 4 x 8, and 3 x 3 cells have unequal sizes."""
 
 
 def opened(name: str, config: HPCMConfig = TINY) -> HPCM:
@@ -241,13 +241,13 @@ def test_only_what_is_used_is_computed(name: str, expected: dict[str, int], monk
     """Every context that was replaced is written, and nothing after the last step. (The first read of s2 is empty.)"""
     calls: Counter[str] = Counter()
     for call in ("write", "read"):
-        original = getattr(memory.MemoryBank, call)
+        original = getattr(memory_bank.MemoryBank, call)
 
         def counted(self: Any, *arguments: Any, call: str = call, original: Any = original) -> Any:
             calls[f"{call} {int(math.log2(self.pool.cell)) + 1}"] += 1
             return original(self, *arguments)
 
-        monkeypatch.setattr(memory.MemoryBank, call, counted)
+        monkeypatch.setattr(memory_bank.MemoryBank, call, counted)
     with torch.no_grad():
         opened(name)(torch.rand(1, 3, 64, 64))
     assert calls == expected
@@ -326,9 +326,9 @@ def test_attention_over_several_contexts_is_attention_over_all_their_tokens() ->
 @pytest.mark.parametrize("side", [1, 2, 3, 8])
 def test_a_grid_of_means(side: int) -> None:
     x = torch.randn(2, 3, 5, 7)
-    means = GridMean(side)(x)
+    means = CellMean(side)(x)
     assert means.shape[2:] == (min(side, 5), min(side, 7))
-    back = from_grid(means, x.shape[2:], side)
+    back = from_cells(means, x.shape[2:], side)
     assert back.shape == x.shape
     for row, column in ((0, 0), (2, 3), (4, 6)):
         rows = [r for r in range(5) if r * min(side, 5) // 5 == row * min(side, 5) // 5]
@@ -367,7 +367,7 @@ def test_strips_change_nothing(name: str, codec: Codec, monkeypatch: pytest.Monk
         return in_strips(function, *inputs, **options | {"positions": inputs[0].shape[3]})  # type: ignore[arg-type]
 
     monkeypatch.setattr(context, "in_strips", few)
-    monkeypatch.setattr(memory, "in_strips", few)
+    monkeypatch.setattr(memory_bank, "in_strips", few)
     found, strips, _ = there_and_back(exact, y, z)
     assert found == payloads
     assert torch.equal(strips, expected)
@@ -404,7 +404,7 @@ def test_means_over_the_largest_image_are_exact() -> None:
     assert float(pooled.max()) == (2**20 - 1) / 2**10
     whole = [int(value * 2**14) for value in pooled.double().flatten().tolist()]
     expected = Fraction(sum(whole), len(whole) * 2**14)
-    assert Fraction(float(ExactGridMean(GridMean(1))(pooled))) == Fraction(float(torch.tensor(float(expected))))
+    assert Fraction(float(ExactCellMean(CellMean(1))(pooled))) == Fraction(float(torch.tensor(float(expected))))
 
 
 def test_twins_are_close_to_what_they_replace() -> None:
@@ -438,7 +438,7 @@ def test_equal_keys_are_recalled_alike_on_both_sides() -> None:
 
 def test_a_run_puts_a_closed_bank_on_a_trained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "nano", TRAINABLE)
-    monkeypatch.setitem(MEMORIES, "light", BANKS["light"])
+    monkeypatch.setitem(MEMORY_BANKS, "light", BANKS["light"])
     trained = model_of(TRAINABLE)
     config = TrainingConfig((), tmp_path, memory="light", phases=(Phase(0, 1, 64),), bfloat16=False)
     trainer = Trainer(config)
@@ -448,7 +448,7 @@ def test_a_run_puts_a_closed_bank_on_a_trained_model(tmp_path: Path, monkeypatch
         assert isinstance(model.config.memory, MemoryConfig)
         expected = trained.to(memory_format=torch.channels_last)(x, quality)["x_hat"]  # type: ignore[call-overload]
         assert torch.equal(model(x, quality)["x_hat"], expected)
-    with pytest.raises(ConfigError, match="no memory 'lite'"):
+    with pytest.raises(ConfigError, match="no memory bank 'lite'"):
         dataclasses.replace(config, memory="lite")
 
 

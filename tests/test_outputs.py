@@ -103,14 +103,14 @@ class TestFormats:
         monkeypatch.setattr("hpcmref.lossless.decode", None)
         result = call("decode", "a.hpcm", "-o", "x.jxl")
         assert (result.exit_code, result.stderr) == (
-            1, "hpcmref: a.hpcm: JPEG XL needs a plugin that is not here: pip install 'hpcmref[formats]'\n"
+            1, "hpcmref: a.hpcm: JPEG XL needs a plugin that is not installed: pip install 'hpcmref[formats]'\n"
         )  # fmt: skip
         Path("in.jxl").write_bytes(b"\xff\x0a" + bytes(50))
         Path("in.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
         result = call("encode", "in.jxl", "in.heic", "-o", "out")
         assert result.stderr.splitlines() == [
-            "hpcmref: cannot read in.jxl: JPEG XL needs a plugin that is not here: pip install 'hpcmref[formats]'",
-            "hpcmref: cannot read in.heic: HEIC needs a plugin that is not here: pip install 'hpcmref[formats]'",
+            "hpcmref: cannot read in.jxl: JPEG XL needs a plugin that is not installed: pip install 'hpcmref[formats]'",
+            "hpcmref: cannot read in.heic: HEIC needs a plugin that is not installed: pip install 'hpcmref[formats]'",
         ]
 
     @pytest.mark.parametrize("form", ["JXL", "HEIF"])

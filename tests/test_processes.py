@@ -104,7 +104,7 @@ def test_two_processes_train_one_model(tmp_path: Path, monkeypatch: pytest.Monke
     tiles = Tiles(CONFIG.data, 64)
     for _ in range(3):
         alone.optimiser.zero_grad()
-        alone.set_rate()
+        alone.set_learning_rate()
         for rank in range(2):
             alone.ranks = Ranks(rank)
             with torch.enable_grad():

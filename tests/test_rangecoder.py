@@ -43,7 +43,7 @@ def encode(*steps: Step) -> bytes:
     encoder = SymbolEncoder()
     for symbols, indexes in steps:
         encoder.put(symbols, indexes)
-    return encoder.finish()
+    return encoder.payload()
 
 
 def assert_survives(*steps: Step) -> None:
@@ -196,7 +196,7 @@ def test_the_least_likely_symbols_fit_into_the_buffer_that_is_allocated_for_them
     escape = int(rangecoder._tables().escapes[0])
     encoder = SymbolEncoder()
     encoder._append(np.full(count, escape), np.zeros(count, int))
-    assert len(encoder.finish()) <= 4 * (count + 2)
+    assert len(encoder.payload()) <= 4 * (count + 2)
 
 
 def test_nothing_is_no_bytes() -> None:
@@ -253,7 +253,7 @@ def test_nothing_but_escapes_is_refused_before_their_values_are_read() -> None:
     encoder = SymbolEncoder()
     encoder._append(np.full(count, tables.escapes[58]), np.full(count, 58))
     with pytest.raises(FormatError, match="escapes"):
-        SymbolDecoder(encoder.finish(), count).get(np.full(count, 58))
+        SymbolDecoder(encoder.payload(), count).get(np.full(count, 58))
 
 
 def test_honest_escapes_are_never_refused() -> None:
@@ -422,7 +422,7 @@ from hpcmref.format.rangecoder import SymbolDecoder, SymbolEncoder
 symbols, indexes = np.arange(-50, 50), np.arange(100) % 60
 encoder = SymbolEncoder()
 encoder.put(symbols, indexes)
-assert (SymbolDecoder(encoder.finish(), 100).get(indexes) == symbols).all()
+assert (SymbolDecoder(encoder.payload(), 100).get(indexes) == symbols).all()
 assert "compressai" not in sys.modules
 assert "torch" not in sys.modules
 """

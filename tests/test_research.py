@@ -13,7 +13,16 @@ from typer.testing import CliRunner
 
 from hpcmref import checkpoints
 from hpcmref.search import efforts
-from research import contention, effort_curve, exactness_cost, growth, memory_ablation, memory_probe
+from research import (
+    codec_speed,
+    contention,
+    effort_curve,
+    exactness_cost,
+    growth,
+    memory_ablation,
+    memory_probe,
+    step_speed,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,6 +61,30 @@ class TestGrowth:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(RuntimeError, match=r"encode of .*There is no model"):
             growth.measure(0.01, "missing")
+
+
+@pytest.fixture
+def history() -> None:
+    """Skips a test where the sources are not a clone."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no history of commits here")
+
+
+@pytest.mark.usefixtures("history")
+def test_the_speed_of_two_commits(images: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    codec_speed.main([images / "sample.png"], model=[model], commit="HEAD", threads=1, rounds=2)
+    shown = capsys.readouterr().out
+    ratios = [float(ratio) for ratio in re.findall(r"median of the ratios ([0-9.]+)", shown)]
+    assert len(ratios) == 2
+    assert all(0.05 < ratio < 20 for ratio in ratios), shown  # the same code twice, on a machine that may be busy
+
+
+@pytest.mark.usefixtures("history")
+def test_the_speed_of_training_of_two_commits(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step_speed.main(images, commit="HEAD", batch=1, crop=64, rounds=1, steps=1)
+    shown = capsys.readouterr().out
+    assert "start: 1.00000000" in shown  # the same code has the same gradients
+    assert "median ratio" in shown
 
 
 def test_effort_curve(images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,22 +94,32 @@ def test_down_put_and_up_undo_each_other(lattice: Lattice, size: tuple[int, int]
     assert torch.equal(lattice.down(put), values)
     assert torch.equal(torch.where(put < 0, put, 0), lattice.up(values))
     assert torch.equal(torch.where(put < 0, 0, x) + lattice.up(values), put)
-    assert bool((x > 0).all())  # with gradients, `put` does not write into its argument
+    assert bool((x > 0).all())  # `put` does not write into its argument
 
 
-def test_without_gradients_planes_are_overwritten() -> None:
-    with torch.no_grad():
-        for lattice in (S1, S2):
-            x = numbered(16, 4, 8)
-            expected = torch.where(lattice.up(torch.ones(2, 16, 2, 4)) == 1, -1, x)
-            assert lattice.put(x, -torch.ones(2, 16, 2, 4)) is x
-            assert torch.equal(x, expected)
-        for step in STEPS:
-            x = numbered(16, 4, 8)
-            values = -torch.ones(2, 16 // step.groups, 4, 8)
-            expected = torch.where(alone(step, values) == -1, -1, x)
-            assert step.put(x, values) is x
-            assert torch.equal(x, expected)
+def test_put_with_an_underscore_overwrites_its_argument() -> None:
+    for lattice in (S1, S2):
+        x, values = numbered(16, 4, 8), -torch.ones(2, 16, 2, 4)
+        expected = lattice.put(x, values)
+        assert torch.equal(x, numbered(16, 4, 8))
+        assert lattice.put_(x, values) is x
+        assert torch.equal(x, expected)
+    for step in STEPS:
+        x, values = numbered(16, 4, 8), -torch.ones(2, 16 // step.groups, 4, 8)
+        expected = torch.where(alone(step, values) == -1, -1, x)
+        assert torch.equal(step.put(x, values), expected)
+        assert torch.equal(x, numbered(16, 4, 8))
+        assert step.put_(x, values) is x
+        assert torch.equal(x, expected)
+
+
+def test_masks_move_the_same_values_as_indices() -> None:
+    x = numbered(16, 4, 8)
+    for lattice in (S1, S2):
+        assert torch.equal(lattice.down(x, masked=True), lattice.down(x))
+        assert torch.equal(lattice.up(x, masked=True), lattice.up(x))
+    for step in STEPS:
+        assert torch.equal(step.select(x, masked=True), step.select(x))
 
 
 @pytest.mark.parametrize("step", STEPS, ids=range(11))

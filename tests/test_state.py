@@ -21,9 +21,10 @@ from hpcmref.errors import ConfigError
 from hpcmref.exact import attach
 from hpcmref.format import container
 from hpcmref.model import HPCM, PRESETS, HPCMConfig, context
-from hpcmref.model.config import MEMORIES, MemoryConfig
+from hpcmref.model.coders import Estimator
+from hpcmref.model.config import MEMORY_BANKS, MemoryConfig
 from hpcmref.model.context import Attend
-from hpcmref.model.memory import StateBank
+from hpcmref.model.memory_bank import StateBank
 from hpcmref.model.schedule import S1, S2, STEPS_S1, STEPS_S2, STEPS_S3
 from hpcmref.model.strips import in_strips
 from hpcmref.training.loop import _blocks_in_bfloat16
@@ -44,12 +45,12 @@ def _seed() -> None:
 
 def test_a_width_that_is_the_default_is_not_spelled_out() -> None:
     """So that the files of other banks, which know of no width, keep their fingerprints."""
-    for config in (STATE, dataclasses.replace(STATE, memory=MEMORIES["state"]), PRESETS["nano"]):
+    for config in (STATE, dataclasses.replace(STATE, memory=MEMORY_BANKS["state"]), PRESETS["nano"]):
         values = config.to_dict()
         assert ("width" in values["memory"]) == (config.state_width != 64)
         assert HPCMConfig.from_dict(json.loads(json.dumps(values))) == config
-    assert "width" not in dataclasses.replace(TINY, memory=MEMORIES["light"]).to_dict()["memory"]
-    assert TINY.state_width == dataclasses.replace(TINY, memory=MEMORIES["light"]).state_width == 0
+    assert "width" not in dataclasses.replace(TINY, memory=MEMORY_BANKS["light"]).to_dict()["memory"]
+    assert TINY.state_width == dataclasses.replace(TINY, memory=MEMORY_BANKS["light"]).state_width == 0
 
 
 def test_the_shipped_model_has_a_state() -> None:
@@ -61,8 +62,8 @@ def test_the_shipped_model_has_a_state() -> None:
 @pytest.mark.parametrize("changes", [{"scales": (3,)}, {"transfer": False}, {"width": 0}, {"width": 1025}])
 def test_a_bad_state_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        dataclasses.replace(MEMORIES["state"], **changes)
-    assert MemoryConfig("state", scales=(1, 2, 3), transfer=True) == MEMORIES["state"]
+        dataclasses.replace(MEMORY_BANKS["state"], **changes)
+    assert MemoryConfig("state", scales=(1, 2, 3), transfer=True) == MEMORY_BANKS["state"]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -159,13 +160,22 @@ def test_the_smallest_lattices(size: tuple[int, int], batch: int) -> None:
         model.entropy(torch.full((batch,), 20.0), size, Recorder(y, z))
 
 
-def test_the_same_with_and_without_gradients_in_a_batch_and_alone() -> None:
+def test_the_same_in_train_and_eval_mode_in_a_batch_and_alone() -> None:
     model = model_of(STATE).double()
+
+    def likelihoods(x: Tensor, quality: Tensor) -> Tensor:
+        y, z = model.analyse(x, quality)
+        estimator = Estimator(y, z, noise=False)
+        model.entropy(quality, (z.shape[2], z.shape[3]), estimator)
+        return estimator.y_likelihoods
+
     x, quality = torch.rand(2, 3, 128, 192).double(), torch.tensor([10.0, 50.0]).double()
-    with_gradients = model(x, quality)["likelihoods"]["y"]
+    model.train()
+    with_gradients = likelihoods(x, quality)
+    model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(model(x, quality)["likelihoods"]["y"], with_gradients.detach())
-        torch.testing.assert_close(model(x[1:], quality[1:])["likelihoods"]["y"], with_gradients[1:].detach())
+        torch.testing.assert_close(likelihoods(x, quality), with_gradients.detach())
+        torch.testing.assert_close(likelihoods(x[1:], quality[1:]), with_gradients[1:].detach())
 
 
 def test_gradients_reach_what_is_written_and_who_reads_it() -> None:
@@ -260,7 +270,7 @@ def test_a_trained_model_without_its_attention(folded: int, width: int, monkeypa
         conv_out = net.get_submodule(f"attn_s{scale}.conv_out")
         nn.init.dirac_(conv_out.weight)
         nn.init.zeros_(conv_out.bias)
-    memory = dataclasses.replace(MEMORIES["state"], width=width) if width else None
+    memory = dataclasses.replace(MEMORY_BANKS["state"], width=width) if width else None
     model = started(dataclasses.replace(TRAINABLE, heads=0, memory=memory), trained)
     y, z = latents_of(trained, 2, SIZE)
     found = predicted(model, y, z)
@@ -290,7 +300,7 @@ def test_a_state_that_is_new_is_not_read_at_first_and_a_trained_one_is_kept() ->
     weight, kept = grown.entropy.context.adaptor_s2[1].weight, trained.entropy.context.adaptor_s2[1].weight
     assert torch.equal(weight[:, -WIDTH:], kept[:, -WIDTH:])
     with pytest.raises(ConfigError, match="12 channels, and not 8"):
-        started(dataclasses.replace(config, memory=dataclasses.replace(MEMORIES["state"], width=8)), trained)
+        started(dataclasses.replace(config, memory=dataclasses.replace(MEMORY_BANKS["state"], width=8)), trained)
     with pytest.raises(ConfigError, match="12 channels, and not 0"):
         started(dataclasses.replace(config, memory=None), trained)
     with pytest.raises(ConfigError, match="heads"):

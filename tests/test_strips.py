@@ -90,10 +90,10 @@ def test_rows_become_fewer_or_more(height: int) -> None:
             torch.testing.assert_close(in_strips(function, x, halo=0, unit=16, positions=1), function(x))
 
 
-def test_gradients_see_the_whole() -> None:
+def test_gradients_may_ask_for_the_whole() -> None:
     x = torch.randn(1, 1, 8, 8, requires_grad=True)
     seen = []
-    in_strips(lambda x: seen.append(x.shape) or x, x, halo=1, positions=1)  # type: ignore[func-returns-value]
+    in_strips(lambda x: seen.append(x.shape) or x, x, halo=1, positions=1, whole=True)  # type: ignore[func-returns-value]
     assert seen == [(1, 1, 8, 8)]
 
 
@@ -127,7 +127,7 @@ def test_transforms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_halos_are_as_wide_as_needed(name: str) -> None:
     """What a transform sees beyond its row ends within the halo, and is no unit less."""
     config = TRANSFORMS[name]
-    model = model_of(config).double()
+    model = model_of(config).double().train()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     m, n = config.M, config.N

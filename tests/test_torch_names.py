@@ -18,15 +18,15 @@ def test_products_of_bytes(missing: bool, monkeypatch: pytest.MonkeyPatch) -> No
     x, weight = torch.randint(-128, 128, (32, 64), dtype=torch.int8), torch.randint(-63, 64, (64, 16), dtype=torch.int8)
     if missing:
         monkeypatch.delattr(torch, "_int_mm")
-        assert not torch_names.has_byte_units()
+        assert not torch_names.has_int8_units()
     found = torch_names.int_mm(x, weight)
     assert found.dtype == torch.int32
     assert torch.equal(found.long(), x.long() @ weight.long())
 
 
-def test_no_byte_units_where_torch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_int8_units_where_torch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "_is_vnni_supported", raising=False)
-    assert not torch_names.has_byte_units()
+    assert not torch_names.has_int8_units()
 
 
 def test_no_bfloat16_where_torch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ def test_averages(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing:
         monkeypatch.delattr(torch, "_foreach_lerp_")
     targets = [torch.zeros(3), torch.ones(2)]
-    torch_names.lerp_all(targets, [torch.ones(3), torch.zeros(2)], 0.25)
+    torch_names.lerp_all_(targets, [torch.ones(3), torch.zeros(2)], 0.25)
     assert [target.tolist() for target in targets] == [[0.25] * 3, [0.75] * 2]
 
 

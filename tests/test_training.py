@@ -25,8 +25,8 @@ from hpcmref.cli import app
 from hpcmref.codec import load
 from hpcmref.errors import CheckpointError, ConfigError, ImageError
 from hpcmref.model import PRESETS
-from hpcmref.model.config import MEMORIES
-from hpcmref.model.cost import macs_per_pixel
+from hpcmref.model.config import MEMORY_BANKS
+from hpcmref.model.macs import macs_per_pixel
 from hpcmref.training import Phase, Report, Trainer, TrainingConfig, phases_of, profile, train
 from hpcmref.training.data import Tiles
 from hpcmref.training.objective import LAMBDA_POWER
@@ -240,7 +240,7 @@ def test_schedules() -> None:
         trainer = Trainer(configured(schedule=schedule, warm_up=4, steps=100, learning_rate=2e-3))
         for step in (1, 50, 99):
             trainer.step = step
-            trainer.set_rate()
+            trainer.set_learning_rate()
             rates.setdefault(schedule, []).append(trainer.optimiser.param_groups[0]["lr"] / 2e-3)
     assert rates["cosine"] == pytest.approx([0.5, 0.5, 0.0], abs=1e-3)
     assert rates["constant"] == [0.5, 1, 1]
@@ -294,7 +294,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.Mo
     assert (resumed.step, resumed.skipped) == (3, 1)
 
 
-@pytest.mark.parametrize("memory", ["none", *MEMORIES])
+@pytest.mark.parametrize("memory", ["none", *MEMORY_BANKS])
 def test_every_number_gets_a_gradient(memory: str | None) -> None:
     """In bfloat16 too, and with every memory bank; processes that train together wait for all of them."""
     trainer = Trainer(configured(memory=memory, phases=(Phase(0, 1, 64),)))

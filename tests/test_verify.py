@@ -129,7 +129,7 @@ class TestAllowDamaged:
         assert (refused.exit_code, Path("x.png").exists()) == (1, False)
         shown = call("decode", "x.hpcm", "-o", "x.png", "--allow-damaged")
         assert shown.exit_code == 0
-        assert shown.stderr == "hpcmref: x.hpcm: the file is damaged, and shown as far as its checksums verify\n"
+        assert shown.stderr == "hpcmref: x.hpcm: the file is damaged, and is decoded as far as its checksums match\n"
         assert Image.open("x.png").size == sample.size
 
     def test_a_good_file_is_not_warned_of(self, folder: Path) -> None:

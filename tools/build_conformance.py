@@ -1,10 +1,10 @@
-"""Make the set of `hpcmref selftest`: files of every shipped model, what their latents are, and their pictures.
+"""Build the conformance set of `hpcmref selftest`: files of every shipped model, hashes of their latents, and pictures.
 
     python tools/build_conformance.py [FOLDER]
 
 Run it after a shipped model has changed. The photographs are the calibration tiles (CC0). Pictures are decoded in
-float32. How far those decoded in bfloat16 differ is measured on the set and on all tiles; twice the most, and at least
-2 levels, is what `hpcmref selftest` allows.
+float32. The largest difference to pictures decoded in bfloat16 is measured on the set and on all tiles. The tolerance
+of `hpcmref selftest` is twice that difference, and at least 2 levels.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from hpcmref.selftest import FOLDER, Case, container_of, difference, latents_of
 
 MOST_BYTES = 300_000
 PARTIAL = 0.75
-"""Part of a file that is left in the case of a truncated one."""
+"""The part of the file that is kept in the case of a truncated file."""
 
 
 def sources() -> dict[str, tuple[Image.Image, int]]:
-    """Name -> picture and quality: colour, grey, alpha, one pixel, and sides that are no multiples of 64."""
+    """Name -> picture and quality: colour, grey, alpha, one pixel, and sides that are not multiples of 64."""
     tiles = {path.stem: tile for path, tile in zip(_tile_paths(), checkpoints.tiles(), strict=True)}
     transparent = tiles["sand"].crop((30, 40, 80, 76))
     transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
@@ -49,7 +49,7 @@ def sources() -> dict[str, tuple[Image.Image, int]]:
 
 
 def cases_of(codec: Codec, folder: Path) -> Iterator[Case]:
-    """The cases of one model (in float32), whose files and pictures are written."""
+    """Return the cases of one model, computed in float32, and write their files and pictures."""
     variable = codec.model.config.qualities > 1
     for name, (source, quality) in sources().items():
         stem = f"{codec.name}-{name.replace(' ', '-')}"
@@ -67,7 +67,7 @@ def cases_of(codec: Codec, folder: Path) -> Iterator[Case]:
 
 
 def lossless_case(folder: Path) -> Case:
-    """The file without loss."""
+    """Return the case of the lossless file, and write it."""
     case = Case("without loss", "lossless.hpcm", "lossless.png")
     source = sources()["alpha"][0].crop((0, 0, 32, 24))
     source.save(folder / case.picture, optimize=True)
@@ -76,7 +76,7 @@ def lossless_case(folder: Path) -> Case:
 
 
 def build(folder: Path) -> int:
-    """Write the set; the bytes that it takes."""
+    """Write the set, and return its size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
@@ -96,7 +96,7 @@ def build(folder: Path) -> int:
 
 
 def spread(exact: Codec, coarse: Codec) -> int:
-    """Levels by which the pictures of two codecs of one model differ at most: the set's and all tiles."""
+    """Return the largest difference, in levels, between pictures of two codecs, on the set and on all tiles."""
     qualities = (0, 21, 42, 63) if exact.model.config.qualities > 1 else (None,)
     pictures = [*checkpoints.tiles(), *(source for source, _ in sources().values())]
     files = [exact.encode(picture, quality) for picture in pictures for quality in qualities]
@@ -104,7 +104,7 @@ def spread(exact: Codec, coarse: Codec) -> int:
 
 
 def _answered(case: Case, codec: Codec, folder: Path, again: bool = False) -> Case:
-    """A case with what its file decodes to; its picture is written."""
+    """Return a case with its latents and its error, and write its decoded picture."""
     file = container_of(case, folder)
     picture = codec.decode(file, case.upto)
     picture.info.clear()

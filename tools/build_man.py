@@ -1,4 +1,4 @@
-"""Build the man page from the help of the commands. `python tools/build_man.py` writes contrib/hpcmref.1 anew."""
+"""Build the man page from the help of the commands: `python tools/build_man.py` rewrites contrib/hpcmref.1."""
 
 from __future__ import annotations
 
@@ -34,38 +34,38 @@ ENDING = """
 Everything was done.
 .TP
 .B 1
-Something could not be done; standard error has one line for each failure.
+Something failed. Standard error has one line for each failure.
 .TP
 .B 2
-The command was called in a wrong way.
+The command line is wrong, and nothing was done.
 .TP
 .B 130
-It was interrupted.
+The command was interrupted.
 .SH ENVIRONMENT
 .TP
 .B HPCMREF_MODELS
-The folder of models that were added, instead of the usual one.
+The folder of models that were added, instead of the default one.
 .TP
 .B HPCMREF_DEBUG
-If set, errors come with a traceback.
+If set, a traceback is printed with each error.
 .TP
 .BR OMP_WAIT_POLICY ", " GOMP_SPINCOUNT ", " KMP_BLOCKTIME
-How threads wait for each other. If none is set, they sleep, so that other programs have the processor.
+How threads wait for each other. If none is set, they sleep, so that other programs can use the processor.
 .TP
 .B OMP_NUM_THREADS
-How many threads compute.
+The number of threads.
 .SH EXAMPLES
 .TP
 .B hpcmref encode photo.png
-Write photo.bin beside it.
+Write photo.hpcm next to it.
 .TP
 .B hpcmref encode photos \\-o encoded \\-\\-jobs 2
 Encode a folder.
 .TP
-.B hpcmref decode photo.bin \\-o photo.png
+.B hpcmref decode photo.hpcm \\-o photo.png
 Decode it.
 .TP
-.B hpcmref decode \\- \\-o \\- < photo.bin | display
+.B hpcmref decode \\- \\-o \\- < photo.hpcm | display
 Use a pipe.
 .SH SEE ALSO
 .BR cjxl (1),
@@ -75,29 +75,29 @@ Use a pipe.
 
 
 def escaped(text: str) -> str:
-    """Plain text for troff, on one line."""
+    """Escape plain text for troff, and put it on one line."""
     text = " ".join(text.split()).replace("\\", "\\e").replace("-", "\\-")
     return f"\\&{text}" if text.startswith((".", "'")) else text
 
 
 def paragraphs(text: str) -> str:
-    """A help text, whose paragraphs have an empty line between."""
+    """Convert a help text to troff. Its paragraphs are separated by empty lines."""
     return "\n.PP\n".join(escaped(each) for each in inspect.cleandoc(text).split("\n\n"))
 
 
 def value_of(option: Any) -> str:
-    """What follows an option: its metavar, its choices, or its own name."""
+    """Return the placeholder of an option's value: its metavar, its choices, or its own name."""
     if option.metavar:
         return str(option.metavar)
     described: Any = getattr(option, "type_descriptor", None) or getattr(option, "type", None)  # newer and older Typer
     choices = getattr(described, "choices", None)
     if choices:
         return "|".join(str(each.value if isinstance(each, enum.Enum) else each) for each in choices)
-    return max(option.opts, key=len).lstrip("-").rpartition("-")[2].upper()
+    return str(max(option.opts, key=len)).lstrip("-").rpartition("-")[2].upper()
 
 
 def default_of(option: Any) -> str:
-    """A sentence about the default, or nothing."""
+    """Return a sentence about the default, or an empty text."""
     shown, default = option.show_default, option.default
     if isinstance(shown, str):
         return f" Default: {shown}."
@@ -107,13 +107,13 @@ def default_of(option: Any) -> str:
 
 
 def argument_of(argument: Any) -> str:
-    """What stands for an argument: its metavar or its name, with dots if there may be several."""
+    """Return the placeholder of an argument: its metavar or its name, with dots if it can be repeated."""
     name = str(argument.metavar or argument.name.upper())
     return name if argument.nargs == 1 or "..." in name else f"{name}..."
 
 
 def entries(parameters: Any) -> Iterator[str]:
-    """One entry for every argument and option that is not hidden."""
+    """Return one entry for every argument and option that is not hidden."""
     for each in parameters:
         if getattr(each, "hidden", False):
             continue
@@ -126,13 +126,13 @@ def entries(parameters: Any) -> Iterator[str]:
 
 
 def heading(name: str, command: Any) -> str:
-    """The heading of a command: its name and its arguments."""
+    """Return the heading of a command: its name and its arguments."""
     arguments = [argument_of(each) for each in command.params if each.param_type_name == "argument"]
     return f'.SS "{escaped(" ".join(["hpcmref", name, "[OPTION]...", *arguments]))}"'
 
 
 def section(name: str, command: Any) -> Iterator[str]:
-    """A command, or each command of a group."""
+    """Return the section of a command, or of each command of a group."""
     if commands := getattr(command, "commands", None):
         for each in commands.values():
             yield from section(f"{name} {each.name}", each)
@@ -143,7 +143,7 @@ def section(name: str, command: Any) -> Iterator[str]:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     root: Any = typer.main.get_command(app)
     lines = [
         '.\\" Made by tools/build_man.py from the help of the commands. Do not edit.',

@@ -1,10 +1,10 @@
-"""Does the installed hpcmref work here, and does it write and read what it does elsewhere?
+"""Check that the installed hpcmref works in this environment, and writes and reads the same files as in others.
 
     python corner_check.py WORK NAME OTHER...
 
-`matrix.py` runs this in each corner, with a copy of tests/ and research/ beside it and in PYTHONPATH.
-WORK/pictures may have pictures to encode besides the sample. The files go to WORK/files/NAME, and those of the OTHER
-corners are decoded. Prints one line of JSON; an exception is a failure.
+`matrix.py` runs this script in each of its environments ("corners"), with a copy of tests/ and research/ in PYTHONPATH.
+The sample and the pictures in WORK/pictures, if there are any, are encoded to WORK/files/NAME. The files of the corners
+OTHER are decoded. It prints one line of JSON, and fails with an exception.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CROP = (256, 192)
 
 
 class CheckError(Exception):
-    """Something is not as it must be. Not an assertion: `python -O` drops those."""
+    """A check has failed. It is used instead of assertions, because `python -O` removes those."""
 
 
 def require(condition: bool, otherwise: object) -> None:
@@ -45,7 +45,7 @@ def require(condition: bool, otherwise: object) -> None:
 
 
 def facts() -> dict[str, Any]:
-    """What this corner is, and the megabytes of each package in it."""
+    """Describe this environment, with the megabytes of each package in it."""
     packages = {each.metadata["Name"]: each for each in importlib.metadata.distributions()}
     return {
         "python": platform.python_version(),
@@ -59,7 +59,7 @@ def facts() -> dict[str, Any]:
 
 
 def golden_files() -> int:
-    """Decode all golden files, and write those again whose latents are known; returns their number."""
+    """Decode all golden files, and encode those again whose latents are known. Returns their number."""
     expected = json.loads(conformance.EXPECTED.read_text())
     for preset, answer in expected.items():
         require(conformance.decoded(preset) == answer, f"the golden file {preset} decodes to something else")
@@ -73,7 +73,7 @@ def golden_files() -> int:
 
 
 def entropy_bytes(codec: Codec) -> str:
-    """CRC-32 of what the shipped model makes of made-up latents."""
+    """Return the CRC-32 of the payload that the shipped model writes for generated latents."""
     config, crc = codec.model.config, 0
     for quality in QUALITIES:
         y, z = (conformance.noise(f"{kind} {quality}", shape) for kind, shape in _shapes(config))
@@ -83,7 +83,7 @@ def entropy_bytes(codec: Codec) -> str:
 
 
 def pictures(folder: Path) -> dict[str, Image.Image]:
-    """The sample, small parts of it in several modes, and the middle of each picture in the folder."""
+    """Return the sample, small parts of it in several modes, and the middle of each picture in the folder, by name."""
     with Image.open(HERE / "tests" / "data" / "sample.png") as image:
         sample = image.convert("RGB")
     masked = sample.crop((120, 90, 185, 153))
@@ -102,7 +102,7 @@ def pictures(folder: Path) -> dict[str, Image.Image]:
 
 
 def encode_pictures(codec: Codec, images: dict[str, Image.Image], target: Path) -> dict[str, str]:
-    """Encode every picture and decode its file; returns the CRC-32 of each file."""
+    """Encode every picture and decode its file. Returns the CRC-32 of each file."""
     target.mkdir(parents=True, exist_ok=True)
     crcs = {}
     for stem, image in images.items():
@@ -117,15 +117,15 @@ def encode_pictures(codec: Codec, images: dict[str, Image.Image], target: Path) 
 
 
 def decode_files(codec: Codec, folders: list[Path]) -> int:
-    """Decode all files in the folders, whose latents must be those that were encoded; returns their number."""
+    """Decode all files in the folders, and check that they have the encoded latents. Returns their number."""
     files = [file for folder in folders for file in sorted(folder.glob("*.bin"))]
     for file in files:
         codec.decode(file.read_bytes())
     return len(files)
 
 
-def commands() -> bool:
-    """The command line, with file names that are not ASCII; returns whether there is a command selftest."""
+def commands() -> dict[str, Any]:
+    """Run the command line with file names that are not ASCII. Returns the report of the self-test, which must pass."""
     with tempfile.TemporaryDirectory() as folder:
         picture, file = (os.fsdecode(f"Größe 写.{suffix}".encode()) for suffix in ("png", "bin"))
         shutil.copy(HERE / "tests" / "data" / "sample.png", Path(folder, picture))
@@ -133,10 +133,9 @@ def commands() -> bool:
         _run(folder, "encode", picture, "-o", file)
         _run(folder, "info", file)
         _run(folder, "decode", file, "-o", os.fsdecode("écran.png".encode()))
-        if " selftest " not in _run(folder, "--help"):
-            return False
-        _run(folder, "selftest")
-        return True
+        report = json.loads(_run(folder, "selftest", "--json"))
+    require(report["passed"] is True, report["failures"])
+    return {name: report[name] for name in ("passed", "decoded", "coded", "worst", "kernels")}
 
 
 def _run(folder: str, *arguments: str) -> str:

@@ -22,7 +22,7 @@ SAMPLE = ROOT / "tests" / "data" / "sample.png"
 TARGET = ROOT / "docs" / "images" / "equal-size.png"
 QUALITY = 16
 PART = (130, 90, 310, 270)
-"""Left, top, right and bottom of what is shown, twice enlarged."""
+"""Left, top, right and bottom of the part that is shown at twice its size."""
 
 WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     "JPEG": ("JPEG", {"optimize": True, "progressive": True, "subsampling": "4:2:0"}),
@@ -31,7 +31,7 @@ WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def of_size(image: Image.Image, limit: int, kind: str, options: dict[str, Any]) -> tuple[Image.Image, int]:
-    """The decoded image of the best quality whose file has at most `limit` bytes, and its size."""
+    """Return the decoded image of the best quality whose file has at most `limit` bytes, and the size of that file."""
     for quality in range(100, -1, -1):
         stream = io.BytesIO()
         image.save(stream, kind, quality=quality, **options)
@@ -41,7 +41,7 @@ def of_size(image: Image.Image, limit: int, kind: str, options: dict[str, Any]) 
 
 
 def psnr(image: Image.Image, original: Image.Image) -> float:
-    """RGB PSNR in dB."""
+    """Return the RGB PSNR in dB."""
     error = np.asarray(image, np.float64) - np.asarray(original, np.float64)
     return float(10 * np.log10(255**2 / np.square(error).mean()))
 

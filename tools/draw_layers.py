@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 
 def imports() -> dict[str, set[str]]:
-    """Which rooms each room imports, anywhere in its files, for types too."""
+    """Return the rooms that each room imports, anywhere in its files, also only for types."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -58,26 +58,33 @@ def imports() -> dict[str, set[str]]:
 
 
 def layer_of(room: str) -> int:
-    """The number of a room's layer, from 0 at the bottom. Raises ValueError for an unknown room."""
+    """The number of a room's layer, from 0 at the bottom, or -1 for an unknown room."""
     return next((number for number, rooms in enumerate(LAYERS) if room in rooms), -1)
 
 
 def drawing() -> str:
-    """The layers as a Mermaid diagram, which GitHub renders: one box a layer, arrows to what is imported."""
-    lines = ["```mermaid", "flowchart TD"]
-    for number, rooms in reversed(list(enumerate(LAYERS))):
-        lines.append(f"    subgraph layer{number} [ ]")
-        lines += [f"        {room}" for room in rooms]
-        lines.append("    end")
+    """The imports between rooms as a Mermaid diagram, which GitHub renders.
+
+    An arrow means that a room imports another. It is left out if the other can be reached through other arrows.
+    """
     skipped = {"errors", "_version", "arguments"}  # everything imports them
-    for room, targets in sorted(imports().items(), key=lambda each: (-layer_of(each[0]), each[0])):
-        lines += [f"    {room} --> {target}" for target in sorted(targets - skipped)]
+    rooms = {room for layer in LAYERS for room in layer} - skipped
+    direct = {room: targets & rooms for room, targets in imports().items() if room in rooms}
+    lines = ["```mermaid", "flowchart TD"]
+    for room in sorted(direct, key=lambda each: (-layer_of(each), each)):
+        implied = {far for near in direct[room] for far in _reachable(near, direct)}
+        lines += [f"    {room} --> {target}" for target in sorted(direct[room] - implied)]
     return "\n".join([*lines, "```"])
 
 
+def _reachable(room: str, direct: dict[str, set[str]]) -> set[str]:
+    """Return all rooms that a room imports, directly or through others."""
+    return direct[room] | {far for near in direct[room] for far in _reachable(near, direct)}
+
+
 def with_drawing(text: str) -> str:
-    """The document with the present drawing in the place of its own."""
-    return re.sub(r"```mermaid\n.*?\n```", lambda _: drawing(), text, flags=re.DOTALL)
+    """Replace the drawing in a text by the present one."""
+    return re.sub(r"```mermaid\n.*?```", lambda _: drawing(), text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How small, how good, how fast is a codec on your own images, against the codecs people use today?
+"""Compare codecs on the user's own images: size of files, quality of pictures, time and memory.
 
     images --measure.py--> Measurement --curves.py--> Curve --bdrate.py--> BdRate
               | codecs.py, metrics.py                   |
                                                         +--report.py--> HTML, PNG
 
-`codecs` wraps each codec in the same three methods, `measure` takes one image through them, `curves` averages and reads
-and writes results, `bdrate` compares two curves. Nothing here imports torch, matplotlib, bjontegaard or
-ray before it is used.
+`codecs` gives each codec the same interface, `measure` encodes and decodes one image with each, `curves` averages
+measurements and reads and writes results, and `bdrate` compares two curves. torch, matplotlib, bjontegaard and ray are
+imported only where they are used.
 """

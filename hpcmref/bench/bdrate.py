@@ -1,10 +1,10 @@
-"""How much less does one codec need than another for the same quality? BD-rate and BD-PSNR, and when there is none.
+"""Compute BD-rate and BD-PSNR of two curves, or the reason why the curves cannot be compared.
 
-BD-rate is the mean difference of log rate over the qualities that both curves reach, BD-PSNR the mean difference of dB
-over the rates that both have; both by the `bjontegaard` library with piecewise cubic interpolation (pchip).
+BD-rate is the mean difference of log rate over the qualities that both curves reach, and BD-PSNR is the mean difference
+of dB over the rates that both have. Both use the `bjontegaard` library with piecewise cubic interpolation (pchip).
 
-A range of rates cuts both curves before that: points outside are dropped, and where a curve crosses an end of the
-range, a point is interpolated there (pchip of dB over log rate). Then they are compared over what both reach inside.
+A range of rates is applied to both curves first. Points outside are dropped, and where a curve crosses an end of the
+range, a point is interpolated (pchip of dB over log rate). The curves are then compared over what both reach inside.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from hpcmref.bench.metrics import BY_FIELD
 LEAST_POINTS = 4
 LEAST_OCTAVES = 0.5
 LEAST_SHARE = 1 / 3
-"""A comparison over less than these (LEAST_SHARE: of the narrower curve), or over less than `Metric.least`, says more
-of the ends than of the codecs."""
+"""The least that two curves must have in common: LEAST_OCTAVES of rate (BD-PSNR) or `Metric.least` (BD-rate), and
+LEAST_SHARE of the narrower curve. Over less, a comparison depends more on the ends of the curves than on the codecs."""
 
 RESAMPLES = 2000
 LEAST_IMAGES = 3
@@ -31,11 +31,12 @@ LEAST_IMAGES = 3
 
 @dataclass(frozen=True)
 class Delta:
-    """A mean difference between two curves, or why there is none.
+    """A mean difference between two curves, or the reason why there is none.
 
-    value: percent for BD-rate (negative: smaller files), dB for BD-PSNR (positive: better pictures); None if refused.
-    low, high: what it is over: dB for BD-rate, bits per pixel for BD-PSNR. share, anchor_share: the part of the curve's
-    and of the anchor's range that this is. note: why it was refused, or what was left out.
+    value: percent for BD-rate (negative: smaller files), dB for BD-PSNR (positive: better pictures), or None.
+    low, high: the range of the comparison, in dB for BD-rate and in bits per pixel for BD-PSNR.
+    share, anchor_share: the parts of the curve's and of the anchor's own range that were compared, 0 to 1.
+    note: the reason if value is None, or else what was left out.
     """
 
     value: float | None
@@ -62,12 +63,15 @@ class Spread:
 
     @property
     def smaller(self) -> int:
-        """On how many images the files are smaller than the anchor's at equal quality."""
+        """The number of images whose files are smaller than the anchor's at equal quality."""
         return sum(value < 0 for value in self.values.values())
 
 
 def spread(values: Mapping[str, float], total: int) -> Spread:
-    """The mean of the values, with the interval that resampling the images gives (percentiles 2.5 and 97.5)."""
+    """Return the mean BD-rate of images with its 95 % interval, from resampling the images (bootstrap).
+
+    values: image -> BD-rate in percent. total: the number of all images.
+    """
     found = np.array(list(values.values()))
     if len(found) < LEAST_IMAGES:
         return Spread(values, total, float(found.mean()) if len(found) else math.nan, math.nan, math.nan)
@@ -77,12 +81,18 @@ def spread(values: Mapping[str, float], total: int) -> Spread:
 
 
 def bd_rate(anchor: Curve, curve: Curve, metric: str = "psnr", limits: tuple[float, float] | None = None) -> Delta:
-    """BD-rate of `curve` against `anchor` in percent. metric: a field of `METRICS`. limits: bits per pixel."""
+    """Return the BD-rate of `curve` against `anchor` in percent.
+
+    metric: the `field` of one of METRICS. limits: the range of bits per pixel, or None for all.
+    """
     return _delta(anchor, curve, metric, limits, over_rate=False)
 
 
 def bd_psnr(anchor: Curve, curve: Curve, metric: str = "psnr", limits: tuple[float, float] | None = None) -> Delta:
-    """BD-PSNR of `curve` against `anchor` in dB. metric: a field of `METRICS`. limits: bits per pixel."""
+    """Return the BD-PSNR of `curve` against `anchor` in dB.
+
+    metric: the `field` of one of METRICS. limits: the range of bits per pixel, or None for all.
+    """
     return _delta(anchor, curve, metric, limits, over_rate=True)
 
 
@@ -112,7 +122,7 @@ def _delta(anchor: Curve, curve: Curve, metric: str, limits: tuple[float, float]
 
 
 def _increasing(curve: Curve, metric: str) -> tuple[list[tuple[float, float]], int]:
-    """(bpp, dB) of the finite points that are better than every smaller one, and how many finite ones are not."""
+    """Return (bpp, dB) of the finite points that are better than all smaller ones, and the number of finite others."""
     finite = sorted(
         (point.bpp, value)
         for point in curve.points
@@ -126,7 +136,7 @@ def _increasing(curve: Curve, metric: str) -> tuple[list[tuple[float, float]], i
 
 
 def _cut(points: Sequence[tuple[float, float]], limits: tuple[float, float]) -> list[tuple[float, float]]:
-    """The part of a curve between two rates, with interpolated points where it crosses them."""
+    """Return the part of a curve between two rates, with interpolated points where it crosses them."""
     from scipy.interpolate import PchipInterpolator  # bjontegaard needs it too
 
     rates, values = np.array(points).T
@@ -137,7 +147,7 @@ def _cut(points: Sequence[tuple[float, float]], limits: tuple[float, float]) -> 
 
 
 def _length(low: float, high: float, over_rate: bool) -> float:
-    """Octaves of rate, or dB."""
+    """Return the length of a range in octaves of rate, or in dB."""
     if high <= low:
         return 0.0
     return math.log2(high / low) if over_rate else high - low
@@ -154,7 +164,7 @@ def _by_library(anchor: Sequence[tuple[float, float]], curve: Sequence[tuple[flo
 
     compute: Callable[..., float] = bjontegaard.bd_psnr if over_rate else bjontegaard.bd_rate
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the overlap, which `Delta` states
+        warnings.simplefilter("ignore")  # the library warns of a small overlap, which `Delta` reports itself
         return float(
             compute(
                 *np.array(anchor).T, *np.array(curve).T, method="pchip", require_matching_points=False, min_overlap=0

@@ -1,7 +1,7 @@
-"""Which codecs can be measured? Each is a small class with the same three members: qualities, encode, decode.
+"""The codecs that can be measured. All have the interface `Codec`: qualities, encode and decode.
 
-A codec is a frozen dataclass, so that it can be sent to other processes and its repr says exactly what was measured;
-whatever is slow to make (networks) is made on first use and kept.
+A codec is a frozen dataclass, so that it can be sent to other processes, and its repr shows all settings. Networks are
+loaded on first use and kept.
 """
 
 from __future__ import annotations
@@ -22,52 +22,53 @@ from hpcmref._version import __version__
 from hpcmref.errors import ConfigError, near
 
 Choices = range | tuple[str, ...]
-"""The values that an option of a codec may have: whole numbers, or words."""
+"""The permitted values of an option of a codec: whole numbers, or words."""
 
 if TYPE_CHECKING:
     from hpcmref.codec import Codec as Network
 
 
 class Codec(Protocol):
-    """What can be measured. `name` is for people; `identity` changes whenever the files might."""
+    """A codec that can be measured."""
 
     @property
     def name(self) -> str:
-        """Heading of its rows and label of its curve."""
+        """The name of the codec in tables and figures."""
 
     @property
     def identity(self) -> str:
-        """Name, version and settings, in one line."""
+        """Name, version and settings in one line. It differs whenever the files might differ."""
 
     @property
     def device(self) -> str:
-        """Where it computes: "cpu", "cuda", or "process" for programs that run in processes of their own."""
+        """Where the codec computes: "cpu", "cuda", or "process" for programs in processes of their own."""
 
     @property
     def default_qualities(self) -> tuple[int, ...]:
-        """The settings that are measured if none are asked for, from the smallest file to the best picture."""
+        """The qualities that are measured by default, from the smallest file to the best picture."""
 
     @property
     def qualities(self) -> range:
-        """Every setting there is."""
+        """All qualities."""
 
     @property
     def rising(self) -> bool | None:
-        """Whether a higher quality gives a larger file; None if that is not known before files are made."""
+        """Whether a higher quality gives a larger file, or None if that is unknown."""
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
-        """The whole file of an RGB or L image, in host memory."""
+        """Encode an image of mode RGB or L, and return the bytes of the file in host memory."""
 
     def decode(self, data: bytes) -> Image.Image:
-        """The image of a file, its pixels decoded and in host memory."""
+        """Decode a file, and return the image with its pixels in host memory."""
 
 
 @dataclass(frozen=True)
 class PillowCodec:
-    """A format that Pillow writes to memory, with fixed save options; decoded by Pillow too.
+    """A format that Pillow encodes and decodes in memory.
 
-    known: the options that may be changed, and their values. options: what the codec is measured with unless `changed`
-    says otherwise.
+    label: the name of the codec. form: Pillow's name of the format.
+    known: the options that may be changed, and their permitted values.
+    options: Pillow's save options by default. changed: options that were set on the command line, and replace them.
     """
 
     label: str
@@ -82,28 +83,32 @@ class PillowCodec:
 
     @property
     def name(self) -> str:
+        """The label, and the options that differ from their defaults."""
         changed = {key: int(value) if isinstance(value, bool) else value for key, value in self.changed.items()}
         return " ".join([self.label, *(f"{key}={value}" for key, value in changed.items())])
 
     @property
     def identity(self) -> str:
+        """The library with its version and all save options."""
         settings = {**self.options, **self.changed}
         return f"{self.label} {_library_version(self.form)} {settings}"
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
+        """See Codec."""
         _register(self.form)
         file = io.BytesIO()
         image.save(file, self.form, quality=quality, **{**self.options, **self.changed})
         return file.getvalue()
 
     def decode(self, data: bytes) -> Image.Image:
+        """See Codec."""
         _register(self.form)
         image = Image.open(io.BytesIO(data), formats=[self.form])
         image.load()
         return image
 
     def with_options(self, changed: Mapping[str, str]) -> PillowCodec:
-        """The same codec with other save options of Pillow.
+        """Return the same codec with other save options of Pillow.
 
         Raises ConfigError for an option or a value that the codec does not have.
         """
@@ -131,9 +136,9 @@ class PillowCodec:
 
 
 _SWITCH = range(2)
-"""Off and on, which Pillow's plugins want as a bool."""
+"""The values of an option that is off or on, which Pillow's plugins expect as a bool."""
 
-# The strongest settings of each format that take seconds rather than minutes for an image.
+# Each format has the strongest settings that take seconds, and not minutes, for an image.
 PILLOW_CODECS = {
     "jpeg": PillowCodec(
         "JPEG", "JPEG", range(1, 101), (8, 15, 25, 40, 60, 80, 90),
@@ -166,12 +171,13 @@ PILLOW_CODECS = {
 
 @dataclass(frozen=True)
 class HpcmrefCodec:
-    """Our own codec. `models` is one model, or one-rate models from the lowest rate to the highest.
+    """The codec of hpcmref with one model, or with several models of one rate each.
 
-    label: what the curve is called. device: "cpu" or "cuda". With several models, quality k is the k-th model.
+    label: the name of the codec.
+    models: one model, or several from the lowest rate to the highest. With several, quality k means the k-th model.
+    device: "cpu" or "cuda".
+    choose: let the encoder use a lossless stream where that is better, as `hpcmref encode` does.
     effort: how long encoding searches, 0 to 9.
-    choose: measure what `hpcmref encode` writes, which is a lossless stream where that is better, and not the learned
-    stream alone.
     """
 
     label: str
@@ -183,10 +189,12 @@ class HpcmrefCodec:
 
     @property
     def name(self) -> str:
+        """The label, and the options that differ from their defaults."""
         return self.label + self._options
 
     @property
     def identity(self) -> str:
+        """The version of hpcmref, the models with their digests, and the options."""
         models = " ".join(_digest(model) for model in self.models)
         return f"hpcmref {__version__} {models}{self._options}"
 
@@ -196,21 +204,25 @@ class HpcmrefCodec:
 
     @property
     def qualities(self) -> range:
+        """Every quality of the model, or the position of every model of one quality."""
         if len(self.models) > 1:
             return range(len(self.models))
         return range(_network(self.models[0], self.device).model.config.qualities)
 
     @property
     def default_qualities(self) -> tuple[int, ...]:
+        """See Codec."""
         every = self.qualities
         return tuple(range(0, 64, 9)) if len(every) == 64 else tuple(every)
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
+        """See Codec."""
         network = _network(self.models[quality if len(self.models) > 1 else 0], self.device)
         own = None if network.model.config.qualities == 1 else quality
         return network.encode(image, own, choose=self.choose, effort=self.effort)
 
     def decode(self, data: bytes) -> Image.Image:
+        """See Codec."""
         from hpcmref.format.container import parse
 
         file = parse(data)
@@ -221,7 +233,7 @@ class HpcmrefCodec:
 
 @functools.cache
 def _network(model: str, device: str) -> Network:
-    # Not `codec.load`: that keeps two models only, and a run may go round more of them for every image.
+    # `codec.load` would keep only two models, and a run may use more of them in turn for every image.
     from hpcmref.codec import fresh
 
     return fresh(model, device)
@@ -237,7 +249,7 @@ def _digest(model: str) -> str:
 
 @functools.cache
 def _library_version(form: str) -> str:
-    """Version of the library behind a format of Pillow, where it tells."""
+    """Return the version of the library that Pillow uses for a format."""
     if form == "JXL":
         import importlib.metadata
 
@@ -253,7 +265,7 @@ def _register(form: str) -> None:
 
 
 def available() -> list[str]:
-    """The names of the codecs that work here, ours first."""
+    """Return the names of the codecs that are available here, hpcmref first."""
     return ["hpcmref", *(name for name in PILLOW_CODECS if _is_here(name))]
 
 
@@ -264,12 +276,16 @@ def _is_here(name: str) -> bool:
 
 
 def codecs_of(names: Sequence[str], models: Sequence[str], device: str) -> list[Codec]:
-    """The codecs that a command line asks for.
+    """Make the codecs of a command line.
 
-    names: "hpcmref" (which stands for every one of `models`), or "jpeg", "webp", "avif", "jxl", each perhaps with save
-    options of Pillow: "avif:speed=0+subsampling=4:2:0". models: a registry name, a file, NAME=FILE (another name for
-    it), or NAME=FILE+FILE+... (models of one rate that make one curve). device: "auto", "cpu" or "cuda". Raises
-    ConfigError, CheckpointError.
+    names: "hpcmref" (one codec for each of `models`), "jpeg", "webp", "avif" or "jxl". Save options of Pillow may
+    follow,
+        as in "avif:speed=0+subsampling=4:2:0".
+    models: the name of a model, a file, NAME=FILE for another name, or NAME=FILE+FILE+... for models of one rate that
+        make one curve.
+    device: "auto", "cpu" or "cuda".
+
+    Raises ConfigError for unknown or repeated codecs and options, and CheckpointError for models.
     """
     chosen: list[Codec] = []
     for text in names:
@@ -283,14 +299,14 @@ def codecs_of(names: Sequence[str], models: Sequence[str], device: str) -> list[
             raise ConfigError(f"there is no codec {name!r}; the codecs here are {', '.join(available())}{hint}")
         elif not _is_here(name.lower()):
             how = "pip install pillow-jxl-plugin" if name.lower() == "jxl" else "this build of Pillow lacks it"
-            raise ConfigError(f"the codec {name} is not here: {how}")
+            raise ConfigError(f"the codec {name} is not installed: {how}")
         else:
             chosen.append(codec.with_options(_options(options)) if colon else codec)
     return distinct(chosen)
 
 
 def distinct(codecs: Sequence[Codec]) -> list[Codec]:
-    """The same codecs. Raises ConfigError if two have one name."""
+    """Return the codecs as a list. Raises ConfigError if two of them have the same name."""
     names = [codec.name for codec in codecs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{twice[0]} is asked for twice")
@@ -312,7 +328,7 @@ def _hpcmref(text: str, device: str) -> HpcmrefCodec:
 
 
 def _own_options(texts: Mapping[str, str]) -> dict[str, Any]:
-    """The options of hpcmref: "choose" 0 or 1, "effort" 0 to 9."""
+    """Parse the options of hpcmref: "choose" 0 or 1, "effort" 0 to 9. Raises ConfigError."""
     highest = {"choose": 1, "effort": 9}
     if not all(text.isdecimal() and int(text) <= highest.get(name, -1) for name, text in texts.items()):
         raise ConfigError("hpcmref has the options choose=1 and effort=0 to effort=9; choose models with --models")
@@ -320,7 +336,7 @@ def _own_options(texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _resolved(device: str) -> str:
-    """ "cpu" or "cuda" for "auto" too."""
+    """Return "cpu" or "cuda" for a device, which may be "auto"."""
     from hpcmref.codec import device_of
 
     return device_of(device).type
@@ -337,10 +353,13 @@ def _options(text: str) -> dict[str, str]:
 
 
 def qualities_of(texts: Sequence[str], codecs: Sequence[Codec]) -> dict[str, tuple[int, ...]]:
-    """Codec name -> the qualities to measure, ascending.
+    """Return the qualities to measure by codec name, in ascending order.
 
-    texts: "LIST" for every hpcmref model, or "NAME=LIST" for the codecs whose name starts so (case aside); LIST is
-    numbers and FIRST:LAST:STEP ranges with commas between, LAST included. Raises ConfigError.
+    texts: the values of --qualities. "LIST" is for all hpcmref models, and "NAME=LIST" for the codecs of that name or
+        label (case is ignored). See `numbers_of` for LIST.
+    codecs: all codecs of the run. Those that no text names have their default qualities.
+
+    Raises ConfigError for an unknown codec or a quality that a codec does not have.
     """
     chosen = {codec.name: codec.default_qualities for codec in codecs}
     for text in texts:
@@ -360,7 +379,7 @@ def qualities_of(texts: Sequence[str], codecs: Sequence[Codec]) -> dict[str, tup
 
 def _means(prefix: str, codec: Codec) -> bool:
     if prefix == "hpcmref" and isinstance(codec, HpcmrefCodec):
-        return len(codec.models) == 1 and len(codec.qualities) > 1  # the others are measured whole
+        return len(codec.models) == 1 and len(codec.qualities) > 1  # codecs of several models have one quality for each
     # "jpeg" is not "jpeg xl", but "avif" is "avif speed=0" too
     if codec.name.lower() == prefix:
         return True
@@ -368,7 +387,10 @@ def _means(prefix: str, codec: Codec) -> bool:
 
 
 def numbers_of(text: str) -> tuple[int, ...]:
-    """Whole numbers from "10,25,50" or "0:63:9", ascending. Raises ConfigError."""
+    """Parse a list of whole numbers, and return them in ascending order. Raises ConfigError.
+
+    The list consists of numbers and ranges FIRST:LAST:STEP (LAST included), separated by commas: "10,25,50", "0:63:9".
+    """
     numbers: set[int] = set()
     try:
         for part in text.split(","):

@@ -1,4 +1,4 @@
-"""Which rate-distortion curves are there? Averages of a run, and results files: shipped ones, others', our own --json.
+"""Rate-distortion curves: averages of a run, and results files (shipped, of others, and those of `bench --json`).
 
 A results file is a JSON object:
 
@@ -33,9 +33,9 @@ SHIPPED = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Point:
-    """One quality, or one target size, of one codec, averaged.
+    """The averages over all images of one codec at one quality, or at one target size.
 
-    bpp, target: bits per pixel. psnr, ms_ssim_db: dB. cvvdp: JOD. memory: bytes, the largest.
+    bpp, target: bits per pixel. psnr, ms_ssim_db: dB. cvvdp: JOD. memory: the largest of all images, in bytes.
     """
 
     bpp: float
@@ -52,9 +52,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """The points of one codec, by rate.
+    """The points of one codec, in order of rate.
 
-    source, dataset, images: where they come from, and of which and how many images, if not from this run.
+    source, dataset, images: for results that were not measured in this run, their origin, the set of images, and its
+    number of images.
     """
 
     name: str
@@ -65,10 +66,10 @@ class Curve:
 
 
 def averages(measurements: Iterable[Measurement]) -> tuple[list[Curve], list[str]]:
-    """The curve of every codec over one and the same set of images, and the names of these images.
+    """Return the curve of every codec, averaged over the same images, and the names of these images.
 
-    An image on which any point failed is in no average, or the codec that failed on the hard ones would look best. A
-    point that failed on every image is not a point.
+    An image is left out of all averages if any codec has failed on it at any quality. Otherwise a codec that fails on
+    difficult images would look better. A quality that failed on every image is left out itself.
     """
     table: dict[tuple[str, int | float], dict[str, Measurement]] = {}
     for each in measurements:
@@ -85,7 +86,7 @@ def averages(measurements: Iterable[Measurement]) -> tuple[list[Curve], list[str
 
 
 def of_image(measurements: Iterable[Measurement], codec: str) -> Curve:
-    """The curve of one codec on one image, whose measurements these are."""
+    """Return the curve of one codec on one image. measurements: those of this image."""
     points = [_point([each]) for each in measurements if each.codec == codec]
     return Curve(codec, tuple(sorted(points, key=lambda point: point.bpp)))
 
@@ -107,7 +108,7 @@ def _point(row: Sequence[Measurement]) -> Point:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """None where one value is missing."""
+    """Return the mean, or None if a value is missing."""
     known = [value for value in values if value is not None]
     return fmean(known) if len(known) == len(values) else None
 
@@ -116,7 +117,7 @@ COLUMNS = tuple(field.name for field in fields(Point))
 
 
 def to_json(curves: Iterable[Curve]) -> dict[str, dict[str, Any]]:
-    """The "curves" of a results file; numbers that JSON has not (inf) become null."""
+    """Return the item "curves" of a results file. Infinite numbers, which JSON does not have, become null."""
     written: dict[str, dict[str, Any]] = {}
     for curve in curves:
         columns = {name: [_finite(getattr(point, name)) for point in curve.points] for name in COLUMNS}
@@ -130,12 +131,12 @@ def _finite(value: float | None) -> float | None:
 
 
 def shipped() -> list[str]:
-    """The names of the results files in the package."""
+    """Return the names of the results files in the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.json"))
 
 
 def read(name: str) -> list[Curve]:
-    """The curves of a results file: a name from `shipped`, or a path. Raises ConfigError."""
+    """Read the curves of a results file. name: one of `shipped`, or a path. Raises ConfigError."""
     path = SHIPPED / f"{name}.json" if name in shipped() else Path(name)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,18 +1,18 @@
-"""How is an encoder measured that is a program of its own? By a template of its command line, run without a shell.
+"""Measure encoders that are separate programs, with a template of their command line.
 
     NAME=cjxl {in} {out} -q {q}|djxl {out} {png}
 
-Before the bar stands what makes the file, after it what makes a PNG file of it again; each is one command, or several
-joined by &&, and each command runs to its end before the next begins. Words are separated as a shell separates them,
-quotes included, but nothing else of a shell exists: no variables, no wildcards, no pipes.
+The part before the bar encodes, and the part after it decodes to a PNG file. Each part is one command, or several
+joined by &&, which run one after the other. No shell is used. Words are separated as in a shell, quotes included, but
+there are no variables, wildcards and pipes.
 
-| placeholder | stands for |
+| placeholder | meaning |
 | --- | --- |
 | {in} | the image, a PNG file of 8 bits, RGB or grey, without metadata |
-| {out} | the compressed file, whose size counts; a suffix may follow: {out}.jxl |
+| {out} | the encoded file, whose size is measured; a suffix may follow: {out}.jxl |
 | {q} | the quality, a whole number |
-| {png} | the decoded image, to be written as PNG |
-| {dir} | a folder for files in between, which is empty before each encode and each decode |
+| {png} | the file to which the decoded image is written as PNG |
+| {dir} | a folder for intermediate files, which is empty before each encoding and each decoding |
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,13 +41,13 @@ from hpcmref.picture.images import open_image
 from hpcmref.runtime.signals import tidying
 
 Command = tuple[str, ...]
-"""A program by its absolute path, and its arguments with placeholders."""
+"""The absolute path of a program, and its arguments with placeholders."""
 
 PROCESS = "process"
-"""The `device` of a codec that computes in processes of its own."""
+"""The `device` of a codec that consists of separate programs."""
 
 LIMIT = 600.0
-"""Seconds that a command may take unless another limit is given."""
+"""The default time limit of a command in seconds."""
 
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")
 _KNOWN = {"in", "out", "q", "png", "dir"}
@@ -54,7 +55,10 @@ _KNOWN = {"in", "out", "q", "png", "dir"}
 
 @dataclass(frozen=True)
 class ExternalCodec:
-    """Programs that encode and decode. seconds: the time limit of each command."""
+    """A codec that consists of separate programs.
+
+    encoding, decoding: the commands. suffix: that of {out}. seconds: the time limit of each command.
+    """
 
     name: str
     encoding: tuple[Command, ...]
@@ -67,26 +71,29 @@ class ExternalCodec:
 
     @property
     def identity(self) -> str:
-        """Every command with a digest of its program."""
+        """All commands, each with a digest of its program."""
         commands = [f"{shlex.join(command)} ({_digest(command[0])})" for command in (*self.encoding, *self.decoding)]
         return f"{self.name} {'; '.join(commands)}"
 
     @property
     def qualities(self) -> range:
-        """All whole numbers between those that were asked for."""
+        """All whole numbers from the lowest to the highest quality that is measured."""
         return range(min(self.default_qualities), max(self.default_qualities) + 1)
 
     def encode(self, image: Image.Image, quality: int) -> bytes:
-        """The bytes of {out}. Raises HpcmrefError for a command that fails, takes too long or leaves no file."""
-        with tidying(), tempfile.TemporaryDirectory(prefix="hpcmref-") as temporary:
+        """Encode an image, and return the bytes of {out}.
+
+        Raises HpcmrefError if a command fails, takes too long or writes no file.
+        """
+        with tidying(), _temporary_folder() as temporary:
             paths = self._paths(Path(temporary))
             image.save(paths["in"], "PNG", compress_level=1)
             self._run(self.encoding, {**paths, "q": str(quality)})
             return self._written(Path(paths["out"] + self.suffix), self.encoding)
 
     def decode(self, data: bytes) -> Image.Image:
-        """The image in {png}. Raises as `encode`, and ImageError if that is no image."""
-        with tidying(), tempfile.TemporaryDirectory(prefix="hpcmref-") as temporary:
+        """Decode a file, and return the image in {png}. Raises as `encode` does, and ImageError for a bad image."""
+        with tidying(), _temporary_folder() as temporary:
             paths = self._paths(Path(temporary))
             Path(paths["out"] + self.suffix).write_bytes(data)
             self._run(self.decoding, paths)
@@ -117,7 +124,7 @@ class ExternalCodec:
 
 
 def externals(templates: Sequence[str], qualities: Sequence[str], seconds: float = LIMIT) -> list[ExternalCodec]:
-    """The codecs of templates. qualities: "NAME=LIST" as for `codecs.qualities_of`. Raises ConfigError."""
+    """Make the codecs of templates. qualities: "NAME=LIST", see `codecs.qualities_of`. Raises ConfigError."""
     codecs = []
     for text in templates:
         name = text.partition("=")[0].strip().lower()
@@ -128,14 +135,14 @@ def externals(templates: Sequence[str], qualities: Sequence[str], seconds: float
 
 
 def external(text: str, qualities: Sequence[int], seconds: float = LIMIT) -> ExternalCodec:
-    """The codec of a template "NAME=ENCODE|DECODE". Raises ConfigError for a template that cannot work."""
+    """Make the codec of a template "NAME=ENCODE|DECODE". Raises ConfigError for an invalid template."""
     name, equals, template = text.partition("=")
     if not equals or not name.strip():
         raise ConfigError(f"--encoder {text!r}: write NAME=ENCODE|DECODE")
     where = f"--encoder {name.strip()}"
     encoding, decoding = _split(template, where)
     if not decoding:
-        raise ConfigError(f"{where}: after the command that encodes, a bar and the command that decodes must follow")
+        raise ConfigError(f"{where}: a bar and the command that decodes must follow the command that encodes")
     sides = (
         ("encodes", encoding, {"in", "out", "q"}, {"png"}),
         ("decodes", decoding, {"out", "png"}, {"in", "q"}),
@@ -145,9 +152,9 @@ def external(text: str, qualities: Sequence[int], seconds: float = LIMIT) -> Ext
         if unknown := sorted(found - _KNOWN):
             raise ConfigError(f"{where}: there is no placeholder {{{unknown[0]}}}")
         if missing := sorted(needed - found):
-            raise ConfigError(f"{where}: what {side} needs {{{missing[0]}}}")
+            raise ConfigError(f"{where}: the command that {side} needs {{{missing[0]}}}")
         if wrong := sorted(found & forbidden):
-            raise ConfigError(f"{where}: what {side} cannot have {{{wrong[0]}}}")
+            raise ConfigError(f"{where}: the command that {side} cannot have {{{wrong[0]}}}")
     words = [word for command in (*encoding, *decoding) for word in command]
     suffixes = {suffix for word in words for suffix in re.findall(r"\{out\}((?:\.\w+)?)", word)}
     if len(suffixes) > 1:
@@ -161,9 +168,11 @@ def external(text: str, qualities: Sequence[int], seconds: float = LIMIT) -> Ext
 
 
 def _split(template: str, where: str) -> tuple[list[Command], list[Command]]:
-    """The commands before the bar, and those after it, none if there is no bar."""
+    """Return the commands before the bar and those after it. Without a bar, the latter are empty."""
     lexer: Any = shlex.shlex(template, posix=True, punctuation_chars="|&;<>")
     lexer.whitespace_split = True
+    if sys.platform == "win32":
+        lexer.escape = ""  # the backslash parts folders there
     lexer.commenters = ""
     try:
         words = list(lexer)
@@ -176,11 +185,11 @@ def _split(template: str, where: str) -> tuple[list[Command], list[Command]]:
         elif word == "&&":
             sides[-1].append([])
         elif word and set(word) <= set("|&;<>"):
-            raise ConfigError(f"{where}: {word} means something to a shell, and there is none; && and one | are known")
+            raise ConfigError(f"{where}: {word} needs a shell, and none is used; only && and one | are possible")
         else:
             sides[-1][-1].append(word)
     if len(sides) > 2:
-        raise ConfigError(f"{where}: only one bar may be there, between encoding and decoding")
+        raise ConfigError(f"{where}: there may be only one bar, between encoding and decoding")
     if not all(command for side in sides for command in side):
         raise ConfigError(f"{where}: a command is empty")
     encoding = [tuple(command) for command in sides[0]]
@@ -200,6 +209,11 @@ def _digest(program: str) -> str:
         return hashlib.sha256(Path(program).read_bytes()).hexdigest()[:12]
     except OSError as error:
         raise ConfigError(f"{program}: {error.strerror}") from error
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that is removed afterwards; on Windows, but for the files that a program left running has open."""
+    return tempfile.TemporaryDirectory(prefix="hpcmref-", ignore_cleanup_errors=True)
 
 
 def _run_to_its_end(arguments: Sequence[str], seconds: float, folder: str) -> None:
@@ -223,7 +237,7 @@ def _run_to_its_end(arguments: Sequence[str], seconds: float, folder: str) -> No
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a command and what it has started, on a time-out and on Ctrl-C too; on Windows the command alone."""
+    """End a command and the processes that it has started (on Windows only the command), also after a time-out."""
     if hasattr(os, "killpg"):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -233,7 +247,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_line(said: IO[bytes]) -> str:
-    """What a command said of an error, or else said last, for the end of a sentence; only the last 64 KiB are read."""
+    """Return the last line of a command's output, or the first with "error", to be appended to a message.
+
+    Only the last 64 KiB are read.
+    """
     said.seek(max(0, said.seek(0, os.SEEK_END) - 2**16))
     lines = said.read().decode(errors="replace").strip().splitlines()
     errors = [line for line in lines if "error" in line.lower()]

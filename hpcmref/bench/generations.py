@@ -1,7 +1,7 @@
-"""How much is lost when an image is encoded and decoded again and again? Quality after 1, 2, 5, 10, ... generations.
+"""Measure the loss when an image is encoded and decoded repeatedly: quality after 1, 2, 5, 10, ... generations.
 
-Generation 1 is the decoded image of the original; generation k is what comes of encoding and decoding generation
-k - 1, always at one quality. Every generation is compared with the original.
+Generation 1 is the original after encoding and decoding, and generation k is generation k - 1 after encoding and
+decoding at the same quality. Each measured generation is compared with the original.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ MARKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def marks(generations: int) -> list[int]:
-    """The generations that are measured: those of MARKS, and the last."""
+    """Return the generations that are measured: those of MARKS, and the last."""
     return sorted({mark for mark in MARKS if mark < generations} | {generations})
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One generation of one image. bpp: bits per pixel of its file. psnr, ms_ssim_db: dB. cvvdp: JOD."""
+    """The measurement of one generation. bpp: bits per pixel of its file. psnr, ms_ssim_db: dB. cvvdp: JOD."""
 
     image: str
     codec: str
@@ -52,7 +52,7 @@ class Generation:
 
 @dataclass
 class Losses:
-    """What a run found, by image, codec, setting and generation in the order that was asked for."""
+    """The results of a run, in the order of images, codecs, settings and generations."""
 
     found: list[Generation] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class _Work:
-    """A task, and how many generations it goes on for."""
+    """A task, and the number of generations."""
 
     task: Task
     generations: int
@@ -79,9 +79,9 @@ def run(
 ) -> Losses:
     """Encode and decode every image `generations` times with every codec at its settings.
 
-    settings: by codec name. optional: metrics besides PSNR. listener: called with the name of each image that is done
-    and its failures. threads: of each process of `jobs`. Raises ConfigError and CheckpointError, which every image
-    would meet.
+    settings: the settings by codec name. optional: metrics besides PSNR. jobs, ray, threads: see
+    `hpcmref.runtime.executor.execute`. listener: a function that is called after each image with its name and failures.
+    Raises ConfigError and CheckpointError, which concern all images. Any other error is a Failure.
     """
     names = names_of(paths)
     losses = Losses()
@@ -115,7 +115,7 @@ def _generations(work: _Work) -> tuple[list[Generation], list[Failure]]:
     found: list[Generation] = []
     failures: list[Failure] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what reading an image loses is lost before anything is compared
+        warnings.simplefilter("ignore")  # what is lost when an image is read concerns all codecs alike
         image, original = reference(work.task)
         for codec, settings in work.task.points:
             for setting in settings:
@@ -154,7 +154,7 @@ def _of_codec(
 
 
 def averages(losses: Losses) -> list[tuple[str, str, list[Generation]]]:
-    """(codec, setting, a mean for each generation), over the images on which nothing failed."""
+    """Return (codec, setting, the mean of each generation), over the images on which no codec has failed."""
     failed = {each.image for each in losses.failures}
     table: dict[tuple[str, str], dict[int, list[Generation]]] = {}
     for each in losses.found:
@@ -176,7 +176,7 @@ def _mean(codec: str, setting: str, generation: int, each: Sequence[Generation])
 
 
 def as_json(losses: Losses, title: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything a run found, as plain values."""
+    """Return all results of a run as values that JSON can represent."""
     return {
         "dataset": title,
         "settings": dict(settings),
@@ -187,7 +187,7 @@ def as_json(losses: Losses, title: str, settings: Mapping[str, Any]) -> dict[str
 
 
 def as_csv(losses: Losses, separator: str = ",") -> str:
-    """The averages (image "(mean of N)"), then every image."""
+    """Return a table of the averages (image "(mean of N)"), followed by every image."""
     file = io.StringIO()
     columns = [field.name for field in fields(Generation)]
     writer = csv.DictWriter(file, columns, delimiter=separator, lineterminator="\n")

@@ -1,13 +1,14 @@
-"""What does a codec cost, and give, on one image? Size, quality, seconds and memory, each measured the same way.
+"""Measure the size, quality, time and memory of a codec on one image.
 
-- Sizes are of whole files, as bytes in memory that could be written to disk.
-- Seconds: from pixels in memory to the file in memory, and back; reading the image and writing files is not in them.
-  Both ends are in host memory, so a GPU has finished when the clock stops. A codec's first encode and decode in a
-  process is not counted. Of several repetitions the median counts.
-- Seconds of programs outside (`external`) have their start and their reading and writing of files in them.
-- Memory: the most that the process (or, on a GPU, torch) held during encode and decode, above what it held before: the
-  working memory, without the program and the weights. None where the system does not tell (only Linux does) and for
-  programs outside.
+- The size is that of the whole file.
+- Seconds are from pixels in memory to the file in memory, and back, without reading the image and writing files. Both
+  ends are in host memory, so a GPU has finished when the clock stops. A codec's first encoding and decoding in a
+  process is not counted. Of several repetitions, the median is used.
+- Seconds of separate programs (`external`) include their start, and reading and writing their files.
+- Memory is the peak of the process (on a GPU: of torch) during encoding and decoding, minus what it held before. This
+is
+  the working memory, without the program and the weights. It is None on systems other than Linux, and for separate
+  programs.
 """
 
 from __future__ import annotations
@@ -38,11 +39,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Measurement:
-    """One image through one codec at one quality.
+    """The measurement of one image with one codec at one quality.
 
     size: bytes. bpp: bits per pixel. psnr: dB. ms_ssim: 0..1. memory: bytes. cvvdp: JOD. target: the bits per pixel for
-    which the quality was chosen, if it was. None is what was not measured, or cannot be: of images too small for a
-    metric, for one.
+    which the quality was chosen, or None. A metric is None if it was not measured, or if the image is too small for it.
     """
 
     image: str
@@ -69,7 +69,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Target:
-    """A size to compare codecs at, in bits per pixel: each uses the quality whose file comes nearest to it."""
+    """A size in bits per pixel at which codecs are compared. Each uses the quality whose file is nearest to it."""
 
     bpp: float
 
@@ -78,12 +78,12 @@ class Target:
 
 
 Setting = int | Target
-"""A quality, or a size."""
+"""A quality, or a target size."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What could not be measured: a codec at a setting, or (both None) the whole image."""
+    """The failure of one codec at one setting, or of the whole image (codec and setting are None)."""
 
     image: str
     codec: str | None
@@ -97,7 +97,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Task:
-    """One image and what to measure on it. `data` is its file, so that a worker needs no access to the disk."""
+    """One image and what to measure on it.
+
+    data: the bytes of the image file, so that a worker needs no access to the disk. points: codecs with their settings.
+    repeat: how often times are measured. metrics: the metrics besides PSNR.
+    """
 
     image: str
     data: bytes
@@ -107,19 +111,19 @@ class Task:
 
 
 def name_of(setting: Setting) -> str:
-    """A setting in words."""
+    """Return the text of a setting: "quality 32" or "0.5 bpp"."""
     return str(setting) if isinstance(setting, Target) else f"quality {setting}"
 
 
 def measure(task: Task) -> tuple[list[Measurement], list[Failure]]:
-    """All points of a task. A point that fails is reported, and the others are measured.
+    """Measure all codecs and settings of a task, and return the measurements and the failures.
 
-    Raises CheckpointError and ConfigError, which would fail every image alike.
+    Raises CheckpointError and ConfigError, which concern all images.
     """
     measured: list[Measurement] = []
     failures: list[Failure] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what reading an image loses is lost before anything is compared
+        warnings.simplefilter("ignore")  # what is lost when an image is read concerns all codecs alike
         try:
             image, pixels = reference(task)
         except Exception as error:
@@ -140,13 +144,13 @@ def measure(task: Task) -> tuple[list[Measurement], list[Failure]]:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line."""
+    """Describe an error in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, HpcmrefError) else f"{type(error).__name__}: {text}"
 
 
 def reference(task: Task) -> tuple[Image.Image, metrics.Pixels]:
-    """What every codec gets: upright 8-bit RGB or grey without metadata; and its pixels (H, W, 3)."""
+    """Return the image that every codec encodes (upright, 8-bit RGB or grey, no metadata), and its pixels (H, W, 3)."""
     file = io.BytesIO(task.data)
     file.name = task.image
     pixels, grey = images.pixels_of(images.open_image(file))
@@ -156,7 +160,7 @@ def reference(task: Task) -> tuple[Image.Image, metrics.Pixels]:
 def _measure(
     task: Task, codec: Codec, setting: Setting, image: Image.Image, pixels: metrics.Pixels, known: Mapping[int, float]
 ) -> Measurement:
-    """One point. known: quality -> bits per pixel of the same image and codec, as far as measured."""
+    """Measure one codec at one setting. known: quality -> bits per pixel, of this image and codec so far."""
     quality = nearest(codec, image, setting.bpp, known) if isinstance(setting, Target) else setting
     _warm_up(codec, image, quality)
     with PeakMemory(codec.device) as peak:
@@ -193,7 +197,7 @@ def _warm_up(codec: Codec, image: Image.Image, quality: int) -> None:
 
 
 def _timed(work: Callable[[], T], repeat: int) -> tuple[T, float]:
-    """What `work` returns, and the median of its seconds."""
+    """Return the result of `work`, and the median of the seconds of `repeat` calls."""
     seconds = []
     for _ in range(repeat):
         start = time.perf_counter()
@@ -203,7 +207,10 @@ def _timed(work: Callable[[], T], repeat: int) -> tuple[T, float]:
 
 
 class PeakMemory:
-    """`with PeakMemory("cpu") as peak: ...`, then peak.bytes: the most held inside, above what was held before."""
+    """A context that measures working memory: `with PeakMemory("cpu") as peak: ...`, then `peak.bytes`.
+
+    bytes: the peak inside the context minus the memory before it, or None if it cannot be measured.
+    """
 
     def __init__(self, device: str) -> None:
         self.bytes: int | None = None
@@ -223,7 +230,7 @@ class PeakMemory:
         else:
             _return_free_memory()
             try:
-                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+                Path("/proc/self/clear_refs").write_text("5")  # resets the peak
                 self._before = resident("VmRSS")
             except OSError:
                 self._before = None
@@ -242,6 +249,6 @@ class PeakMemory:
 
 
 def _return_free_memory() -> None:
-    """Have the allocator give back what it holds unused, or the next call would seem to need nothing (glibc only)."""
+    """Return freed memory to the system (glibc only). Otherwise the next call would seem to need no memory."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

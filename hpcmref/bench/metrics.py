@@ -1,7 +1,7 @@
-"""How close is a decoded image to its original? PSNR, MS-SSIM, SSIMULACRA2 and ColorVideoVDP of 8-bit RGB pixels.
+"""Compare a decoded image with its original: PSNR, MS-SSIM, SSIMULACRA2 and ColorVideoVDP of 8-bit RGB pixels.
 
-PSNR and MS-SSIM are always here. SSIMULACRA2 needs the package `ssimulacra2` (in the `bench` extra), ColorVideoVDP the
-package `cvvdp` (in the extra `bench-cvvdp`).
+PSNR and MS-SSIM need nothing else. SSIMULACRA2 needs the package `ssimulacra2` (extra `bench`), and ColorVideoVDP needs
+the package `cvvdp` (extra `bench-cvvdp`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure of quality, the higher the better.
+    """A measure of quality. Higher values are better.
 
-    field: its name in measurements, curves and files. option: its name on the command line. package: the module that
-    computes it, None for our own. least: the span of values below which a BD-rate would say more of the ends of the
-    curves than of the codecs.
+    field: its name in measurements, curves and files. option: its name on the command line.
+    least: the smallest common range of two curves for which a BD-rate is computed, see `bdrate.LEAST_SHARE`.
+    package: the module that computes it, or None if hpcmref does.
     """
 
     field: str
@@ -43,7 +43,7 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """Title and unit."""
+        """The title and the unit, for the heading of a table."""
         return f"{self.title} {self.unit}".rstrip()
 
 
@@ -56,13 +56,14 @@ METRICS = (
 BY_FIELD = {metric.field: metric for metric in METRICS}
 
 OPTIONAL = ("ms-ssim", "ssimulacra2", "cvvdp")
-"""What a run may leave out; PSNR is always measured."""
+"""The metrics that a run may leave out. PSNR is always measured."""
 
 
 def chosen(text: str | None) -> frozenset[str]:
-    """The optional metrics of a run. text: options with commas between; None for all that are here.
+    """Return the optional metrics of a run.
 
-    Raises ConfigError for one that is unknown or whose package is missing.
+    text: the value of --metrics, or None for all that are installed. Raises ConfigError for a metric that is unknown or
+    whose package is not installed.
     """
     here = [metric.option for metric in METRICS if metric.package is None or importlib.util.find_spec(metric.package)]
     if text is None:
@@ -75,15 +76,15 @@ def chosen(text: str | None) -> frozenset[str]:
             raise ConfigError(f"there is no metric {name!r}; the metrics are {', '.join(options)}{near(name, options)}")
         if name not in here:
             extra = "bench" if name == "ssimulacra2" else "bench-cvvdp"
-            raise ConfigError(f"{metric.title} needs a package that is not here: pip install 'hpcmref[{extra}]'")
+            raise ConfigError(f"{metric.title} needs a package that is not installed: pip install 'hpcmref[{extra}]'")
     return frozenset(asked) - {"psnr"}
 
 
 def measured(original: Pixels, decoded: Pixels, optional: Collection[str]) -> dict[str, Any]:
-    """The values of a decoded image: "psnr" in dB, "ms_ssim" in 0..1, "ssimulacra2", and "cvvdp" in JOD.
+    """Compute the metrics of a decoded image: "psnr" in dB, "ms_ssim" in 0..1, "ssimulacra2", and "cvvdp" in JOD.
 
-    original, decoded: (H, W, 3) uint8. optional: which of `OPTIONAL` to compute; the others, and what an image is too
-    small for, are None.
+    original, decoded: (H, W, 3) uint8. optional: the metrics of `OPTIONAL` to compute. The values of the others are
+    None, and those of metrics for which the image is too small.
     """
     return {
         "psnr": psnr(original, decoded),
@@ -94,14 +95,14 @@ def measured(original: Pixels, decoded: Pixels, optional: Collection[str]) -> di
 
 
 def psnr(original: Pixels, decoded: Pixels) -> float:
-    """RGB PSNR in dB (peak 255, one mean over the three channels); inf for equal images. (H, W, 3) uint8 both."""
+    """Return the RGB PSNR in dB of two images (H, W, 3) uint8: peak 255, mean over all samples; inf if equal."""
     difference = original.astype(np.int32) - decoded
     error = float(np.mean(np.square(difference), dtype=np.float64))
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def ms_ssim(original: Pixels, decoded: Pixels) -> float | None:
-    """MS-SSIM in 0..1 on RGB; None for images too small to have one. (H, W, 3) uint8 both."""
+    """Return the MS-SSIM in 0..1 of two RGB images (H, W, 3) uint8, or None if they are too small for it."""
     import torch
 
     from hpcmref import similarity
@@ -114,7 +115,7 @@ def ms_ssim(original: Pixels, decoded: Pixels) -> float | None:
 
 
 def decibels(similarity: float | None) -> float | None:
-    """MS-SSIM of 0..1 in dB, -10 log10(1 - x), the scale on which learned codecs report it; inf for 1."""
+    """Convert an MS-SSIM of 0..1 to dB, as learned codecs report it: -10 log10(1 - x); inf for 1, None for None."""
     if similarity is None:
         return None
     return -10 * math.log10(1 - similarity) if similarity < 1 else math.inf
@@ -124,9 +125,10 @@ SSIMULACRA2_LEAST_SIDE = 8
 
 
 def ssimulacra2(original: Pixels, decoded: Pixels) -> float | None:
-    """SSIMULACRA2 (100 is identical, 90 looks identical, 50 is medium quality); None for images below 8 x 8.
+    """Return the SSIMULACRA2 of two images (H, W, 3) uint8, or None for sides below 8.
 
-    By the Python package `ssimulacra2`, whose borders differ a little from those of the program of libjxl.
+    100 means identical, 90 looks identical, and 50 is medium quality. The Python package `ssimulacra2` computes it,
+    whose treatment of borders differs slightly from the program of libjxl.
     """
     if min(original.shape[:2]) < SSIMULACRA2_LEAST_SIDE:
         return None
@@ -136,7 +138,7 @@ def ssimulacra2(original: Pixels, decoded: Pixels) -> float | None:
 
 
 def _file_of(pixels: Pixels) -> io.BytesIO:
-    """The pixels as an uncompressed image file in memory, which is what the package reads."""
+    """Return the pixels as an uncompressed image file in memory, since the package reads files."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PPM")
     file.seek(0)
@@ -144,7 +146,7 @@ def _file_of(pixels: Pixels) -> io.BytesIO:
 
 
 def cvvdp(original: Pixels, decoded: Pixels) -> float:
-    """ColorVideoVDP in JOD (10 is identical), as seen on the display "standard_4k" of the package `cvvdp`."""
+    """Return the ColorVideoVDP of two images in JOD (10 is identical), for the display "standard_4k" of `cvvdp`."""
     quality, _ = _cvvdp().predict(decoded, original, dim_order="HWC")
     return float(quality)
 

@@ -1,4 +1,4 @@
-"""How are the results of a run written for other programs? JSON (also a results file), CSV, TSV."""
+"""Write the results of a run as JSON (which is also a results file), CSV or TSV."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from hpcmref.bench.run import Outcome
 
 @dataclass(frozen=True)
 class Comparison:
-    """One curve against the anchor.
+    """The comparison of one curve with the anchor.
 
-    rates: BD-rate in percent, by metric (a field of `METRICS`) that both have. psnr: BD-PSNR in dB. images: BD-rates of
-    PSNR on single images, where both codecs were measured in this run.
+    rates: BD-rates in percent, by the `field` of each metric that both have. psnr: BD-PSNR in dB. images: BD-rates
+    (PSNR) of single images, or None unless both codecs were measured in this run.
     """
 
     name: str
@@ -37,10 +37,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything a run found, ready to be shown.
+    """All results of a run.
 
-    title: of the image set. curves: measured ones first. images: the names of those that the averages are over.
-    settings: what the numbers depend on besides. limits: bits per pixel, of BD-rates.
+    title: the name of the image set. curves: all curves, measured ones first. images: the names of the averaged images.
+    anchor: the name of the curve that others are compared with. limits: the range of BD-rates in bits per pixel.
+    settings: what else the numbers depend on, see `settings`.
     """
 
     title: str
@@ -60,7 +61,10 @@ def compare(
     measurements: Sequence[Measurement] = (),
     images: Sequence[str] = (),
 ) -> list[Comparison]:
-    """Every other curve of `every` against the anchor. images: of which single BD-rates are wanted."""
+    """Compare every other curve of `every` with the anchor.
+
+    limits: the range in bits per pixel. measurements, images: for BD-rates of single images.
+    """
     by_image = {name: [each for each in measurements if each.image == name] for name in images}
     return [
         Comparison(
@@ -75,7 +79,7 @@ def compare(
 
 
 def shared(*some: Curve) -> list[str]:
-    """The metrics that every curve has on all of its points; PSNR always."""
+    """Return the fields of the metrics that all points of all curves have, and always PSNR."""
     return [
         metric.field
         for metric in METRICS
@@ -99,7 +103,7 @@ def _of_images(
 def settings(
     codecs: Sequence[Codec], metrics: Collection[str], repeat: int, jobs: int, ray: str | None
 ) -> dict[str, Any]:
-    """What was measured, and on what."""
+    """Return the settings of a run and the machine, for the JSON output."""
     return {
         "hpcmref": __version__,
         "codecs": {codec.name: codec.identity for codec in codecs},
@@ -113,11 +117,11 @@ def settings(
 
 
 NEAR = 0.05
-"""By which part a mean size may differ from its target without a note."""
+"""The relative difference between a mean size and its target above which a note is added."""
 
 
 def notes(results: Results) -> list[str]:
-    """What a reader of the numbers must know besides."""
+    """Return notes on what limits the meaning of the results, one sentence each."""
     found = []
     for dataset, count in sorted({(curve.dataset or "", curve.images) for curve in results.curves if curve.images}):
         if count != len(results.images):
@@ -150,7 +154,7 @@ def _processor() -> str:
 
 
 def as_json(results: Results) -> dict[str, Any]:
-    """A results file (see `curves`) with all that led to it."""
+    """Return a results file (see `curves`) that also has all measurements and settings."""
     return {
         "dataset": results.title,
         "images": len(results.images),
@@ -171,7 +175,7 @@ def as_json(results: Results) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The same with null for the numbers that JSON has not."""
+    """Replace infinite numbers and NaN, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -184,7 +188,7 @@ COLUMNS = (
 
 
 def as_csv(results: Results, separator: str = ",") -> str:
-    """The averages of every measured curve (image "(mean of N)"), then every measurement."""
+    """Return a table of the averages of all measured curves (image "(mean of N)"), followed by every measurement."""
     file = io.StringIO()
     writer = csv.writer(file, delimiter=separator, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -1,11 +1,11 @@
-"""Where does the time of encoding and decoding go? Stages with seconds, multiplications and bytes moved.
+"""Measure the time of each stage of encoding and decoding, and count its multiplications and the bytes that it moves.
 
     pixels (Pillow)  g_a  h_a  h_s  s1, s2, s3 (adaptor, prior, attention, rest)  range coder  g_s  file  rest
 
-Every call of a stage is timed; what it spends in stages inside it is theirs. Multiplications and bytes are counted in
-a run of their own: of convolutions and matrix products, and of the operands and results of all tensor operations,
-wherever they were (a cache or memory). They are compared with the best that the same process reaches: convolutions in
-float32, float64 and bfloat16, a product of bytes, and a copy; and the whole with the same networks as plain PyTorch.
+Every call of a stage is timed, without the time of stages inside it. Multiplications (of convolutions and matrix
+products) and bytes (of the operands and results of all tensor operations, in caches or in memory) are counted in a
+separate run. They are compared with the best rates of the same process, in convolutions of float32, float64 and
+bfloat16, in an int8 matrix product, and in a copy. The whole is compared with the same networks as plain PyTorch.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ REST = "rest"
 
 @dataclass
 class Cost:
-    """What a stage takes: seconds, multiplications (each with an addition), bytes read and written.
+    """What a stage takes.
 
-    least is what the multiplications would take at the best rates of their types, in seconds.
+    seconds: its time. macs: multiplications, each with an addition. least: the seconds that these would take at the
+    best rates of their types. moved: bytes read and written.
     """
 
     seconds: float = 0.0
@@ -60,15 +61,15 @@ class Cost:
 
 
 Rates = dict[torch.dtype, float]
-"""Multiplications a second, at best, of numbers of a type."""
+"""The best rate of multiplications per second, by the type of the numbers."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Stages of encoding and decoding in the order in which they first begin, and the best rates of the process.
+    """The stages of encoding and decoding in the order in which they begin, and the best rates of the process.
 
-    bytes_per_second (read and written) is of a copy of 64 MiB. plain_encode and plain_decode are the seconds that
-    `plain` measures.
+    bytes_per_second: bytes read and written in a copy of 64 MiB. plain_encode, plain_decode: the seconds that `plain`
+    measures.
     """
 
     encode: dict[str, Cost]
@@ -82,8 +83,11 @@ class Profile:
 def profile(
     checkpoint: Checkpoint, device: torch.device, image: Image.Image, quality: int | None = None, repeat: int = 5
 ) -> Profile:
-    """Encode and decode an image, from a PNG file to a PNG file in memory; of each stage the best of `repeat` runs."""
-    # In a process as research code has it, which gives memory back to the system: see `hpcmref.runtime.heap`.
+    """Encode and decode an image, from a PNG file to a PNG file in memory, and return the costs of all stages.
+
+    quality: None means the default. repeat: the number of runs, of which the best time of each stage is used.
+    """
+    # A new process returns freed memory to the system, as research code does (see `hpcmref.runtime.heap`).
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
         seconds = alone.submit(plain, checkpoint.model, device, image, quality, repeat).result()
     codec = Codec(checkpoint, "", device)
@@ -98,39 +102,39 @@ def profile(
 def plain(
     model: HPCM, device: torch.device, image: Image.Image, quality: int | None = None, repeat: int = 5
 ) -> tuple[float, float]:
-    """Seconds that the networks of encoding and of decoding take as plain PyTorch; the best of `repeat` runs.
+    """Measure the seconds of the networks of encoding and of decoding as plain PyTorch, the best of `repeat` runs.
 
-    All in float32, in PyTorch's own layout, whole planes, one operation after the other, and nothing coded: the same
-    modules as research code runs them.
+    The same modules run as in research code: in float32, in PyTorch's default memory format, on whole planes, and
+    without a range coder.
     """
     model = copy.deepcopy(model).to(device)
-    model.requires_grad_(False)  # and gradients stay enabled, for without them modules save memory and time
+    model.requires_grad_(False).train()  # in eval mode, modules save memory and time
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(device).permute(2, 0, 1)[None]
     height, width = pixels.shape[2:]
     x = F.pad(pixels.contiguous().float() / 255, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
-    rate = torch.tensor([float(quality or 0)], device=device)
+    qualities = torch.tensor([float(quality or 0)], device=device)
     encode = decode = float("inf")
     for _ in range(repeat + 1):
         begun = now(device.type)
-        y, z = model.latents(model.features(x), rate)
+        y, z = model.latents(model.features(x), qualities)
         shape = (z.shape[2], z.shape[3])
-        model.entropy(rate, shape, Estimator(y, z, noise=False))
+        model.entropy(qualities, shape, Estimator(y, z, noise=False))
         encoded = now(device.type)
-        model.synthesise(model.entropy(rate, shape, Estimator(y, z, noise=False)), rate)
+        model.synthesise(model.entropy(qualities, shape, Estimator(y, z, noise=False)), qualities)
         decode = min(decode, now(device.type) - encoded)
         encode = min(encode, encoded - begun)
     return encode, decode
 
 
 def untrained(preset: str) -> Checkpoint:
-    """A checkpoint of a preset without trained weights: as fast as a trained one, but for the range coder."""
+    """Make a checkpoint of a preset with random weights. It is as fast as a trained one, except for the range coder."""
     torch.manual_seed(0)
     model = HPCM(PRESETS[preset]).initialise().eval()
     return Checkpoint(model, checkpoints.calibrated(model), bytes(4))
 
 
 def photograph(width: int = 768, height: int = 512) -> Image.Image:
-    """The tiles that models are calibrated with, side by side."""
+    """Make an image of the calibration tiles, side by side."""
     tiles = checkpoints.tiles()
     image = Image.new("RGB", (width, height))
     side = tiles[0].width
@@ -141,7 +145,7 @@ def photograph(width: int = 768, height: int = 512) -> Image.Image:
 
 
 class _Stages:
-    """Books seconds, or whatever `current` is used for, to the innermost stage that has begun."""
+    """Adds seconds, and whatever is added to `current`, to the costs of the innermost stage that has begun."""
 
     def __init__(self, device: torch.device) -> None:
         self.costs: dict[str, Cost] = defaultdict(Cost)
@@ -155,7 +159,7 @@ class _Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A name that begins with a space belongs to the stage around it."""
+        """Begin a stage for this context. If its name begins with a space, that of the outer stage is prepended."""
         self._book()
         around = self._names[-1].removesuffix(f" {REST}")
         self._names.append(around + name if name.startswith(" ") else name)
@@ -200,17 +204,17 @@ def _costs(codec: Codec, run: Callable[[_Stages], None], count: Rates | None = N
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the multiplications and bytes of every operation. Views move nothing."""
+    """Counts the multiplications and bytes of every tensor operation. Views move no bytes."""
 
     def __init__(self, stages: _Stages, rates: Rates) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._stages = stages
         self._rates = rates
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         multiplies = operation.overloadpacket in flop_registry or operation.overloadpacket is _INT_MM
         if not multiplies:
-            with self:  # in inference mode, what consists of other operations arrives whole
+            with self:  # in inference mode, composite operations arrive here undecomposed
                 result = operation.decompose(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
@@ -232,7 +236,7 @@ _MM, _INT_MM = torch.ops.aten.mm, torch.ops.aten._int_mm
 
 @contextlib.contextmanager
 def _watched(codec: Codec, stages: _Stages) -> Iterator[None]:
-    """Every call of what belongs to a stage is booked there, while inside."""
+    """In this context, add the time of each module and function that belongs to a stage to that stage."""
     model, entropy = codec.model, codec.latents.entropy
     context = entropy.context
     modules: dict[str, list[nn.Module | None]] = {
@@ -250,7 +254,7 @@ def _watched(codec: Codec, stages: _Stages) -> Iterator[None]:
     ]
     functions += [
         (context, "_scale", lambda steps, *rest: f"s{steps[0].scale} {REST}"),
-        *((rangecoder.SymbolEncoder, name, "range coder") for name in ("put", "finish")),
+        *((rangecoder.SymbolEncoder, name, "range coder") for name in ("put", "payload")),
         *((rangecoder.SymbolDecoder, name, "range coder") for name in ("__init__", "get")),
         *((container, name, "file") for name in ("write", "parse")),
         *((images, name, "pixels") for name in ("picture_of", "image_of")),
@@ -274,7 +278,7 @@ def _staged(function: Callable[..., Any], stage: str | Callable[..., str], stage
 
 
 def _best_rates(device: torch.device) -> Rates:
-    """The fastest convolution of every float type here, and the fastest product of bytes."""
+    """Measure the best rate of convolutions of every floating-point type, and of int8 matrix products."""
     rates = dict.fromkeys((torch.float32, torch.bfloat16, torch.float64, torch.int8), 0.0)
     with torch.inference_mode():
         for channels, side, kernel in ((640, 32, 1), (256, 64, 1), (256, 32, 3)):
@@ -295,7 +299,7 @@ def _best_rates(device: torch.device) -> Rates:
 
 
 def _best_copy(device: torch.device) -> float:
-    """Bytes a second, read and written."""
+    """Measure the rate of a copy in bytes per second, read and written."""
     source = torch.zeros(2**26, dtype=torch.uint8, device=device)
     return 2 * source.numel() / _seconds(partial(torch.empty_like(source).copy_, source), device)
 

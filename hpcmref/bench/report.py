@@ -1,7 +1,7 @@
-"""How are results shown to people? A page that needs nothing but itself, and the same curves as PNG.
+"""Write results as one self-contained HTML page, and their curves as PNG.
 
-The page is `report.html` with the results as JSON inside; what it draws, it draws with its own script. Its content
-security policy forbids it to load anything.
+The page is `report.html` with the results inserted as JSON, and its own script draws them. Its content security policy
+forbids it to load anything.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def write(results: Results, exhibits: Sequence[Exhibit], folder: Path) -> Path:
 
 
 def html(content: dict[str, Any], exhibits: Sequence[Exhibit]) -> str:
-    """The page. content: of `output.as_json`."""
+    """Return the page. content: the result of `output.as_json`. exhibits: crops to compare."""
     shown = {key: value for key, value in content.items() if key != "measurements"}
     metrics = [{"field": each.field, "title": each.title, "unit": each.unit} for each in METRICS]
     data = json.dumps({**shown, "metrics": metrics, "exhibits": [asdict(each) for each in exhibits]})
@@ -49,7 +49,7 @@ def html(content: dict[str, Any], exhibits: Sequence[Exhibit]) -> str:
 
 
 def _png(results: Results, metric: Metric) -> bytes:
-    """The rate-distortion curves, up to the highest rate that was measured here."""
+    """Draw the rate-distortion curves, up to the highest rate that was measured in this run."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
-"""How are many images measured, and a broken run taken up again? Tasks, the journal, and the order of results.
+"""Measure many images in several processes, and continue an interrupted run.
 
-The journal of `--resume` has one JSON object a line, a measurement and its key. The key names everything that the
-numbers depend on (the bytes of the image, the codec with its version and settings, device, quality or target, metrics,
-repetitions, and whether other processes were at work), so that a changed image or model is measured again and nothing
-else is. A line that was cut off is skipped.
+The journal of `--resume` has one JSON object in each line: a measurement and its key. The key contains everything that
+the numbers depend on: the bytes of the image, the codec with its version and settings, device, quality or target,
+metrics, repetitions, and whether there were other processes. So only what has changed is measured again. An incomplete
+line is skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hpcmref.runtime.executor import execute
 
 @dataclass
 class Outcome:
-    """What a run found: by image, codec and quality in the order that was asked for, however they were spread."""
+    """The results of a run, in the order of images, codecs and qualities, even if several processes were used."""
 
     measurements: list[Measurement] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -47,9 +47,11 @@ def run(
 ) -> Outcome:
     """Measure every image with every codec at its settings.
 
-    settings: by codec name. metrics: besides PSNR. journal: see above; None keeps none. listener: called for every
-    image that is done, with what came of it. threads: of each process of `jobs`. Raises ConfigError and
-    CheckpointError, which every image would meet; anything else is a Failure.
+    settings: the settings by codec name. repeat: how often times are measured. metrics: metrics besides PSNR.
+    jobs, ray, threads: see `hpcmref.runtime.executor.execute`. journal: the file of --resume, or None.
+    listener: a function that is called after each image with its measurements and failures.
+
+    Raises ConfigError and CheckpointError, which concern all images. Any other error is a Failure.
     """
     names = names_of(images)
     outcome = Outcome()
@@ -101,7 +103,7 @@ def run(
 
 
 def names_of(images: Sequence[Path]) -> dict[Path, str]:
-    """What each image is called in results: its file name, or its path if two have the same name."""
+    """Return the name of each image in the results: its file name, or its path if several have the same name."""
     files = [path.name for path in images]
     return {path: path.name if files.count(path.name) == 1 else str(path) for path in images}
 
@@ -119,7 +121,7 @@ class _Keys:
 
 
 class _Journal:
-    """Measurements by key, on disk as soon as they are made. `with` it; None as the path keeps nothing."""
+    """A context with the measurements of a file by key. New ones are appended at once. Without a path, it is empty."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -155,7 +157,7 @@ class _Journal:
                 key = entry.pop("key")
                 if set(entry) == names:
                     self._known[key] = Measurement(**entry)
-        if "\n" in text and not self._known:  # not so much as one whole line of ours
+        if "\n" in text and not self._known:  # not even one valid line
             raise HpcmrefError(f"{self._path} is not a file that --resume wrote")
 
     def get(self, key: str) -> Measurement | None:

@@ -1,4 +1,4 @@
-"""Which quality of a codec gives the file that is nearest to a size?"""
+"""Find the quality of a codec whose file is nearest to a given size."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hpcmref.bench.codecs import Codec
 
 
 def nearest(codec: Codec, image: Image.Image, rate: float, known: Mapping[int, float]) -> int:
-    """The quality whose file is nearest to `rate` bits per pixel in ratio, by bisection.
+    """Find by bisection the quality whose file is nearest, in ratio, to `rate` bits per pixel.
 
-    known: quality -> bits per pixel of this image, as far as measured. Files must grow, or shrink, with the quality;
-    which of the two is found out where the codec does not tell.
+    known: quality -> bits per pixel of this image, as far as measured. The size of files must rise or fall with the
+    quality. If the codec does not say which, the lowest and the highest quality are compared.
     """
     sizes = dict(known)
 

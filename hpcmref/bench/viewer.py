@@ -1,4 +1,4 @@
-"""What does one rate look like from every codec? Crops of a few images, each codec at the quality nearest the rate."""
+"""Make crops of a few images for the report, from every codec at the quality whose file is nearest to a given rate."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hpcmref.picture import images
 
 IMAGES = 3
 CROP = (576, 416)
-"""Width and height in pixels; less where the image is smaller."""
+"""Width and height of a crop in pixels. It is smaller if the image is."""
 
 
 @dataclass(frozen=True)
 class View:
-    """One codec's crop. bpp and psnr (dB) are of the whole image; src is a data URI."""
+    """The crop of one codec. bpp, psnr: bits per pixel and dB of the whole image. src: the crop as a data URI."""
 
     codec: str
     quality: int
@@ -35,7 +35,7 @@ class View:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """One image at one rate: the original's crop, and that of every codec. bpp: the rate that was aimed at."""
+    """One image at one rate: the crop of the original, and that of every codec. bpp: the wanted rate."""
 
     image: str
     bpp: float
@@ -48,11 +48,11 @@ class Exhibit:
 def exhibits(
     images: Mapping[str, Path], codecs: Sequence[Codec], measurements: Sequence[Measurement], count: int = IMAGES
 ) -> list[Exhibit]:
-    """Exhibits of `count` of the images, evenly spread over them, at a few rates each.
+    """Make exhibits of `count` images, evenly spread over all images, at a few rates each.
 
-    images: name -> file, all of them measured with every codec. The rates are the targets of the run, or without any
-    those of the first codec's points a sixth and three eighths of the way up, where differences show; the others search
-    for the quality nearest to them.
+    images: name -> file, all of them measured with every codec. The rates are the targets of the run. Without targets,
+    they are those of two points of the first codec, a sixth and three eighths up its curve, where differences are
+    visible. The other codecs use the quality nearest to these rates.
     """
     names = list(images)
     spread = sorted({round(index * (len(names) - 1) / max(1, count - 1)) for index in range(count)}) if names else []
@@ -87,7 +87,7 @@ def _of_image(name: str, path: Path, codecs: Sequence[Codec], measurements: Sequ
 
 
 def _rates(codec: str, measurements: Sequence[Measurement]) -> list[float]:
-    """The sizes to show an image at, in bits per pixel: the targets of the run, or two of the codec's."""
+    """Return the rates at which an image is shown, in bits per pixel (see `exhibits`)."""
     if targets := {each.target for each in measurements if each.target is not None}:
         return sorted(targets)
     rates = sorted(each.bpp for each in measurements if each.codec == codec)
@@ -95,7 +95,7 @@ def _rates(codec: str, measurements: Sequence[Measurement]) -> list[float]:
 
 
 def _busiest(pixels: metrics.Pixels) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the crop with most detail among 5 by 5 places."""
+    """Return left, top, right and bottom of the crop with the most detail, among 5 x 5 positions."""
     height, width = pixels.shape[:2]
     across, down = min(CROP[0], width), min(CROP[1], height)
     grey = pixels.astype(np.int16).sum(axis=2)
@@ -110,7 +110,7 @@ def _busiest(pixels: metrics.Pixels) -> tuple[int, int, int, int]:
 
 
 def _uri(pixels: metrics.Pixels, box: tuple[int, int, int, int]) -> str:
-    """A data URI that shows exactly these pixels."""
+    """Return a crop of pixels as a data URI, losslessly compressed. box: left, top, right, bottom."""
     file = io.BytesIO()
     crop = Image.fromarray(pixels).crop(box)
     if features.check("webp"):

@@ -1,4 +1,4 @@
-"""Which commands does `hpcmref` have? Each lives in its own file; none of them contains codec logic.
+"""The commands of the program `hpcmref`. Each has a file of its own, and none contains codec logic.
 
 The file of a command is imported when the command is called, so that help, completion and small commands start fast.
 """
@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 def load(name: str) -> Any:
-    """The command of this name, with its options: what Typer makes of the function or app in its module."""
+    """Import the module of a command, and return the click command that Typer makes of its function or app."""
     module = import_module(f"hpcmref.cli.{name}")
     one = getattr(module, "app", None)
     if one is None:
@@ -45,10 +45,10 @@ def load(name: str) -> Any:
 
 
 class LazyGroup(GuardedGroup):
-    """Knows the names of its commands, and imports the one that is called."""
+    """A group of commands that knows only their names, and imports a command when it is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """As click's: the name of the command, the command, and what is left of the arguments."""
+        """Return what click expects: the name of the command, the command, and the remaining arguments."""
         name, known, rest = super().resolve_command(ctx, args)
         return name, name and known and load(name), rest
 
@@ -61,7 +61,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _name, _help in COMMANDS.items():
-    app.command(_name, help=_help)(lambda: None)  # takes the place of the command in lists of commands
+    app.command(_name, help=_help)(lambda: None)  # a placeholder, which lists of commands show
 
 
 def _print_version(context: typer.Context, wanted: bool) -> None:
@@ -79,7 +79,10 @@ def main(
     ] = False,
     # Eager, so that it is known when --version prints.
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", is_eager=True, help="With --version: what hpcmref runs on as well.")
+        bool,
+        typer.Option(
+            "-v", "--verbose", is_eager=True, help="With --version: print the versions of Python and packages, too."
+        ),
     ] = False,
 ) -> None:
     """A learned image codec: small files that decode to the same pixels on every machine."""

@@ -1,8 +1,8 @@
-"""What happens to each input of a command, and when one of them fails?
+"""Process all inputs of a command, report each result, and continue when one input fails.
 
-Every command that takes files is the same three steps: `hpcmref.cli.jobs.plan` pairs each input with an output,
-`run_spread` works through the pairs, reports each, and goes on when one fails, and at the end it says what came of all.
-The commands add only the work on one pair.
+Every command that takes files has the same steps. `hpcmref.cli.jobs.plan` pairs each input with an output. `run_spread`
+works on the pairs, reports each, continues after failures, and prints a summary. The commands add only the work on one
+pair.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from hpcmref.runtime.signals import Stopped
 
 @dataclass(frozen=True)
 class Style:
-    """How a command reports: only errors, one JSON object a file, or with the seconds of every stage."""
+    """How a command reports.
+
+    quiet: errors only. json: one JSON object for each file. verbose: the seconds of every stage, too.
+    """
 
     quiet: bool = False
     json: bool = False
@@ -36,7 +39,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Made:
-    """What comes of one input: bytes to write, what there is to say of them, and the seconds of every stage."""
+    """The result of the work on one input: the bytes to write, facts to report, and the seconds of every stage."""
 
     data: bytes
     facts: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +48,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a worker sends back: what it made, the size of its input in bytes, and the warnings on the way."""
+    """What a worker returns: the result, the size of its input in bytes, and the texts of its warnings."""
 
     made: Made
     size: int
@@ -54,7 +57,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Done:
-    """A job that is done: a line for people, facts for programs, and bytes read and written."""
+    """A finished job. line: the text to print. facts: the JSON object to print. size: the number of bytes written."""
 
     line: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +66,7 @@ class Done:
 
 @dataclass
 class _Totals:
-    """What has become of the jobs so far."""
+    """Counts of the jobs so far. kept: outputs that --resume left as they were. read, written: bytes."""
 
     files: int
     started: float = field(default_factory=time.perf_counter)
@@ -90,7 +93,7 @@ class _Totals:
 
 
 def run(jobs: Sequence[Job], work: Callable[[Job], str | None], quiet: bool = False) -> None:
-    """Do `work` on every job in this process and print what it returns; see `run_spread`, which is for slower work."""
+    """Do `work` on every job in this process, and print what it returns. For slow work, use `run_spread`."""
     run_spread(
         Plan(list(jobs)),
         lambda job: b"",
@@ -112,14 +115,16 @@ def run_spread(
     threads: int | None = None,
     totals: bool = True,
 ) -> None:
-    """Do every job and report it; a failure is one line on stderr and the next job follows. Only bytes travel.
+    """Do every job and report it. A failure is reported in one line on stderr, and the next job follows.
 
-    prepare and finish read and write files in this process; `prepare` returns None where there is nothing to do. `work`
-    gets a job and the content of its input, in one of `processes` or on a Ray cluster (see
-    `hpcmref.runtime.executor.execute`); it must be picklable for that.
+    prepare: reads the input of a job in this process; returns None if nothing is to be done.
+    work: gets a job and the content of its input. It runs in one of `processes` processes or on a Ray cluster (see
+        `hpcmref.runtime.executor.execute`), and must be picklable for that.
+    finish: writes the output of a job in this process.
+    totals: print a summary after several files.
 
-    A bad model or setting fails every job alike: CheckpointError and ConfigError end the run. So do signals: Stopped
-    says how far the work got. Raises typer.Exit(1) after the last job if any failed.
+    CheckpointError and ConfigError end the run, because a bad model or setting makes every job fail. A signal ends it
+    with Stopped, which says how many files were done. Raises typer.Exit(1) after the last job if any job failed.
     """
     from hpcmref.runtime.executor import execute
 
@@ -180,7 +185,7 @@ def run_spread(
 
 
 def dry_run(planned: Plan, outputs: Outputs, style: Style) -> None:
-    """Say what would be written where; nothing is. Raises typer.Exit(1) if some of it cannot be."""
+    """Print what would be written where, and write nothing. Raises typer.Exit(1) if an output could not be written."""
     printer = _Printer(style, to_stdout=False)
     failures: list[tuple[Exception, Job | None]] = [(problem, None) for problem in planned.problems]
     for job in planned.jobs:
@@ -215,7 +220,7 @@ class _Worker:
 
 @dataclass(frozen=True)
 class _Printer:
-    """Says what became of each job: results on stdout, unless that is data; warnings and errors on stderr."""
+    """Prints results on stdout (on stderr if stdout is used for data), and warnings and errors on stderr."""
 
     style: Style
     to_stdout: bool
@@ -247,7 +252,10 @@ class _Printer:
 
 @contextlib.contextmanager
 def _progress(total: int, style: Style) -> Iterator[Callable[[], None]]:
-    """A bar on stderr for several jobs on a terminal; yields what to call after each job."""
+    """Show a progress bar on stderr, if that is a terminal and there are several jobs.
+
+    Yields a function to be called after each job.
+    """
     if style.quiet or total < 2 or sys.stderr is None or not sys.stderr.isatty():
         yield lambda: None
         return
@@ -255,7 +263,7 @@ def _progress(total: int, style: Style) -> Iterator[Callable[[], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Rich prints above the bar what goes to the streams that it takes over; stdout only if it is the same terminal.
+    # Rich prints text above the bar if it may redirect the stream. It may redirect stdout only if that is a terminal.
     same_terminal = sys.stdout is not None and sys.stdout.isatty()
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=same_terminal) as progress:
         task = progress.add_task("", total=total)
@@ -263,7 +271,7 @@ def _progress(total: int, style: Style) -> Iterator[Callable[[], None]]:
 
 
 def _bytes(count: int) -> str:
-    """A size for people, in decimal units."""
+    """Format a number of bytes for people, in decimal units."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

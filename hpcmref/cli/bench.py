@@ -1,4 +1,4 @@
-"""How good is hpcmref on a user's own images, against the codecs they use today?"""
+"""The command `bench`: compare hpcmref with other codecs on the user's own images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hpcmref.bench.output import Results
     from hpcmref.bench.run import Listener
 
-# Option -> title and fixed results that were measured on the same images.
+# Option -> title, and name of the published results that were measured on the same images.
 DATASETS = {
     "kodak": ("Kodak", "kodak"),
     "clic": ("CLIC 2020 professional (validation)", "clic-professional-valid"),
@@ -48,8 +48,8 @@ def bench(
             "--codecs",
             metavar="LIST",
             help="hpcmref, jpeg, webp, avif, jxl, with commas between; Pillow's save options may follow: "
-            "avif:speed=0+subsampling=4:2:0. hpcmref is the learned stream alone, hpcmref:choose=1 what encode writes. "
-            "By default all that are here.",
+            "avif:speed=0+subsampling=4:2:0. hpcmref always writes the learned stream; hpcmref:choose=1 may write a "
+            "lossless one, as encode does. By default all that are installed.",
         ),
     ] = None,
     models: Annotated[
@@ -105,7 +105,7 @@ def bench(
             "--generations",
             min=1,
             metavar="N",
-            help="Instead: encode and decode N times, and compare the generations with the original.",
+            help="Encode and decode each image N times in a row, and compare the results with the original.",
         ),
     ] = None,
     results: Annotated[
@@ -126,7 +126,7 @@ def bench(
         typer.Option(
             "--range",
             metavar="LOW:HIGH",
-            help="Bits per pixel that BD-rates are restricted to: points outside are dropped, and both curves are "
+            help="Restrict BD-rates to these bits per pixel: points outside are left out, and both curves are "
             "interpolated at the ends.",
         ),
     ] = None,
@@ -143,7 +143,7 @@ def bench(
     ] = None,
     device: DeviceOption = Device.auto,
     repeat: Annotated[
-        int, typer.Option("--repeat", min=1, metavar="N", help="Time everything N times; the median counts.")
+        int, typer.Option("--repeat", min=1, metavar="N", help="Measure every time N times, and report the median.")
     ] = 1,
     jobs: Annotated[
         int,
@@ -151,17 +151,17 @@ def bench(
             "--jobs",
             parser=parse_jobs,
             metavar="N|auto",
-            help="Processes at work; with more than one, seconds are longer.",
+            help="The number of processes. With more than one, the measured times are longer.",
         ),
     ] = 1,
     threads: ThreadsOption = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="The first N images only.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Use the first N images.")] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
             "--resume",
             metavar="FILE",
-            help="Keep every measurement in FILE as it is made, and don't repeat those that are there.",
+            help="Append every measurement to FILE, and do not repeat those that it contains already.",
         ),
     ] = None,
     ray: RayOption = None,
@@ -170,8 +170,8 @@ def bench(
         typer.Option(
             "--json",
             metavar="FILE",
-            help="Write everything; it is also a file for --results. - is standard output; tables then go to standard "
-            "error.",
+            help="Write all results as JSON, which --results can read. - is standard output; tables then go to "
+            "standard error.",
         ),
     ] = None,
     csv_file: Annotated[
@@ -186,8 +186,8 @@ def bench(
         bool,
         typer.Option(
             "--profile",
-            help="Instead: where the time of hpcmref goes, on the first image (or a made-up one of 768x512). A model "
-            "may also be a preset without weights: base, large, phi, light.",
+            help="Measure how long each stage of hpcmref takes, on the first image or a generated one of 768x512. "
+            "Here, a model may also be a preset without weights: base, large, phi, light.",
         ),
     ] = False,
     report: Annotated[
@@ -288,7 +288,7 @@ def _codecs(
 
 
 def _settings(qualities: Sequence[str], target: str | None, chosen: Sequence[Codec]) -> Mapping[str, Sequence[Setting]]:
-    """Codec name -> what to measure: the targets, if there are any, or qualities."""
+    """Return what to measure by codec name: the rates of --target if it is given, and qualities otherwise."""
     from hpcmref.bench.codecs import qualities_of
     from hpcmref.bench.measure import Target
 
@@ -338,9 +338,9 @@ def _range(text: str) -> tuple[float, float]:
 
 
 def _distinct(fixed: Mapping[str, Sequence[Curve]], measured: Collection[str]) -> list[Curve]:
-    """Fixed curves by results file, under names that no other curve has.
+    """Return the curves of all results files under distinct names.
 
-    Of a shipped file, a codec that is also measured is left out: its settings there are our defaults.
+    A codec of a shipped file that is also measured is left out, because it was measured with the same settings.
     """
     from hpcmref.bench.curves import shipped
 
@@ -359,7 +359,7 @@ def _distinct(fixed: Mapping[str, Sequence[Curve]], measured: Collection[str]) -
 
 
 def _find(anchor: str | None, names: Sequence[str]) -> str:
-    """The name of the curve that BD-rates are against. Raises ConfigError."""
+    """Return the name of the curve that BD-rates compare with. Raises ConfigError for an unknown or ambiguous name."""
     if anchor is None:
         preferred = [name for name in names if name.startswith("VTM")] + [name for name in names if name == "JPEG"]
         return [*preferred, *names][0]
@@ -374,7 +374,10 @@ def _find(anchor: str | None, names: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _progress(total: int, quiet: bool) -> Iterator[Listener]:
-    """Yields what to call for every image; failures are lines on stderr, and on a terminal a bar has the averages."""
+    """Yield a function to be called after every image.
+
+    It prints failures on stderr. If stderr is a terminal, a progress bar also shows averages.
+    """
 
     images: set[str] = set()
 
@@ -396,7 +399,7 @@ def _progress(total: int, quiet: bool) -> Iterator[Listener]:
 
 @contextlib.contextmanager
 def _bar(total: int, images: Collection[str], note: Listener) -> Iterator[Listener]:
-    """Yields what to call for every image: it calls `note`, and updates a bar with the averages."""
+    """Yield a function to be called after every image. It calls `note` and updates a progress bar with averages."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -485,7 +488,7 @@ def _report(
 
 
 def _write(content: str, file: Path | None) -> None:
-    """Write text to a file, or to standard output for "-"."""
+    """Write text to a file, or to standard output if the file is "-"."""
     from hpcmref.runtime.files import atomic_write
 
     if file is None:

@@ -1,4 +1,4 @@
-"""Which models are at hand, and how does an official checkpoint become one?"""
+"""The command `checkpoints`: list, add, remove and convert models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="List, add, r
 
 
 class OfficialPreset(str, Enum):
-    """The architectures that official checkpoints come in."""
+    """The architectures of official checkpoints."""
 
     base = "base"
     large = "large"
@@ -35,10 +35,10 @@ def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array with one object a model.")] = False,
     check: Annotated[
         bool,
-        typer.Option("--verify", help="Read every model whole, compare its SHA-256, and exit 1 if one is damaged."),
+        typer.Option("--verify", help="Read every model completely and compare its SHA-256; exit 1 if one is damaged."),
     ] = False,
 ) -> None:
-    """List the models that -m knows by name: those that ship, and those that were added."""
+    """List the models that -m finds by name: those that ship with hpcmref, and those that were added."""
     from hpcmref.checkpoints import available, verify
     from hpcmref.models import unreadable
 
@@ -80,10 +80,10 @@ def _failures(check: Callable[[Path], None], paths: Sequence[Path]) -> list[Chec
 @app.command("add")
 def add_model(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors file of hpcmref.")],
-    name: Annotated[str | None, typer.Option("--name", help="What -m calls it; by default as the file.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The name for -m. By default that of the file.")] = None,
     force: ForceOption = False,
 ) -> None:
-    """Put a model into your folder of models: -m then knows it by name, and files of it decode without -m."""
+    """Copy a model into your folder of models. -m then finds it by name, and its files decode without -m."""
     from hpcmref.models import add
 
     made = add(file, name, force)
@@ -93,7 +93,7 @@ def add_model(
 @app.command("remove")
 def remove_model(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="One that was added.", autocompletion=names_of_added_models)
+        str, typer.Argument(metavar="NAME", help="A model that was added.", autocompletion=names_of_added_models)
     ],
 ) -> None:
     """Delete a model from your folder of models. Files that were made with it need it to be decoded."""
@@ -104,11 +104,11 @@ def remove_model(
 
 @app.command("presets")
 def list_presets() -> None:
-    """List the architectures: numbers in all, and thousands of multiplications a pixel in each part."""
+    """List the architectures with their number of parameters, and the kMAC per pixel of each part."""
     import torch
 
     from hpcmref.model import HPCM, PRESETS
-    from hpcmref.model.cost import PARTS, macs_per_pixel
+    from hpcmref.model.macs import PARTS, macs_per_pixel
 
     rows = []
     for name, config in PRESETS.items():
@@ -133,7 +133,7 @@ def convert(
     ],
     output: Annotated[str, typer.Option("-o", "--output", metavar="FILE.safetensors", help="Where to write it.")],
     preset: Annotated[
-        OfficialPreset | None, typer.Option("--preset", help="What an official checkpoint was trained as.")
+        OfficialPreset | None, typer.Option("--preset", help="The architecture of an official checkpoint.")
     ] = None,
     force: ForceOption = False,
 ) -> None:
@@ -173,14 +173,14 @@ def _facts(model: CheckpointInfo) -> dict[str, Any]:
 
 
 def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int]) -> None:
-    """`numbers`: which columns are set flush right."""
+    """Print a table. numbers: the indices of the columns that are aligned to the right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=10_000)  # no terminal to fit, so a line a row, whatever its length
+        console = Console(width=10_000)  # in a pipe, each row must be one line of any length
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column, heading in enumerate(headings):
         table.add_column(heading, justify="right" if column in numbers else "left")

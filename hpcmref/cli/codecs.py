@@ -1,4 +1,4 @@
-"""The codecs that decode files, each loaded when the first file needs it."""
+"""Load the codecs that decoding needs, each when the first file asks for it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Codecs:
-    """One codec for each model that has written a file; can be sent to another process.
+    """The codecs of a run, one for each model that has written a file. It can be pickled for worker processes.
 
-    model, device: as for `hpcmref.codec.codec_for`.
+    model, device: as in `hpcmref.codec.codec_for`.
     """
 
     model: str | None
     device: str
 
     def of(self, file: Container) -> Codec | None:
-        """The codec of a file, or None for one without a learned payload. Raises as `codec_for` does."""
+        """Return the codec of a file, or None for a lossless file. Raises the errors of `codec_for`."""
         if file.learned is None:
             return None
-        from hpcmref.codec import codec_for  # torch takes a second: not for a file that turns out to be damaged
+        from hpcmref.codec import codec_for  # imports torch, which takes a second and is of no use for damaged files
 
         fingerprint = file.learned.fingerprint
         if fingerprint not in self._loaded:

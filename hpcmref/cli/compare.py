@@ -1,4 +1,4 @@
-"""How alike are two images?"""
+"""The command `compare`: measure how similar two images are."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 def compare(
     first: Annotated[str, typer.Argument(metavar="A", help="The original: an image, an encoded file, or -.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="What is compared with it.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The image that is compared with A.")],
     metrics: Annotated[
         str | None,
         typer.Option(
             "--metrics",
             metavar="LIST",
-            help="Which to compute besides PSNR: ms-ssim, ssimulacra2, cvvdp. By default all that are installed.",
+            help="The metrics besides PSNR: ms-ssim, ssimulacra2, cvvdp. By default all that are installed.",
         ),
     ] = None,
     threads: ThreadsOption = None,
@@ -59,7 +59,7 @@ def compare(
 
 
 def _picture(name: str) -> Picture:
-    """The pixels of an image, put on white where it is transparent."""
+    """Read the pixels of an image, composed with white where it is transparent."""
     from PIL import Image
 
     from hpcmref.picture.images import open_image, picture_of

@@ -1,4 +1,4 @@
-"""How does a file of ours become an image again?"""
+"""The command `decode`: decode files to images."""
 
 from __future__ import annotations
 
@@ -60,14 +60,18 @@ def decode(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="Write png, jpeg, webp, avif, jxl, tiff, bmp, ppm or npy. By default what the suffix of -o says, or "
-            "else PNG.",
+            help="The format of the image: png, jpeg, webp, avif, jxl, tiff, bmp, ppm or npy. By default that of the "
+            "suffix of -o, or else PNG.",
         ),
     ] = None,
     output_quality: Annotated[
         int | None,
         typer.Option(
-            "--output-quality", min=1, max=100, metavar="1..100", help="Of JPEG, WebP, AVIF and JPEG XL outputs."
+            "--output-quality",
+            min=1,
+            max=100,
+            metavar="1..100",
+            help="The quality of JPEG, WebP, AVIF and JPEG XL outputs.",
         ),
     ] = None,
     background: Annotated[
@@ -75,13 +79,13 @@ def decode(
         typer.Option(
             "--background",
             metavar="COLOUR",
-            help="What is behind transparent pixels in formats without transparency: a name, or #rrggbb.",
+            help="The colour behind transparent pixels in formats without transparency: a name, or #rrggbb.",
         ),
     ] = None,
     upto: Annotated[
         int,
         typer.Option(
-            "--upto", metavar="1|2|3", min=1, max=3, help="A preview: read scales 1 to N alone, and predict the rest."
+            "--upto", metavar="1|2|3", min=1, max=3, help="Decode a preview: read only scales 1 to N, predict the rest."
         ),
     ] = 3,
     thumbnail: Annotated[
@@ -90,14 +94,14 @@ def decode(
             "--thumbnail",
             metavar="N",
             min=1,
-            help="A small picture, N pixels on its longer side; faster, and not exact.",
+            help="Decode a small picture of N pixels on its longer side. It is faster, and not exact.",
         ),
     ] = None,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Decode a truncated file as far as it goes.")
     ] = False,
     allow_damaged: Annotated[
-        bool, typer.Option("--allow-damaged", help="Decode a damaged file as far as its checksums verify.")
+        bool, typer.Option("--allow-damaged", help="Decode a damaged file as far as its checksums match.")
     ] = False,
     max_pixels: Annotated[
         int, typer.Option("--max-pixels", metavar="N", min=1, help="Refuse larger images.")
@@ -105,7 +109,7 @@ def decode(
     model: ModelOption = None,
     device: DeviceOption = Device.auto,
     force: ForceOption = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip files whose image is there and whole.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip files whose image exists and is complete.")] = False,
     preserve: PreserveOption = False,
     recursive: RecursiveOption = True,
     jobs: JobsOption = 1,
@@ -137,7 +141,7 @@ def decode(
         return job.target is not None and is_decoded(job.target, format_for(job), job.source)
 
     if thumbnail is not None and upto != 3:
-        raise typer.BadParameter("--thumbnail reads what it needs, and --upto what you say.")
+        raise typer.BadParameter("--thumbnail and --upto cannot be combined.")
     outputs = Outputs(force, preserve, is_there if resume else None)
     style = Style(quiet, as_json, verbose)
     if dry:
@@ -145,9 +149,7 @@ def decode(
         return
 
     def prepare(job: Job) -> bytes | None:
-        check_writable(
-            format_for(job), output_quality
-        )  # refuses what cannot be written now, and not after the decoding
+        check_writable(format_for(job), output_quality)  # fail before decoding rather than after it
         return outputs.prepare(job)
 
     def finish(job: Job, outcome: Outcome) -> Done:
@@ -173,7 +175,7 @@ def decode(
 
 @dataclass(frozen=True)
 class _Decoder:
-    """What is done to every file; it can be sent to another process."""
+    """The work on one file. It can be pickled for worker processes."""
 
     codecs: Codecs
     upto: int
@@ -190,7 +192,7 @@ class _Decoder:
 
         file = parse(content, self.allow_partial, self.allow_damaged)
         if file.damaged:
-            warnings.warn("the file is damaged, and shown as far as its checksums verify", stacklevel=2)
+            warnings.warn("the file is damaged, and is decoded as far as its checksums match", stacklevel=2)
         started = time.perf_counter()
         codec = self.codecs.of(file)
         loaded = time.perf_counter()
@@ -226,7 +228,7 @@ class _Decoder:
 
 
 def parse_format(text: str) -> str:
-    """The format that a name or a suffix stands for: "jpeg", "jpg", "TIFF". Raises typer.BadParameter."""
+    """Return the format of a name or a suffix, such as "jpeg", "jpg" or "TIFF". Raises typer.BadParameter."""
     from hpcmref.errors import near
     from hpcmref.picture.images import FORMATS
 
@@ -239,7 +241,7 @@ def parse_format(text: str) -> str:
 
 
 def parse_colour(text: str) -> Colour:
-    """Red, green and blue of a name or #rrggbb. Raises typer.BadParameter."""
+    """Return red, green and blue of a colour's name or of #rrggbb. Raises typer.BadParameter."""
     from PIL import ImageColor
 
     from hpcmref.errors import near
@@ -248,5 +250,7 @@ def parse_colour(text: str) -> Colour:
         red, green, blue = ImageColor.getrgb(text)[:3]
     except ValueError:
         hint = near(text, ImageColor.colormap)
-        raise typer.BadParameter(f"{text!r} is no colour; write #ffffff{hint}.", param_hint="--background") from None
+        raise typer.BadParameter(
+            f"{text!r} is not a colour; write it as in #ffffff{hint}.", param_hint="--background"
+        ) from None
     return red, green, blue

@@ -1,4 +1,4 @@
-"""How does a command search for better files? The options, the bar, and what an interrupt does."""
+"""The options of a search for better files (`--effort`), its progress bar, and the handling of Ctrl-C."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ class OnInterrupt(str, Enum):
 EffortOption = Annotated[
     int,
     typer.Option(
-        "--effort", min=0, max=9, help="How long to search for a smaller file of a better picture: 0 is not at all."
+        "--effort", min=0, max=9, help="How long to search for a smaller file with a better picture; 0 does not search."
     ),
 ]
 MetricOption = Annotated[
     str,
-    typer.Option("--metric", metavar="mse|ms-ssim", help="What the search takes for the error of a picture."),
+    typer.Option("--metric", metavar="mse|ms-ssim", help="The error of the picture that the search reduces."),
 ]
 MaxSecondsOption = Annotated[
     float | None,
-    typer.Option("--max-seconds", metavar="N", help="End the search for each image after so many seconds."),
+    typer.Option("--max-seconds", metavar="N", help="End the search for each image after N seconds."),
 ]
 OnInterruptOption = Annotated[
     OnInterrupt,
-    typer.Option("--on-interrupt", help="Ctrl-C during a search: drop it, or keep the best file so far."),
+    typer.Option("--on-interrupt", help="On Ctrl-C during a search, drop the file, or keep the best one so far."),
 ]
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to search; it can be sent to another process.
+    """The settings of a search. It can be pickled for worker processes.
 
-    keep: an interrupt ends the search and keeps its best file. shown: a bar on stderr says how far it is.
+    keep: an interrupt ends the search, and its best file so far is used. shown: show a progress bar on stderr.
     """
 
     effort: int = 0
@@ -69,25 +69,30 @@ class Effort:
         alone: bool,
         quiet: bool,
     ) -> Effort:
-        """From the options of a command. spread: other processes do the work; alone: there is one image.
+        """Make the settings from the options of a command.
 
-        Raises typer.BadParameter if they contradict each other.
+        spread: other processes do the work. alone: there is only one image. Raises typer.BadParameter if options are
+        invalid or contradict each other.
         """
         keep = on_interrupt is OnInterrupt.keep
         if not effort and (max_seconds is not None or keep):
-            raise typer.BadParameter("there is no search to end: choose an --effort of 1 to 9.")
+            raise typer.BadParameter("--effort 0 does not search: choose an --effort of 1 to 9.")
         if metric not in METRICS or (metric != METRICS[0] and not effort):
-            raise typer.BadParameter("it is mse or ms-ssim, and for an --effort of 1 to 9.", param_hint="--metric")
+            raise typer.BadParameter(
+                "it must be mse or ms-ssim, and needs an --effort of 1 to 9.", param_hint="--metric"
+            )
         if max_seconds is not None and not 0 < max_seconds < float("inf"):
             raise typer.BadParameter("it must be a number above 0.", param_hint="--max-seconds")
         if keep and spread:
-            raise typer.BadParameter("it is for one process: leave out --jobs and --ray.", param_hint="--on-interrupt")
+            raise typer.BadParameter(
+                "keep works in one process only: leave out --jobs and --ray.", param_hint="--on-interrupt"
+            )
         shown = alone and not spread and not quiet and sys.stderr is not None and sys.stderr.isatty()
         return cls(effort, metric, max_seconds, keep, shown)
 
     @contextlib.contextmanager
     def options(self) -> Iterator[dict[str, Any]]:
-        """What `Codec.encode` takes for it; for the time of one encoding."""
+        """Yield the arguments of `Codec.encode` for a search, and handle Ctrl-C during one encoding."""
         if not self.effort:
             yield {}
             return
@@ -104,7 +109,7 @@ class Effort:
 
 @contextlib.contextmanager
 def _bar(shown: bool) -> Iterator[Callable[[float], None]]:
-    """A bar with the time left on stderr; yields what to call with the part that is done."""
+    """Show a progress bar on stderr. Yields a function to be called with the finished share of the work, 0 to 1."""
     if not shown:
         yield lambda done: None
         return
@@ -119,7 +124,10 @@ def _bar(shown: bool) -> Iterator[Callable[[float], None]]:
 
 @contextlib.contextmanager
 def _interrupts(keep: bool) -> Iterator[Callable[[], bool]]:
-    """Whether there was an interrupt; the second one ends the program as usual. Not for threads."""
+    """Catch the first SIGINT, and yield a function that returns whether there was one. A second SIGINT acts as usual.
+
+    Without `keep`, and in other threads than the main one, nothing is caught.
+    """
     seen = False
     if not keep or threading.current_thread() is not threading.main_thread():
         yield lambda: seen

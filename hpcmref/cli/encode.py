@@ -1,4 +1,4 @@
-"""How does an image on disk become a small file?"""
+"""The command `encode`: encode images to files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from hpcmref.codec import Codec
 
-# What a folder is searched for; a file named on its own may have any suffix that Pillow can read.
+# The suffixes of images in folders. A file that is named on the command line may have any suffix.
 IMAGE_SUFFIXES = frozenset(
     [
         *(".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf"),
@@ -75,30 +75,33 @@ def encode(
         ),
     ] = None,
     bpp: Annotated[
-        float | None, typer.Option("--bpp", help="Instead of -q: the best image of at most so many bits per pixel.")
+        float | None, typer.Option("--bpp", help="Instead of -q: the best image of at most this many bits per pixel.")
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option("--size", metavar="BYTES", help="Instead of -q: the best image of at most so many bytes (40kB)."),
+        typer.Option("--size", metavar="BYTES", help="Instead of -q: the best image of at most this size (40kB)."),
     ] = None,
     psnr: Annotated[
-        float | None, typer.Option("--psnr", help="Instead of -q: the smallest file of at least so many dB.")
+        float | None, typer.Option("--psnr", help="Instead of -q: the smallest file with at least this PSNR in dB.")
     ] = None,
     frame: Annotated[
         int | None, typer.Option("--frame", metavar="N", min=1, help="Encode this frame or page, counted from 1.")
     ] = None,
     all_frames: Annotated[
-        bool, typer.Option("--all-frames", help="Encode every frame or page to a file of its own: name-0001.bin.")
+        bool, typer.Option("--all-frames", help="Encode every frame or page to a file of its own: name-0001.hpcm.")
     ] = False,
     effort: EffortOption = 0,
     metric: MetricOption = "mse",
     max_seconds: MaxSecondsOption = None,
     on_interrupt: OnInterruptOption = OnInterrupt.drop,
     lossless: Annotated[
-        bool, typer.Option("--lossless", help="Instead of -q: keep every pixel exactly, invisible ones too.")
+        bool, typer.Option("--lossless", help="Instead of -q: keep every pixel exactly, also transparent ones.")
     ] = False,
     keep_invisible: Annotated[
-        bool, typer.Option("--keep-invisible", help="Keep the colours under transparent pixels instead of smooth ones.")
+        bool,
+        typer.Option(
+            "--keep-invisible", help="Keep the colours of fully transparent pixels, which are replaced otherwise."
+        ),
     ] = False,
     strip: Annotated[
         bool, typer.Option("--strip", help="Leave out all metadata: ICC profile, EXIF, text and others.")
@@ -118,7 +121,7 @@ def encode(
     force: ForceOption = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Skip images whose output is there, whole, and of this model and quality."),
+        typer.Option("--resume", help="Skip images whose output exists, is complete, and has this model and quality."),
     ] = False,
     preserve: PreserveOption = False,
     recursive: RecursiveOption = True,
@@ -147,7 +150,7 @@ def encode(
 
     if all_frames:
         if frame is not None:
-            raise typer.BadParameter("--all-frames has every frame, and --frame one.")
+            raise typer.BadParameter("--all-frames and --frame cannot be combined.")
         planned.jobs = each_frame(planned.jobs)
     wanted = Wanted(model, quality, target, lossless)
     is_there = (lambda job: job.target is not None and wanted.is_there(job.target)) if resume else None
@@ -170,7 +173,7 @@ def encode(
 
     use_threads(threads)
     if lossless and effort:
-        raise typer.BadParameter("--lossless leaves nothing to search for.", param_hint="--effort")
+        raise typer.BadParameter("a lossless file cannot be improved: leave out --effort.", param_hint="--effort")
     searching = Effort.of(
         effort, metric, max_seconds, on_interrupt, spread=jobs > 1 or ray is not None,
         alone=len(planned.jobs) == 1, quiet=quiet or as_json,
@@ -184,7 +187,7 @@ def encode(
 
 @dataclass(frozen=True)
 class _Encoder:
-    """What is done to every image; it can be sent to another process."""
+    """The work on one image. It can be pickled for worker processes."""
 
     model: str | None
     device: str
@@ -245,7 +248,10 @@ class _Encoder:
             return self._codec.encode(image, self.quality, **options, **searching)
 
     def _measured(self, image: Image.Image, data: bytes) -> dict[str, float | None]:
-        """How close the decoded picture is: "psnr" in dB, of what is visible, and, where installed, "ssimulacra2"."""
+        """Decode the file and compare it with the image.
+
+        Returns "psnr" in dB, over the pixels whose alpha is above 0, and "ssimulacra2" if that is installed.
+        """
         import numpy as np
 
         from hpcmref import lossless
@@ -257,14 +263,14 @@ class _Encoder:
         file = parse(data)
         decoded = lossless.decode(file) if self.lossless else self._codec.decode(file)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the image loses has been said
+            warnings.simplefilter("ignore")  # the encoder has given them already
             picture = picture_of(image, self.keep_invisible or self.lossless)  # as it was coded
             original = picture.pixels
             shown = picture_of(decoded, keep_invisible=True).pixels
             alpha = picture.extras.alpha
             seen = visible_pixels(picture) / (original.shape[0] * original.shape[1])
         if alpha is not None and seen < 1:
-            shown = np.where(alpha[..., None] > 0, shown, original)  # what is invisible does not count
+            shown = np.where(alpha[..., None] > 0, shown, original)  # invisible pixels do not count
         found = metrics.measured(original, shown, metrics.chosen(None) & {"ssimulacra2"})
         if found["psnr"] is not None:
             found["psnr"] += 10 * math.log10(seen)
@@ -272,7 +278,7 @@ class _Encoder:
 
     @functools.cached_property
     def _codec(self) -> Codec:
-        from hpcmref.codec import load  # torch takes a second: not before there is something to encode
+        from hpcmref.codec import load  # imports torch, which takes a second
 
         return load(self.model, self.device)
 
@@ -285,7 +291,7 @@ def _timed(stages: dict[str, float], name: str) -> Iterator[None]:
 
 
 def parse_parts(text: str) -> tuple[str, ...]:
-    """The parts of "location,xmp". Raises typer.BadParameter."""
+    """Return the parts of metadata in a list such as "location,xmp". Raises typer.BadParameter."""
     from hpcmref.picture.privacy import PARTS
 
     parts = tuple(part.strip() for part in text.split(","))
@@ -298,15 +304,15 @@ def parse_parts(text: str) -> tuple[str, ...]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "40000", "40kB" or "1.5MB" (decimal units). Raises typer.BadParameter."""
+    """Return the bytes of a size such as "40000", "40kB" or "1.5MB" (decimal units). Raises typer.BadParameter."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise typer.BadParameter(f"{text!r} is not a size: 40000, 40kB or 1.5MB, say.", param_hint="--size")
+        raise typer.BadParameter(f"{text!r} is not a size; write it as in 40000, 40kB or 1.5MB.", param_hint="--size")
     return int(float(match[1]) * 1000 ** " kmg".index(match[2].lower() or " "))
 
 
 def _facts(job: Job, outcome: Outcome) -> dict[str, Any]:
-    """What programs want to know of an encoded file. Sizes are in bytes, seconds without reading and writing."""
+    """Return the facts of an encoded file for JSON. Sizes are in bytes; seconds do not include reading and writing."""
     from hpcmref.format.container import parse
 
     data = outcome.made.data
@@ -327,9 +333,10 @@ def _facts(job: Job, outcome: Outcome) -> dict[str, Any]:
 
 
 def _summary(job: Job, outcome: Outcome, facts: dict[str, Any], alone: bool) -> str:
-    """What the file costs: bpp is bits per pixel of all its bytes, raw is one byte a pixel and channel.
+    """Return the line that is printed for an encoded file.
 
-    alone: say also how long one image has taken.
+    bpp is the size of the whole file in bits per pixel, and raw is one byte for each pixel and channel. alone: append
+    the time and the speed of encoding.
     """
     pixels, size, seconds = facts["width"] * facts["height"], facts["size"], facts["seconds"]
     raw = pixels * (1 if facts["channels"] == "grey" else 3)

@@ -1,4 +1,4 @@
-"""How does an error become one line on stderr and an exit code? `exit_code` is the table; docs/exit-codes.md shows it.
+"""Turn every error into one line on stderr and an exit code (`exit_code`, documented in docs/exit-codes.md).
 
 A traceback is printed only if the environment variable HPCMREF_DEBUG is set.
 """
@@ -16,19 +16,20 @@ from typing import Any, TextIO
 from typer.core import TyperGroup
 
 from hpcmref.errors import ConfigError, HpcmrefError, near
+from hpcmref.runtime.files import is_closed_pipe
 from hpcmref.runtime.signals import Stopped, stoppable
 
 OUT_OF_MEMORY = "not enough memory; try a smaller image"
 OUT_OF_GPU_MEMORY = "not enough memory on the GPU; try --device cpu"
 _OF_A_FULL_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""What torch says where not its own allocator, but CUDA or a library of it found no room."""
+"""Parts of torch's messages when not its own allocator, but CUDA or one of its libraries, has run out of memory."""
 
 
 def exit_code(error: BaseException | None) -> int:
-    """What a run ends with: 0 done, 1 failed, 2 wrong usage, 128 + the number of the signal that stopped it.
+    """Return the exit code of a run: 0 done, 1 failed, 2 wrong usage, or 128 + the number of the signal that ended it.
 
-    error: what left the command; a run in which some files failed leaves typer.Exit(1), wrong options ClickException
-    of Typer, which has the code 2.
+    error: the exception that has left the command, or None. Two cases do not come here, because Typer handles them: a
+    run in which some files failed (typer.Exit(1)), and wrong options (its ClickException, code 2).
     """
     if error is None:
         return 0
@@ -38,11 +39,11 @@ def exit_code(error: BaseException | None) -> int:
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong, as one line for a person."""
+    """Describe an error in one line for a person."""
     text = " ".join(str(error).split("\n"))
     if isinstance(error, HpcmrefError):
         return text
-    # torch has its own class for a GPU and a bare RuntimeError for a CPU; neither is worth importing torch for.
+    # torch raises a class of its own on a GPU, and a RuntimeError on a CPU. Names are compared, to avoid its import.
     if type(error).__name__ == "OutOfMemoryError" or any(part in text for part in _OF_A_FULL_GPU):
         return OUT_OF_GPU_MEMORY
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
@@ -54,7 +55,7 @@ def describe(error: BaseException) -> str:
 
 
 def report(error: BaseException, subject: str | None = None) -> None:
-    """Print the one line about `error` that happened to `subject`, unless the sentence names it already."""
+    """Print one line about an error on stderr. subject: the input that it is about, unless the message names it."""
     if os.environ.get("HPCMREF_DEBUG"):
         traceback.print_exception(error)
     sentence = describe(error)
@@ -64,25 +65,29 @@ def report(error: BaseException, subject: str | None = None) -> None:
 
 
 def tell(line: str, stream: TextIO | None) -> None:
-    """Print a line at once. If nobody reads the stream any more, this and all that follows is dropped: text that nobody
-    wants is no error."""
+    """Print a line and flush it. If the stream is a closed pipe, this line and all later ones are discarded."""
     if stream is None:
         return
     try:
         print(line, file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if not is_closed_pipe(error):
+            raise
         _silence(stream)
 
 
 class GuardedGroup(TyperGroup):
-    """The root command; whatever leaves a command below it as an exception ends here."""
+    """The root command. It handles every exception that leaves a command."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse and run; returns or raises SystemExit as click's `main` does, and never lets an error through."""
+        """Parse the arguments and run the command.
+
+        Returns or raises SystemExit as click's `main` does. All other exceptions are reported and end in SystemExit.
+        """
         if isinstance(sys.stdout, io.TextIOWrapper):
-            # A file name that stdout's encoding lacks must not fail a run that has done its work.
+            # A file name that stdout's encoding cannot represent must not make a run fail.
             sys.stdout.reconfigure(errors="backslashreplace")
-        if sys.stderr is None:  # closed: print would write to stdout instead
+        if sys.stderr is None:  # it is closed, and print would write to stdout instead
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         try:
             with stoppable():
@@ -100,7 +105,7 @@ class GuardedGroup(TyperGroup):
             sys.exit(exit_code(error))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """As click's; for an unknown command a near name is suggested, which not every version of Typer does."""
+        """Do the same as click, and suggest a similar name for an unknown command. Some versions of Typer do not."""
         try:
             return super().resolve_command(ctx, args)
         except Exception as error:  # a UsageError, of click or of the click in Typer
@@ -110,27 +115,35 @@ class GuardedGroup(TyperGroup):
             raise
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command. What Typer would answer in its own way is answered here: a KeyboardInterrupt becomes Stopped,
-        and text that nobody reads is no error."""
+        """Run a command, and handle two exceptions before Typer does.
+
+        A KeyboardInterrupt becomes Stopped. A BrokenPipeError of text output is ignored.
+        """
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Stopped(signal.SIGINT) from None
-        except BrokenPipeError:
-            _flush()
+        except OSError as error:
+            # What is left of the text tells whether EINVAL of Windows was about stdout.
+            if not is_closed_pipe(error) or (_flush() and not isinstance(error, BrokenPipeError)):
+                raise
 
 
-def _flush() -> None:
-    """Write out what is left of the text on stdout, unless nobody reads it."""
+def _flush() -> bool:
+    """Flush stdout. If it is a closed pipe, discard the text."""
     if sys.stdout is not None:
         try:
             sys.stdout.flush()
-        except BrokenPipeError:
+        except OSError as error:
+            if not is_closed_pipe(error):
+                raise
             _silence(sys.stdout)
+            return False
+    return True
 
 
 def _drop_stdout() -> None:
-    """Point stdout at nothing if it cannot be written to, or the interpreter would complain while it shuts down."""
+    """Redirect stdout to the null device if it cannot be written to, or Python would print an error at its exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -139,5 +152,5 @@ def _drop_stdout() -> None:
 
 
 def _silence(stream: TextIO) -> None:
-    """Point a stream at nothing."""
+    """Redirect a stream to the null device."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

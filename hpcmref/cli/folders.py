@@ -1,11 +1,11 @@
-"""Which files does a command line mean, and what are their outputs called? docs/files.md states the rules.
+"""Find the input files of a command line, and choose the names of their outputs. docs/files.md states the rules.
 
-Folders are walked. Hidden files and folders (names that begin with a dot) are left out; links to files are read, links
-to folders are not entered. The tree is kept in the output.
+Folders are searched with all folders below them. Hidden files and folders (names that begin with a dot) are left out.
+Links to files are read, and links to folders are not followed. The output has the same tree of folders.
 
-`a.jpg` becomes `a.hpcm`. Where several files of one folder would, one of them does, and each other one gets its whole
-name: `a.png.hpcm`. The one that does is the one that an existing `a.hpcm` came from, so that files which are added
-later change no names.
+`a.jpg` becomes `a.hpcm`. If several files of one folder would become `a.hpcm`, only one of them does, and each of the
+others keeps its suffix: `a.png.hpcm`. If `a.hpcm` exists already, the file that it was made from keeps the name. So
+files that are added later do not change existing names.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pathlib import Path
 from hpcmref.errors import HpcmrefError
 
 STREAM = "-"
+_JUNCTION = 0xA0000003  # Windows, IO_REPARSE_TAG_MOUNT_POINT
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input; None is standard input. folder: where it lies below the folder that was named."""
+    """One input file, or None for standard input. folder: its folder, relative to the named one that was searched."""
 
     path: Path | None
     folder: Path = Path()
@@ -32,10 +33,10 @@ class Source:
 
 @dataclass
 class Found:
-    """What the arguments stand for.
+    """The input files of a command line.
 
-    skipped: how many files were left out, by reason. suffixes: of those that were left out for theirs. problems: what
-    could not be listed.
+    skipped: the number of files that were left out, by reason. suffixes: the suffixes of files that were left out
+    because of them. problems: an error for each folder that cannot be listed or has no suitable files.
     """
 
     sources: list[Source] = field(default_factory=list)
@@ -44,7 +45,7 @@ class Found:
     problems: list[HpcmrefError] = field(default_factory=list)
 
     def describe_skipped(self) -> str | None:
-        """What was left out, as a sentence."""
+        """Describe what was left out in one line, or return None if nothing was."""
         if not self.skipped:
             return None
         parts = []
@@ -61,13 +62,15 @@ SPECIAL, OTHERS = "broken links, pipes or devices", "with other suffixes"
 def find(
     arguments: Sequence[str], suffixes: Collection[str], recursive: bool = True, without: str | None = None
 ) -> Found:
-    """The inputs that the arguments name. A folder stands for the files in it, and unless `recursive` is false in the
-    folders below it, whose suffix is one of `suffixes`, sorted by name. `-` stands for standard input.
+    """Find the inputs of a command line.
 
-    without: a folder that is not entered, where it is met: the one that is written to.
+    arguments: files, folders, and `-` for standard input. A folder means all files in it whose suffix is in `suffixes`,
+        sorted by name.
+    recursive: also search the folders below a folder.
+    without: a folder that is not searched, because the command writes to it.
     """
     found = Found()
-    seen: set[str] = set()
+    seen: dict[str, list[str]] = defaultdict(list)
     output = os.path.realpath(without) if without is not None else None
     for argument in arguments:
         if argument == STREAM:
@@ -79,8 +82,11 @@ def find(
             if not named:
                 found.problems.append(HpcmrefError(f"{argument}: no files here end with {', '.join(sorted(suffixes))}"))
         for source in named:
-            if (absolute := os.path.abspath(str(source.path))) not in seen:
-                seen.add(absolute)
+            assert source.path is not None
+            absolute = os.path.abspath(source.path)
+            others = seen[_folded(absolute)]
+            if not any(_is_same(absolute, other) for other in others):
+                others.append(absolute)
                 found.sources.append(source)
     return found
 
@@ -103,11 +109,11 @@ def _walk(
             if entry.name.startswith("."):
                 found.skipped[HIDDEN] += 1
             elif entry.is_dir():
-                if entry.is_symlink():
+                if is_link(entry):
                     found.skipped[LINKS] += 1
                 elif not recursive:
                     found.skipped[FOLDERS] += 1
-                elif os.path.realpath(entry.path) != without:
+                elif without is None or not is_same_file(Path(entry.path), Path(without)):
                     below.append(folder / entry.name)
             elif not entry.is_file():
                 found.skipped[SPECIAL] += 1
@@ -120,7 +126,10 @@ def _walk(
 
 
 def name_outputs(sources: Sequence[Source], output: Path, suffix: str) -> dict[Source, Path | HpcmrefError]:
-    """The output of each source in the folder `output`, or why it has none: two inputs never share an output."""
+    """Choose the output file of each source in the folder `output`. Two sources never get the same output.
+
+    suffix: that of the outputs. The value is an error for a source that gets no output.
+    """
     rivals: dict[tuple[str, str], list[Source]] = defaultdict(list)
     for source in sources:
         assert source.path is not None
@@ -132,7 +141,7 @@ def name_outputs(sources: Sequence[Source], output: Path, suffix: str) -> dict[S
 
 
 def _name_rivals(group: list[Source], output: Path, suffix: str) -> dict[Source, Path | HpcmrefError]:
-    """Name the outputs of files in one folder whose names differ by their suffix only."""
+    """Choose the output files of sources in one folder whose names differ only in their suffix."""
     named: dict[Source, Path | HpcmrefError] = {}
     paths: dict[Source, Path] = {}
     first: dict[str, Path] = {}  # name -> the file that has it
@@ -154,9 +163,10 @@ def _name_rivals(group: list[Source], output: Path, suffix: str) -> dict[Source,
 
 
 def _owner(claimants: Sequence[Source], short: Path) -> Source:
-    """Which of several files, sorted by name, the short name belongs to.
+    """Return the source that gets the short name. claimants: the sources that want it, sorted by name.
 
-    If it exists: the one whose time of modification it has (--preserve), or else the first that was there before it.
+    If a file with the short name exists, its source is found by the time of modification (equal after --preserve), or
+    else it is the first source that existed before that file.
     """
     if len(claimants) == 1 or not short.exists():
         return claimants[0]
@@ -171,12 +181,14 @@ def _owner(claimants: Sequence[Source], short: Path) -> Source:
 
 
 def _without_collisions(named: dict[Source, Path | HpcmrefError]) -> dict[Source, Path | HpcmrefError]:
-    inputs = {os.path.realpath(source.path) for source in named if source.path is not None}
+    inputs: dict[str, list[Path]] = defaultdict(list)
+    for path in (source.path for source in named if source.path is not None):
+        inputs[_folded(os.path.realpath(path))].append(path)
     writers: dict[str, Source] = {}
     for source, target in named.items():
         if isinstance(target, HpcmrefError):
             continue
-        if os.path.realpath(target) in inputs:
+        if any(is_same_file(target, path) for path in inputs[_folded(os.path.realpath(target))]):
             named[source] = HpcmrefError(f"{target} is an input; name another output with -o")
             continue
         other = writers.setdefault(_folded(str(target)), source)
@@ -185,6 +197,28 @@ def _without_collisions(named: dict[Source, Path | HpcmrefError]) -> dict[Source
     return named
 
 
+def is_same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder, be it in other letters where the file system sees no difference.
+
+    Hard links with different names count as several files: to replace one leaves the others as they are.
+    """
+    return _is_same(os.path.realpath(one), os.path.realpath(other))
+
+
+def _is_same(one: str, other: str) -> bool:
+    try:
+        return one == other or (_folded(one) == _folded(other) and os.path.samefile(one, other))
+    except OSError:
+        return False
+
+
+def is_link(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a symbolic link, or a junction of Windows, which may lead back to its folder."""
+    if entry.is_symlink():
+        return True
+    return getattr(entry.stat(follow_symlinks=False), "st_reparse_tag", 0) == _JUNCTION
+
+
 def _folded(name: str) -> str:
-    """Equal for names that some file systems do not tell apart."""
+    """Normalise a name, so that names which some file systems do not distinguish become equal."""
     return unicodedata.normalize("NFC", name).casefold()

@@ -1,4 +1,4 @@
-"""A job for each frame of each input: `--all-frames`."""
+"""Make a job for each frame of each input (`--all-frames`)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from hpcmref.cli.jobs import Job
 
 @dataclass(frozen=True)
 class FrameJob(Job):
-    """One frame of one input, counted from 1."""
+    """A job for one frame of an input. frame: its number, from 1."""
 
     frame: int = 1
 
     @property
     def name(self) -> str:
-        """The input and the frame, as messages call it."""
+        """The name of the input and the number of the frame, for messages."""
         return f"{super().name}, frame {self.frame}"
 
 
 def each_frame(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs for all frames, whose outputs have their numbers in their names: name-0001.bin.
+    """Replace each job by one job for each frame. Outputs are named by number: name-0001.hpcm.
 
-    An input that cannot be read keeps its one job, which will say so. Raises typer.BadParameter for standard input and
-    output, which have no names.
+    An input that cannot be read keeps its job, which reports the error later. Raises typer.BadParameter for standard
+    input and output, which have no names.
     """
     from hpcmref.errors import HpcmrefError
     from hpcmref.picture.frames import frames_of
@@ -36,9 +36,7 @@ def each_frame(jobs: Sequence[Job]) -> list[Job]:
     found: list[Job] = []
     for job in jobs:
         if job.source is None or job.target is None:
-            raise typer.BadParameter(
-                "it reads and writes files, not standard input and output.", param_hint="--all-frames"
-            )
+            raise typer.BadParameter("it cannot be used with standard input and output.", param_hint="--all-frames")
         numbers: list[int] = []
         with contextlib.suppress(HpcmrefError), opened(job.source) as image:
             numbers = frames_of(image)
@@ -51,5 +49,8 @@ def each_frame(jobs: Sequence[Job]) -> list[Job]:
 
 
 def frame_of(job: Job, wanted: int | None) -> int | None:
-    """Which frame a job is about: its own, or the one that `--frame` asks for; None is the first, with a warning."""
+    """Return the number of the frame to encode: that of a FrameJob, or else `wanted`, the value of --frame.
+
+    None means the first frame, with a warning if there are more.
+    """
     return job.frame if isinstance(job, FrameJob) else wanted

@@ -1,4 +1,4 @@
-"""What does an encoded file say about itself, without being decoded?"""
+"""The command `info`: show the header and the metadata of encoded files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def info(
 
 
 def _facts(job: Job, data: bytes) -> dict[str, Any]:
-    """Sizes are in bytes, bits per pixel are of the whole file."""
+    """Return the facts of a file for JSON. Sizes are in bytes, and bits per pixel are of the whole file."""
     from hpcmref.api import info as info_of
 
     found = info_of(data)

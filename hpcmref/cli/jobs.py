@@ -1,6 +1,6 @@
-"""Which inputs become which outputs, and may they be written?
+"""Pair the inputs of a command line with outputs, and check that the outputs may be written.
 
-`plan` pairs each input of a command line with an output; `hpcmref.cli.batch` works through the pairs.
+`plan` makes the pairs, and `hpcmref.cli.batch` works on them.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from pathlib import Path
 
 import typer
 
-from hpcmref.cli.folders import STREAM, find, name_outputs
+from hpcmref.cli.folders import STREAM, find, is_same_file, name_outputs
 from hpcmref.errors import ConfigError, HpcmrefError
-from hpcmref.runtime.files import atomic_write, descriptor_of, is_special
+from hpcmref.runtime.files import atomic_write, descriptor_of, is_closed_pipe, is_special
 
-ENCODED_SUFFIX = ".hpcm"  # of files that are written
-ENCODED_SUFFIXES = (ENCODED_SUFFIX, ".bin")  # of files that a folder is searched for
+ENCODED_SUFFIX = ".hpcm"  # the suffix of new files
+ENCODED_SUFFIXES = (ENCODED_SUFFIX, ".bin")  # the suffixes of encoded files in folders
 
 
 @dataclass(frozen=True)
 class Job:
-    """One input and its output. None is standard input, and standard output.
+    """One input and its output. None means standard input and standard output.
 
-    Arguments are strings until they get here, because a Path cannot tell `-` from `./-` nor `out` from `out/`.
+    Arguments are kept as strings until a job is made, because a Path does not distinguish `-` from `./-`, and `out`
+    from `out/`.
     """
 
     source: Path | None
@@ -34,29 +35,29 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The input, as messages call it."""
+        """The name of the input for messages."""
         return "standard input" if self.source is None else str(self.source)
 
     @property
     def target_name(self) -> str:
-        """The output, as messages call it."""
+        """The name of the output for messages."""
         return "standard output" if self.target is None else str(self.target)
 
     @property
     def is_stream(self) -> bool:
-        """The output is standard output, a pipe or a device: nothing that exists is lost by writing to it."""
+        """Whether the output is standard output, a pipe or a device, so that writing to it replaces no file."""
         return self.target is None or is_special(self.target)
 
     @property
     def target_exists(self) -> bool:
-        """The output is there, and is a file or folder. Raises HpcmrefError for a name that there cannot be."""
+        """Whether the output exists as a file or folder. Raises HpcmrefError for an impossible name."""
         if self.target is None or self.is_stream:
             return False
         with _writing(self.target):
             return self.target.exists()
 
     def read(self) -> bytes:
-        """All bytes of the input."""
+        """Read all bytes of the input. Raises OSError, or HpcmrefError if standard input is closed."""
         if self.source is not None:
             return self.source.read_bytes()
         if sys.stdin is None:
@@ -64,22 +65,28 @@ class Job:
         return sys.stdin.buffer.read()
 
     def write(self, data: bytes, preserve: bool = False) -> None:
-        """Write the output whole: a file appears complete or not at all.
+        """Write the output. A file appears completely or not at all.
 
-        preserve: with the time of modification of the input.
+        preserve: give it the time of modification of the input. Raises HpcmrefError if it cannot be written.
         """
         if self.target is None:
             try:
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
-            except BrokenPipeError:  # of text it would be no error, but here data is lost
+            except OSError as error:
+                if not is_closed_pipe(error):
+                    raise
+                # This is an error here, unlike for text, because data is lost.
                 raise HpcmrefError("standard output was closed before everything was written") from None
         else:
             keep = preserve and self.source is not None and not is_special(self.source)
             atomic_write(self.target, data, self.source.stat().st_mtime_ns if keep and self.source else None)
 
     def check_room(self, force: bool) -> None:
-        """Fail before the work rather than after it if the output cannot be written."""
+        """Check before the work that the output can be written. force: it may replace an existing file.
+
+        Raises HpcmrefError, or ConfigError for standard output that is closed or a terminal.
+        """
         if self.target is None:
             if sys.stdout is None:
                 raise ConfigError("standard output is closed")
@@ -92,7 +99,7 @@ class Job:
             raise HpcmrefError(f"{self.target} exists already (--force replaces it)")
 
     def make_room(self, force: bool) -> None:
-        """As `check_room`, and make the folder of the output."""
+        """Do the same as `check_room`, and make the folder of the output."""
         self.check_room(force)
         self.make_folder()
 
@@ -105,7 +112,7 @@ class Job:
 
 @contextlib.contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """Say of what goes wrong that it is about an output."""
+    """Turn errors of the file system into an HpcmrefError that names the output."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -114,10 +121,11 @@ def _writing(target: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What happens to outputs that exist already, and what else a command does with outputs.
+    """How a command treats its outputs.
 
-    is_there: with --resume, whether the output of a job is there, whole and as it was asked for; raises HpcmrefError
-    for a file of another kind in its place. None without --resume.
+    force: replace existing files. preserve: copy the time of modification.
+    is_there: with --resume, a function that returns whether the existing output of a job is complete and has the wanted
+        settings. It raises HpcmrefError if the output is a file of another kind. None without --resume.
     """
 
     force: bool = False
@@ -125,14 +133,17 @@ class Outputs:
     is_there: Callable[[Job], bool] | None = None
 
     def are_wanted(self, job: Job) -> bool:
-        """Whether there is anything to do for a job. Raises HpcmrefError if it cannot be done. Nothing is written."""
+        """Return whether a job has to be done. Raises HpcmrefError if its output cannot be written. Writes nothing."""
         if self.is_there is None or not job.target_exists:
             job.check_room(self.force)
             return True
         return not self.is_there(job)
 
     def prepare(self, job: Job) -> bytes | None:
-        """The input, or None if there is nothing to do; makes the folder of the output. Raises as `are_wanted`."""
+        """Make the folder of the output and read the input, or return None if nothing is to be done.
+
+        Raises the errors of `are_wanted`.
+        """
         if not self.are_wanted(job):
             return None
         job.make_folder()
@@ -141,10 +152,10 @@ class Outputs:
 
 @dataclass
 class Plan:
-    """What there is to do.
+    """The jobs of a command.
 
-    problems: what cannot be done, each a failure. skipped: what was left out, as a sentence. to_stdout: standard output
-    is data, and nothing else may be printed there.
+    problems: an error for each input that has no job. skipped: a sentence about the files that were left out, or None.
+    to_stdout: the output is written to standard output, so no text may be printed there.
     """
 
     jobs: list[Job]
@@ -154,7 +165,7 @@ class Plan:
 
 
 def inputs(arguments: Sequence[str], suffixes: Collection[str], recursive: bool = True) -> Plan:
-    """A plan for commands that only read: see `folders.find`."""
+    """Make a plan for a command that only reads. See `folders.find` for the arguments."""
     found = find(arguments, suffixes, recursive)
     return Plan([Job(source.path, None) for source in found.sources], found.problems, found.describe_skipped())
 
@@ -162,11 +173,12 @@ def inputs(arguments: Sequence[str], suffixes: Collection[str], recursive: bool 
 def plan(
     arguments: Sequence[str], output: str | None, suffixes: Collection[str], new_suffix: str, recursive: bool = True
 ) -> Plan:
-    """Pair every input with its output; nothing is written.
+    """Pair every input with its output. Nothing is written.
 
     arguments, suffixes, recursive: see `folders.find`.
-    output: `-`, a file (for one input that is not a folder), a folder, or None: next to the one input.
-    new_suffix: of outputs that are named after their input.
+    output: `-` for standard output, a file (only for one input that is not a folder), a folder, or None for a file next
+        to the one input.
+    new_suffix: the suffix of outputs that are named after their input.
 
     Raises typer.BadParameter if the arguments contradict each other.
     """
@@ -197,7 +209,7 @@ def plan(
     else:
         assert source is not None
         target = source.parent / (source.stem + new_suffix)
-    if source is not None and not is_special(target) and target.resolve() == source.resolve():
+    if source is not None and not is_special(target) and is_same_file(target, source):
         return Plan([], [HpcmrefError(f"{target} is an input; name another output with -o")])
     return Plan([Job(source, target)])
 

@@ -1,4 +1,4 @@
-"""Which options do several commands share, and what do they mean?"""
+"""The options that several commands share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 
 class Device(str, Enum):
-    """Where the networks run; the files are the same."""
+    """Where the networks run. Files can be decoded on either device."""
 
     auto = "auto"
     cpu = "cpu"
@@ -17,21 +17,21 @@ class Device(str, Enum):
 
 
 def names_of_models() -> list[str]:
-    """What may complete -m: names of models. Files are completed by the shell."""
+    """Return the names of models, with which the shell completes -m."""
     from hpcmref.checkpoints import available
 
     return [each.name for each in available()]
 
 
 def names_of_added_models() -> list[str]:
-    """What may complete `checkpoints remove`."""
+    """Return the names with which the shell completes `checkpoints remove`."""
     from hpcmref.runtime.folders import model_files
 
     return [path.stem for path in model_files()]
 
 
 def parse_jobs(text: str | int) -> int:
-    """The number of processes: "4", or "auto" for one for each core. Raises typer.BadParameter."""
+    """Return the number of processes for a value of --jobs; "auto" is one for each core. Raises typer.BadParameter."""
     from hpcmref.runtime.cores import available_cores
 
     if text == "auto":
@@ -41,13 +41,13 @@ def parse_jobs(text: str | int) -> int:
             return jobs
     except ValueError:
         pass
-    raise typer.BadParameter(f"{text!r} is neither a number from 1 on nor auto.")
+    raise typer.BadParameter(f"{text!r} is neither a number of at least 1 nor auto.")
 
 
 def use_threads(threads: int | None) -> None:
-    """Compute with so many threads in this process; None: as many as OpenMP likes, within the limits of a container.
+    """Set the number of threads of this process. None keeps OpenMP's choice, within the limits of a container.
 
-    To be called before torch is imported.
+    It must be called before torch is imported.
     """
     from hpcmref.runtime.cores import compute_with, keep_to_limits
 
@@ -73,7 +73,7 @@ PreserveOption = Annotated[
     bool, typer.Option("--preserve", help="Give each output the time of modification of its input.")
 ]
 RecursiveOption = Annotated[
-    bool, typer.Option("--recursive/--no-recursive", help="Whether the subfolders of folders are entered.")
+    bool, typer.Option("--recursive/--no-recursive", help="Whether the subfolders of folders are searched.")
 ]
 JobsOption = Annotated[
     int,
@@ -81,7 +81,7 @@ JobsOption = Annotated[
         "--jobs",
         parser=parse_jobs,
         metavar="N|auto",
-        help="Processes at work: with many images, auto (one for each core) is best.",
+        help="The number of processes. For many images, auto (one for each core) is best.",
     ),
 ]
 ThreadsOption = Annotated[
@@ -91,7 +91,7 @@ ThreadsOption = Annotated[
         min=1,
         max=1024,
         metavar="N",
-        help="Threads that each process computes with. By default the cores that hpcmref may use, shared by --jobs.",
+        help="The number of threads of each process. By default the available cores, divided among --jobs.",
     ),
 ]
 RayOption = Annotated[
@@ -99,7 +99,7 @@ RayOption = Annotated[
     typer.Option(
         "--ray",
         metavar="ADDRESS",
-        help="Spread the images over a Ray cluster: host:port, auto, or local for one of --jobs workers here.",
+        help="Use a Ray cluster: host:port, auto, or local for a new one with --jobs workers on this machine.",
     ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
@@ -109,4 +109,4 @@ VerboseOption = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object for each file on standard output, instead of text.")
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be written where, and write nothing.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be written where, and write nothing.")]

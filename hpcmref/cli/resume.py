@@ -1,4 +1,4 @@
-"""Is an output that exists whole, and the one that was asked for? What --resume wants to know."""
+"""Check for --resume whether an existing output is complete and has the wanted settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from hpcmref.format.container import MAGIC, Container, parse
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an encoded file should be: by which model, and of which quality, or within which target."""
+    """The settings that an encoded file should have.
+
+    target: "size", "bpp" or "psnr" with its value, instead of a quality. lossless: instead of a quality, too.
+    """
 
     model: str | None
     quality: int | None
@@ -24,9 +27,9 @@ class Wanted:
     lossless: bool
 
     def is_there(self, path: Path) -> bool:
-        """Whether the file is whole and as it is wanted; if not, it is to be made again.
+        """Return whether the file is complete and has the wanted settings. If not, it is to be encoded again.
 
-        An empty file and one that begins as ours do are ours. Raises HpcmrefError for any other.
+        Raises HpcmrefError if the file is neither empty nor begins as an hpcmref file does.
         """
         data = path.read_bytes()
         if data[: len(MAGIC)] != MAGIC[: len(data)]:
@@ -38,8 +41,8 @@ class Wanted:
         if self.lossless:
             return file.learned is None
         pixels = file.width * file.height
-        fits = len(data) <= self.target.get("size", self.target.get("bpp", float("inf")) * pixels / 8)
-        if file.learned is None:  # which the encoder chooses for some pictures: as good as any quality, and of no model
+        fits = bool(len(data) <= self.target.get("size", self.target.get("bpp", float("inf")) * pixels / 8))
+        if file.learned is None:  # the encoder has chosen a lossless stream, which is as good as any quality
             return fits
         fingerprint, usual = self._model
         if file.learned.fingerprint != fingerprint:
@@ -48,7 +51,7 @@ class Wanted:
 
     @functools.cached_property
     def _model(self) -> tuple[bytes, int]:
-        """The fingerprint of the model, and the quality that it is used with by default."""
+        """The fingerprint of the model, and its default quality."""
         from hpcmref.checkpoints import find, info
 
         found = info(find(self.model))
@@ -56,10 +59,10 @@ class Wanted:
 
 
 def is_decoded(path: Path, form: str, source: Path | None) -> bool:
-    """Whether an image file is whole and has the size of the encoded file `source`.
+    """Return whether an image file is complete and has the width and height of the encoded file `source`.
 
-    form: its format. An empty file, and a damaged one of this format, are to be made again. Raises HpcmrefError for any
-    other file.
+    form: the format of the image. If the result is False, the image is to be decoded again. Raises HpcmrefError if the
+    file is neither empty nor of this format.
     """
     from hpcmref.picture.images import open_image
 
@@ -79,7 +82,7 @@ def _size(source: Path) -> tuple[int, int] | None:
     try:
         file: Container = parse(source.read_bytes(), partial=True, damaged=True)
     except (HpcmrefError, OSError):
-        return None  # decoding will say what is wrong with it
+        return None  # decoding will report the error
     return file.width, file.height
 
 
@@ -101,7 +104,7 @@ def _begins_as(data: bytes, form: str) -> bool:
 
 
 def _is_complete(data: bytes, form: str) -> bool:
-    """Whether the end of the file is there, which Pillow does not ask if it has all pixels."""
+    """Return whether a file has its end. Pillow opens files that lack it, if all pixels are there."""
     if form == "PNG":
         return data.endswith(b"IEND\xaeB`\x82")
     if form == "JPEG":

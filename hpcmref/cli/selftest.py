@@ -1,4 +1,4 @@
-"""Does hpcmref work on this machine?"""
+"""The command `selftest`: check that hpcmref works on this machine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def selftest(
     device: DeviceOption = Device.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check with known files whether this machine codes as it should.
+    """Check with known files whether this machine codes correctly.
 
-    Decodes files whose latents and pixels are known, and encodes and decodes their pictures. Takes some seconds.
-    The exit code is 1 if anything is wrong.
+    Decodes files whose latents and pixels are known, and encodes and decodes their pictures. This takes some seconds.
+    The exit code is 1 if a check fails.
     """
     from hpcmref import selftest
 

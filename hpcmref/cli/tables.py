@@ -1,4 +1,4 @@
-"""How are the results of `hpcmref bench` printed? Tables for a terminal, or one line a row for a pipe."""
+"""Print the results of `hpcmref bench` as tables. In a pipe, each row is one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def console_for(stderr: bool = False) -> Console:
-    """A console on standard output or standard error; where that is no terminal, lines are as long as they are."""
+    """Return a console on standard output or standard error. If that is not a terminal, lines are not wrapped."""
     from rich.console import Console
 
     console = Console(stderr=stderr)
@@ -24,7 +24,7 @@ def console_for(stderr: bool = False) -> Console:
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Averages, comparisons with the anchor, sources and notes."""
+    """Print the averages, the comparisons with the anchor, the sources of results that were not measured, and notes."""
     from rich.text import Text
 
     from hpcmref.bench.metrics import METRICS
@@ -118,7 +118,7 @@ def _spread_cells(spread: Spread | None) -> list[str]:
 
 
 def print_generations(losses: Losses, title: str, console: Console) -> None:
-    """PSNR, and SSIMULACRA2 where it is, after each measured generation."""
+    """Print the PSNR after each measured generation, and SSIMULACRA2 if it was measured."""
     from rich.text import Text
 
     from hpcmref.bench.generations import averages
@@ -143,7 +143,7 @@ def print_generations(losses: Losses, title: str, console: Console) -> None:
 
 
 def print_profile(model: str, size: tuple[int, int], repeat: int, found: Profile, console: Console) -> None:
-    """Where the time of encoding and decoding one image of `size` (width, height) goes."""
+    """Print the time of each stage of encoding and decoding one image. size: (width, height). repeat: runs of each."""
     from dataclasses import astuple
 
     import torch

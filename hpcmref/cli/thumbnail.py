@@ -1,4 +1,4 @@
-"""How does a file manager get the small picture that it shows for a file of ours?"""
+"""The command `thumbnail`: write a small PNG of an encoded file, for file managers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import typer
 def thumbnail(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An encoded file.")],
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="PNG", help="Where to write it; what is there is replaced.")
+        Path, typer.Option("-o", "--output", metavar="PNG", help="The PNG file; an existing one is replaced.")
     ],
     size: Annotated[
-        int, typer.Option("-s", "--size", metavar="N", min=1, max=4096, help="Pixels of its longer side, at most.")
+        int, typer.Option("-s", "--size", metavar="N", min=1, max=4096, help="The most pixels of its longer side.")
     ] = 256,
     uri: Annotated[
-        str | None, typer.Option("--uri", metavar="URI", help="Of the file, for the PNG; by default that of FILE.")
+        str | None, typer.Option("--uri", metavar="URI", help="The URI to store in the PNG. By default that of FILE.")
     ] = None,
 ) -> None:
     """Write a small PNG of an encoded file, as file managers ask for it."""

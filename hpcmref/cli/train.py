@@ -1,4 +1,4 @@
-"""How is a model trained from the command line?"""
+"""The command `train`: train a model and export it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ def train(
         list[Path], typer.Argument(metavar="DATA...", help="Folders, tar files or image files to train on.")
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="DIR", help="For state, log and weights; resumes a state.")
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="The folder for state, log and weights. An existing state is continued.",
+        ),
     ] = Path("run"),
     preset: Annotated[str, typer.Option("--preset", help="The architecture: nano or light.")] = "nano",
     memory: Annotated[
@@ -26,46 +32,56 @@ def train(
         typer.Option(
             "--memory",
             metavar="NAME",
-            help="A memory bank instead of the preset's: none, state, light, full, linear, global, cross, "
+            help="Use this memory bank instead of the preset's: none, state, light, full, linear, global, cross, "
             "memory-saving, accurate or fast.",
         ),
     ] = None,
     start: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="MODEL", help="Begin with a trained model, which may have a lower M, or with another run."
+            "--from",
+            metavar="MODEL",
+            help="Start with the weights of a trained model, which may have a smaller M, or of another run.",
         ),
     ] = None,
-    minutes: Annotated[float, typer.Option("--minutes", help="Wall-clock budget; the schedule follows it.")] = 60.0,
-    steps: Annotated[int | None, typer.Option("--steps", help="Stop after so many steps instead of minutes.")] = None,
+    minutes: Annotated[float, typer.Option("--minutes", help="Time budget; the schedule follows it.")] = 60.0,
+    steps: Annotated[int | None, typer.Option("--steps", help="Budget in steps, instead of minutes.")] = None,
     crops: Annotated[
         str,
         typer.Option(
             "--crops",
             metavar="NxSIDE[@PART],...",
-            help="Crops a step (and process) and their side in pixels, from which part of the budget on.",
+            help="The number of crops in a step of each process, their side in pixels, and the part of the budget from "
+            "which on this holds.",
         ),
     ] = "12x128,4x256@0.85",
-    metric: Annotated[str, typer.Option("--metric", help="Distortion to minimise: mse or ms-ssim.")] = "mse",
+    metric: Annotated[str, typer.Option("--metric", help="The distortion to minimise: mse or ms-ssim.")] = "mse",
     rate: Annotated[
-        float | None, typer.Option("--lambda", help="Train for one rate, not for all: its lambda of the MSE.")
+        float | None, typer.Option("--lambda", help="Train for one rate only, with this lambda of the MSE.")
     ] = None,
-    rescale: Annotated[float, typer.Option("--rescale", help="Smallest scale of the crops; 1 to keep all.")] = 0.5,
-    transpose: Annotated[bool, typer.Option("--transpose", help="Swap rows and columns of half of the crops.")] = False,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak of the schedule.")] = 1e-3,
+    rescale: Annotated[
+        float,
+        typer.Option("--rescale", help="The smallest scale of crops, which are scaled at random; 1 does not scale."),
+    ] = 0.5,
+    transpose: Annotated[bool, typer.Option("--transpose", help="Transpose half of the crops.")] = False,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="The largest learning rate.")] = 1e-3,
     schedule: Annotated[
-        str, typer.Option("--schedule", help="Of the learning rate: cosine, constant, or decay at once.")
+        str, typer.Option("--schedule", help="The schedule of the learning rate: cosine, constant, or decay at once.")
     ] = "cosine",
-    seed: Annotated[int, typer.Option("--seed", help="Of weights, crops, qualities and noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="The seed of weights, crops, qualities and noise.")] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     bfloat16: Annotated[bool, typer.Option(help="Compute inside residual blocks and attention in bfloat16.")] = True,
     compile_: Annotated[bool, typer.Option("--compile", help="Use torch.compile; needs a C++ compiler.")] = False,
-    limit: Annotated[int | None, typer.Option("--limit", help="Read only the first images.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Read only the first images, this many.")] = None,
     part_mb: Annotated[
-        float | None, typer.Option("--shard-mb", help="Split the state into files of at most so many 10^6 bytes.")
+        float | None,
+        typer.Option("--shard-mb", help="Split the state into files of at most this many megabytes (10^6 bytes)."),
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Train nothing; measure some steps and what the machine can do.")
+        bool,
+        typer.Option(
+            "--profile", help="Do not train; measure the time of some steps and the peak speed of the machine."
+        ),
     ] = False,
     threads: ThreadsOption = None,
     quiet: QuietOption = False,
@@ -119,7 +135,7 @@ def _profile(config: TrainingConfig) -> None:
     for each in profile.profile(config):
         step = sum(each.seconds.values())
         print(f"{each.phase.batch} crops of {each.phase.crop} x {each.phase.crop}: {1e3 * step:.1f} ms a step")
-        memory = "" if each.memory is None else f", {each.memory / 1e9:.2f} GB"
+        memory = "" if each.peak_memory is None else f", {each.peak_memory / 1e9:.2f} GB"
         print(f"  {each.images:.1f} images/s, {each.pixels / 1e6:.2f} megapixels/s{memory}")
         print(f"  {each.flops / 1e9:.0f} GFLOP/s, {each.flops / used:.0%} of the peak")
         print("  " + "  ".join(f"{part} {spent / step:.1%}" for part, spent in each.seconds.items()))

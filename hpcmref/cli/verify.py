@@ -1,4 +1,4 @@
-"""Are encoded files whole, and do they decode to what was encoded? Nothing is written."""
+"""The command `verify`: check that encoded files are complete and decode to what was encoded."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _Verifier:
-    """What is done to every file; it can be sent to another process."""
+    """The work on one file. It can be pickled for worker processes."""
 
     codecs: Codecs
     quick: bool

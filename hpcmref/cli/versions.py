@@ -1,4 +1,4 @@
-"""Which hpcmref is this, and on what does it run? `hpcmref --version --verbose`, for reports of faults."""
+"""The versions that `hpcmref --version --verbose` prints, for bug reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGES = ("torch", "numpy", "pillow", "safetensors", "compressai")
 
 
 def described() -> str:
-    """Versions of hpcmref, Python and the packages that it uses, and the range coder, a line each."""
+    """Describe the versions of hpcmref, Python and the packages that it uses, and the range coder, one in a line."""
     from hpcmref.format.rangecoder import implementation
 
     bits = 64 if sys.maxsize > 1 << 32 else 32

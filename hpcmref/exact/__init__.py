@@ -14,17 +14,17 @@ give the same results on every machine.
 
        sum |w| * limit + |b| < 2^24   (or 2^53)
 
-   Whenever a model is loaded, the left side is computed from the weights themselves, and `layers.container` picks the
+   Whenever a model is loaded, the left side is computed from the weights themselves, and `layers.float_type` picks the
    type and refuses a layer that fits neither. (The computed left side is exact below 2^53, and rounding cannot bring a
    larger value below that.) If all terms of a sum are multiplied by the same power of two, only their exponents change.
    So weights and bias are stored multiplied by the power of two that the output needs.
 
    Most sums are those of 1x1 convolutions, with 8-bit weights and 16-bit inputs. Each input is split into a high and a
-   low byte. Each half is multiplied by the weights in an int8 matrix product, and the two results are combined in
-   32-bit integers below 2^31 (`words`). The int8 products run on the processor's int8 instructions (such as AVX-512
-   VNNI), or otherwise in float32, in which the sum of either half stays below 2^24. Which of the two a machine uses
-   changes the run time and not the result. The total is converted to float32 once, with the rounding that IEEE 754
-   prescribes.
+   low half, both int8. Each half is multiplied by the weights in an int8 matrix product, and the two results are
+   combined in 32-bit integers below 2^31 (`int16_matmul`). The int8 products run on the processor's int8 instructions
+   (such as AVX-512 VNNI), or otherwise in float32, in which the sum of either half stays below 2^24. Which of the two a
+   machine uses changes the run time and not the result. The total is converted to float32 once, with the rounding that
+   IEEE 754 prescribes.
 
 2. **Single operations on one or two numbers** (products with a power of two, a learned step or LeakyReLU's slope,
    additions, one division per attended value, rounding half to even, clamping, comparing, conversion of float64 and
@@ -35,13 +35,14 @@ give the same results on every machine.
    nothing. IEEE 754 does not prescribe exp, pow, exp2, ldexp (a pow in PyTorch), gammainc and softmax, so they do not
    occur: powers of two are made from their bits, the exponential of attention is a table of 201 integers, and the CDF
    tables are stored. IEEE 754 does prescribe square roots, but PyTorch does not always round them correctly (MKL).
-   Where a memory bank needs a square root, an integer test corrects its whole part (`memory._root`).
+   Where a memory bank needs a square root, an integer test corrects its whole part (`memory_bank._root`).
 
 So a layer first converts its input to integers, x_int = clamp(round(x * 2^e), -limit, limit), with an exponent e for
 every input channel. Then it convolves. Its sums are numbers with an exponent for every output channel. `convert`
 chooses exponents and limits once, from the ranges seen on a few images, and they are stored in the checkpoint. The
 integer weights follow from them and from the stored weights by one exact scaling and one rounding. The values of an
-image that exceed the ranges are clamped alike by the encoder and the decoder: this costs rate, never correctness.
+image that exceed the ranges are clamped alike by the encoder and the decoder: this raises the rate, and never breaks a
+file.
 
 The following could still make two machines differ, but does not:
 

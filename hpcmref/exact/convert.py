@@ -14,23 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from hpcmref.errors import CheckpointError
-from hpcmref.exact import words
+from hpcmref.exact import int16_matmul
 from hpcmref.exact.layers import (
     BOUNDS,
     EXP_TABLE,
     EXPONENTS,
     ExactAttend,
     ExactConv,
-    ExactRateTable,
+    ExactQualityTable,
     integer_weights,
     is_pointwise,
     output_peaks,
     output_sums,
 )
-from hpcmref.exact.memory import OF_MEMORY
+from hpcmref.exact.memory_bank import OF_MEMORY
 from hpcmref.model.context import Attend, CrossAttentionCell
 from hpcmref.model.hpcm import EntropyPath
-from hpcmref.model.layers import RateTable, ResidualBlock
+from hpcmref.model.layers import QualityTable, ResidualBlock
 
 Grids = dict[str, dict[str, Tensor]]
 """Module name -> name of a grid -> integers: the exponents and limits that `ExactConv` and `ExactAttend` need."""
@@ -44,10 +44,10 @@ FINENESS = 64
 """Where `Bits` does not fix the levels of inputs, inputs get this many times as many levels as weights.
 
 On training tiles, the shipped model's rate at its lowest quality rises by 0.15 % with 16, 0.01 % with 64 and 0.04 %
-with 256. If no layer uses WORDS, it rises by 0.9 % with 4.
+with 256. If no layer uses INT16_INPUTS, it rises by 0.9 % with 4.
 """
 
-WORD_LEVELS = words.LIMIT - 127
+INT16_LEVELS = int16_matmul.LIMIT - 127
 """The number of levels of 16-bit inputs."""
 
 
@@ -69,27 +69,27 @@ class Bits:
 
 # With these settings the shipped model's rate on training tiles is within 0.03 % of its rate in floating point up to
 # quality 16, and within 0.06 % above.
-WORDS = Bits(WORD_LEVELS, 2**31, 0.25)
+INT16_INPUTS = Bits(INT16_LEVELS, 2**31, 0.25)
 """16-bit inputs, for the adaptors and priors, which predict scales and means.
 
-With FLOATS instead, the rate would be up to 0.1 % higher, and with BYTES 1 to 18 %.
+With FLOAT32_SUMS instead, the rate would be up to 0.1 % higher, and with INT8_INPUTS 1 to 18 %.
 """
-FLOATS = Bits(None, BOUNDS[torch.float32], 0.25)
+FLOAT32_SUMS = Bits(None, BOUNDS[torch.float32], 0.25)
 """Sums that are exact in float32, for all other convolutions.
 
-On a processor without int8 instructions, one float32 matrix product is then enough, instead of one for each byte.
+On a processor without int8 instructions, one float32 matrix product is then enough, instead of one for each int8 half.
 """
-BYTES = Bits(words.WEIGHT_LIMIT - 1, BOUNDS[torch.float32], 0.5)
-"""8-bit inputs, for the convolutions that make queries and keys; this costs 0.01 % of the rate.
+INT8_INPUTS = Bits(int16_matmul.WEIGHT_LIMIT - 1, BOUNDS[torch.float32], 0.5)
+"""8-bit inputs, for the convolutions that make queries and keys; this raises the rate by 0.01 %.
 
-For values it would cost 0.1 %, and for the output convolution of attention up to 8 %.
+For values it would rise by 0.1 %, and for the output convolution of attention by up to 8 %.
 """
 
 
 def calibrate(entropy: EntropyPath, run: Callable[[], None]) -> Grids:
     """Choose the grids of every layer.
 
-    The integers of 1x1 convolutions then fit `words`, and the sums of all other layers are exact in float32.
+    The integers of 1x1 convolutions then fit `int16_matmul`, and the sums of all other layers are exact in float32.
 
     run: a function that passes typical images through `entropy` (in its float form). Raises CheckpointError if weights
     or values are not finite, or too large.
@@ -109,7 +109,7 @@ def calibrate(entropy: EntropyPath, run: Callable[[], None]) -> Grids:
     bits = _bits(entropy)
     for name, module in entropy.named_modules():
         if isinstance(module, Convolution):
-            of_module = bits.get(module, FLOATS) if is_pointwise(module) else FLOATS
+            of_module = bits.get(module, FLOAT32_SUMS) if is_pointwise(module) else FLOAT32_SUMS
             grids[name] = _convolution_grids(module, ranges[name][0], of_module)
         elif isinstance(module, CrossAttentionCell):
             attend = f"{name}.attend"
@@ -119,12 +119,13 @@ def calibrate(entropy: EntropyPath, run: Callable[[], None]) -> Grids:
 
 
 def _bits(entropy: EntropyPath) -> dict[nn.Module, Bits]:
-    """The settings of those 1x1 convolutions that use WORDS or BYTES, not FLOATS (and of modules that ignore them)."""
+    """The settings of the 1x1 convolutions that do not use FLOAT32_SUMS (and of modules that ignore them)."""
     context = entropy.context
     adaptors = (context.adaptor_s1, context.adaptor_s2, context.adaptor_s3)
-    predicting = {each: WORDS for part in (*adaptors, context.prior_s1_s2, context.prior_s3) for each in part.modules()}
+    networks = (*adaptors, context.prior_s1_s2, context.prior_s3)
+    predicting = {each: INT16_INPUTS for network in networks for each in network.modules()}
     cells = [module for module in entropy.modules() if isinstance(module, CrossAttentionCell)]
-    return predicting | {each: BYTES for cell in cells for each in (cell.conv_q, cell.conv_k)}
+    return predicting | {each: INT8_INPUTS for cell in cells for each in (cell.conv_q, cell.conv_k)}
 
 
 def attach(entropy: EntropyPath, grids: Grids) -> EntropyPath:
@@ -138,8 +139,8 @@ def attach(entropy: EntropyPath, grids: Grids) -> EntropyPath:
     for name, module in convolutions.items():
         entropy.set_submodule(name, ExactConv(module, grids.get(name, {}), name))
     for name, module in list(entropy.named_modules()):
-        if isinstance(module, RateTable):
-            entropy.set_submodule(name, ExactRateTable(module, name))
+        if isinstance(module, QualityTable):
+            entropy.set_submodule(name, ExactQualityTable(module, name))
         elif type(module) in OF_MEMORY:
             entropy.set_submodule(name, OF_MEMORY[type(module)](module))
     for name, module in list(entropy.named_modules()):
@@ -149,7 +150,7 @@ def attach(entropy: EntropyPath, grids: Grids) -> EntropyPath:
             # LeakyReLU commutes with powers of two, so a layer can already scale its output as the next one needs it.
             _hand_over(module.expand, module.project)
             _hand_over(module.spatial, module.expand)
-            module.wide = words.WIDE
+            module.wide = int16_matmul.WIDE
     return entropy.eval()
 
 
@@ -163,7 +164,7 @@ def _attach_attention(cell: CrossAttentionCell, grids: Mapping[str, Tensor], nam
 
 def _hand_over(before: nn.Module, after: nn.Module) -> None:
     if isinstance(before, ExactConv) and isinstance(after, ExactConv):
-        before.feed(after)
+        before.fuse_scale_into(after)
 
 
 def _recorder(ranges: dict[str, tuple[Tensor, ...]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -186,16 +187,16 @@ def _convolution_grids(layer: Convolution, ranges: Tensor, bits: Bits) -> dict[s
     weight = layer.weight.detach().cpu().double()
     if not (weight.isfinite().all() and layer.bias is not None and layer.bias.isfinite().all()):
         raise CheckpointError("The model has weights that are not finite.")
-    in_bytes = is_pointwise(layer)
+    in_int8 = is_pointwise(layer)
     shift = ranges.log2()  # makes the ranges of all input channels equal
-    if in_bytes:  # a compromise with equal ranges of the weights, which have only 8 bits (see Bits.evenness)
+    if in_int8:  # a compromise with equal ranges of the weights, which have only 8 bits (see Bits.evenness)
         peaks = weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
         columns = (weight.abs() / peaks).amax((0, 2, 3)).clamp(min=1e-9)
         shift = bits.evenness * shift - (1 - bits.evenness) * columns.log2()
     shift = torch.round(shift)
     even = weight * torch.exp2(shift).view((-1, 1, 1, 1) if _is_input_first(layer) else (1, -1, 1, 1))
     terms = max(1.0, float((output_sums(layer, even) / output_peaks(layer, even).clamp(min=1e-12)).max()))
-    levels = bits.levels or min((bits.bound * FINENESS / terms) ** 0.5, WORD_LEVELS)
+    levels = bits.levels or min((bits.bound * FINENESS / terms) ** 0.5, INT16_LEVELS)
     spread = float((ranges * torch.exp2(-shift)).max())
     finest = int(torch.floor(torch.log2(torch.tensor(levels / spread, dtype=torch.float32, device="cpu"))))
     inputs, limit = _whole(finest - shift), int(spread * 2.0**finest) + 1
@@ -203,8 +204,8 @@ def _convolution_grids(layer: Convolution, ranges: Tensor, bits: Bits) -> dict[s
     # and lowered where rounding the weights has taken the sums over the bound.
     unscaled, bias = integer_weights(layer, inputs, torch.full((layer.out_channels,), EXPONENTS, device="cpu"))
     room = (bits.bound / _magnitudes(layer, unscaled, bias, limit)).log2()
-    if in_bytes:
-        room = room.minimum((words.WEIGHT_LIMIT / output_peaks(layer, unscaled).clamp(min=1)).log2())
+    if in_int8:
+        room = room.minimum((int16_matmul.WEIGHT_LIMIT / output_peaks(layer, unscaled).clamp(min=1)).log2())
     outputs = _whole(EXPONENTS + 1 + torch.floor(room))
     while (over := _over(layer, *integer_weights(layer, inputs, outputs), limit, bits.bound)).any():
         if outputs[over].min() <= -EXPONENTS:
@@ -216,7 +217,7 @@ def _convolution_grids(layer: Convolution, ranges: Tensor, bits: Bits) -> dict[s
 def _over(layer: Convolution, weight: Tensor, bias: Tensor, limit: int, bound: int) -> Tensor:
     """Which output channels have weights or sums that are too large: (C_out,) bool."""
     over = _magnitudes(layer, weight, bias, limit) >= bound
-    return over | ~words.fits(weight, bias, limit) if is_pointwise(layer) else over
+    return over | ~int16_matmul.fits(weight, bias, limit) if is_pointwise(layer) else over
 
 
 def _attention_grids(cell: CrossAttentionCell, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -128,7 +129,7 @@ def _sums(dtype: torch.dtype, device: str) -> Iterator[tuple[str, bool]]:
     random = np.random.RandomState(0)
     bound = BOUNDS[dtype].bit_length() - 1
 
-    def integers(bits: Any, *shape: int) -> np.ndarray:
+    def integers(bits: Any, *shape: int) -> NDArray[Any]:
         """Integers of so many bits as float64 (exact below 2^53); positive in the first half of the first dimension."""
         lowest = 2.0 ** (np.asarray(bits) - 1)
         magnitudes = lowest + np.floor(random.random_sample(shape) * lowest)
@@ -136,10 +137,10 @@ def _sums(dtype: torch.dtype, device: str) -> Iterator[tuple[str, bool]]:
         negative[: shape[0] // 2] = False
         return np.where(negative, -magnitudes, magnitudes)
 
-    def tensor(values: np.ndarray) -> Tensor:
+    def tensor(values: NDArray[Any]) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    def same(result: Tensor, expected: np.ndarray) -> bool:
+    def same(result: Tensor, expected: NDArray[Any]) -> bool:
         return np.array_equal(result.cpu().numpy().reshape(expected.shape), expected)
 
     # Channels have 1 to 14 bits, and weights have the more bits the fewer their channel has, as in calibrated layers.

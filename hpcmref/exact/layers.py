@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpcmref.errors import CheckpointError
-from hpcmref.exact import words
+from hpcmref.exact import int16_matmul
 from hpcmref.model.config import QUALITIES
-from hpcmref.model.layers import RateTable, pointwise
+from hpcmref.model.layers import QualityTable, pointwise
 
 BOUNDS = {torch.float32: 2**24, torch.float64: 2**53}
 """If the magnitudes of integers add up to less than this, their sum is exact in this type in every order."""
@@ -50,7 +50,7 @@ def power_of_two(exponents: Tensor) -> Tensor:
     return (exponents.to(torch.int32) + 127 << 23).view(torch.float32)
 
 
-def container(magnitude: float, name: str) -> torch.dtype:
+def float_type(magnitude: float, name: str) -> torch.dtype:
     """The float type in which sums up to `magnitude` are exact. Raises CheckpointError if there is none."""
     for dtype, bound in BOUNDS.items():
         if magnitude < bound:
@@ -81,9 +81,10 @@ class ExactConv(nn.Module):
 
     The input is rounded to integers, Q input[c] in channel c, and clamped to +-limit. Weights are integers
     Q (output[o] - input[c]) and the bias is Q output[o], so the sums are integers Q output[o]. For 1x1 convolutions
-    that fit, they are computed by int8 matrix products (see `words`), and otherwise in float32 or float64. The result
-    is the sum, rounded to float32, times a power of two. Weights and biases held as floats are already multiplied by
-    that power. This is exact: a power of two that multiplies all terms of a sum changes only their exponents.
+    that fit, they are computed by int8 matrix products (see `int16_matmul`), and otherwise in float32 or float64. The
+    result is the sum, rounded to float32, times a power of two. Weights and biases held as floats are already
+    multiplied by that power. This is exact: a power of two that multiplies all terms of a sum changes only their
+    exponents.
     """
 
     weight: Tensor
@@ -104,12 +105,12 @@ class ExactConv(nn.Module):
         magnitude = float((output_sums(layer, weight) * self.limit + bias.abs()).max())
         self._narrow = magnitude < BOUNDS[torch.float32]
         output_scale = None
-        if is_pointwise(layer) and words.fits(weight, bias, self.limit).all():
+        if is_pointwise(layer) and int16_matmul.fits(weight, bias, self.limit).all():
             self.register_buffer("weight", weight[:, :, 0, 0].T.to(torch.int8).contiguous())
             self.register_buffer("bias", bias.to(torch.int32))
             output_scale = torch.ones(layer.out_channels, dtype=torch.float32, device="cpu")
         else:
-            dtype = container(magnitude, name)
+            dtype = float_type(magnitude, name)
             self.register_buffer("weight", weight.to(dtype))
             self.register_buffer("bias", bias.to(dtype))
         self.register_buffer("output_scale", output_scale)
@@ -127,18 +128,24 @@ class ExactConv(nn.Module):
         self.weight *= scale.view((-1, 1, 1, 1) if self._outputs_first else (1, -1, 1, 1))
         self.bias *= scale
 
-    def feed(self, reader: "ExactConv") -> None:
-        """Make this layer scale its output as `reader` needs its input, so that `reader` need not scale it.
+    def fuse_scale_into(self, consumer: "ExactConv") -> None:
+        """Make this layer scale its output as `consumer` needs its input, so that `consumer` need not scale it.
 
-        No other layer may read the output. A LeakyReLU may be in between.
+        `consumer` then owns its input, and overwrites it, so no other layer may read the output. A LeakyReLU may be in
+        between.
         """
-        self.scale_output(reader._inputs)
-        reader.input_scale = None
+        self.scale_output(consumer._inputs)
+        consumer.input_scale = None
+
+    @property
+    def owns_input(self) -> bool:
+        """Whether `forward` overwrites its input, because another layer has made and scaled it for this one alone."""
+        return self.input_scale is None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C_in, h, w) float32 -> (B, C_out, h', w') float32.
 
-        If the layer before has scaled x already (see `feed`), x is overwritten.
+        x is overwritten if `owns_input` is set (see `fuse_scale_into`).
         """
         if self.input_scale is not None:
             x = x * self.input_scale
@@ -146,7 +153,7 @@ class ExactConv(nn.Module):
         if self.output_scale is None:
             return self._convolve(x.to(self.weight.dtype), self.weight, self.bias).float()
         rows = x.permute(0, 2, 3, 1)
-        sums = words.product(rows.flatten(0, 2), self.weight, self.limit, self._narrow).add_(self.bias)
+        sums = int16_matmul.product(rows.flatten(0, 2), self.weight, self.limit, self._narrow).add_(self.bias)
         return sums.float().mul_(self.output_scale).view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
 
 
@@ -244,7 +251,8 @@ def output_peaks(layer: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor) -> Tenso
 class ExactAttend(nn.Module):
     """Twin of Attend. Both matrix products are of integers, a table gives the exponential, and one division follows.
 
-    The layers before scale query, key and value to their grids (see `convert.attach`). All three are overwritten.
+    The layers before scale query, key and value to their grids (see `convert.attach`). All three are overwritten, since
+    the caller has handed them over (see `Attend`).
     """
 
     step: Tensor
@@ -266,7 +274,7 @@ class ExactAttend(nn.Module):
         limits = grid(grids, "limits", (2,), 1, BOUNDS[torch.float32] - 1, name)
         self.limit, self.value_limit = limits.tolist()
         for magnitude in (per_head * self.limit**2, tokens * max(EXP_TABLE) * self.value_limit):
-            if container(magnitude, name) != torch.float32:
+            if float_type(magnitude, name) != torch.float32:
                 raise CheckpointError(f"{name} cannot be computed exactly: its sums reach {magnitude}, over 2^24.")
         # One correctly rounded float32 factor converts scores to steps of the table; it includes the 1/sqrt(channels).
         step = power_of_two(-score[:, 0]) * torch.tensor(
@@ -294,12 +302,12 @@ class ExactAttend(nn.Module):
         return (weights @ value).div_(weights.sum(-1, keepdim=True)).mul_(self.value_scale)
 
 
-class ExactRateTable(nn.Module):
-    """Twin of RateTable: the float32 numbers of every integer quality, each computed by single IEEE operations."""
+class ExactQualityTable(nn.Module):
+    """Twin of QualityTable: the float32 numbers of every integer quality, each computed by single IEEE operations."""
 
     rows: Tensor
 
-    def __init__(self, table: RateTable, name: str) -> None:
+    def __init__(self, table: QualityTable, name: str) -> None:
         """Raises CheckpointError if a number is not finite or too large."""
         super().__init__()
         values = table.values.detach().cpu().double()

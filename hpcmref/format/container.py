@@ -203,11 +203,11 @@ class Container:
         return next((content for each, content in self.chunks if each == tag), None)
 
 
-def write(container: Container) -> bytes:
+def write(file: Container) -> bytes:
     """The bytes of a file. Raises ConfigError for a container of an older version: only the newest is written."""
-    if container.version != VERSION or container.truncated or container.damaged:
+    if file.version != VERSION or file.truncated or file.damaged:
         raise ConfigError(f"only whole files of version {VERSION} are written")
-    body = b"".join((_header(container), _chunks(container), _varint(len(container.payload)), container.payload))
+    body = b"".join((_header(file), _chunks(file), _varint(len(file.payload)), file.payload))
     return MAGIC + body + _U32.pack(zlib.crc32(body))
 
 
@@ -216,8 +216,8 @@ def part_sizes(data: bytes) -> dict[str, int]:
 
     Raises as `parse` does.
     """
-    container = parse(data)
-    chunks, payload = len(_chunks(container)), len(container.payload)
+    file = parse(data)
+    chunks, payload = len(_chunks(file)), len(file.payload)
     header = len(data) - chunks - payload - _U32.size
     return {"header": header, "chunks": chunks, "payload": payload, "crc": _U32.size}
 
@@ -335,23 +335,23 @@ def _check_range(name: str, value: int, low: int, high: int) -> None:
         raise ConfigError(f"the {name} is {value}, and must be {low if low == high else f'{low} to {high}'}")
 
 
-def _header(container: Container) -> bytes:
-    flags = _HAS_CHUNKS * bool(container.chunks) | _GREY * container.grey
-    encoder = container.encoder
-    header = bytes([container.version]) + _FIXED_2.pack(flags, container.coding)
-    header += _varint(container.width) + _varint(container.height)
+def _header(file: Container) -> bytes:
+    flags = _HAS_CHUNKS * bool(file.chunks) | _GREY * file.grey
+    encoder = file.encoder
+    header = bytes([file.version]) + _FIXED_2.pack(flags, file.coding)
+    header += _varint(file.width) + _varint(file.height)
     header += _ENCODER.pack(encoder.major, encoder.minor, encoder.effort)
-    if (learned := container.learned) is not None:
+    if (learned := file.learned) is not None:
         checksums = learned.checksums
         numbers = (learned.arithmetic, learned.fingerprint, learned.quality)
         header += _LEARNED.pack(*numbers, checksums.s1, checksums.s2, checksums.all)
     return header
 
 
-def _chunks(container: Container) -> bytes:
-    if not container.chunks:
+def _chunks(file: Container) -> bytes:
+    if not file.chunks:
         return b""
-    parts = [bytes([tag]) + _varint(len(content)) + content for tag, content in container.chunks]
+    parts = [bytes([tag]) + _varint(len(content)) + content for tag, content in file.chunks]
     return b"".join(parts) + bytes([_END_OF_CHUNKS])
 
 
@@ -381,7 +381,7 @@ class _Reader:
             length -= len(piece)
         return b"".join(pieces)
 
-    def unpack(self, form: struct.Struct) -> tuple:
+    def unpack(self, form: struct.Struct) -> tuple[Any, ...]:
         return form.unpack(self.take(form.size))
 
     def varint(self) -> int:

@@ -47,9 +47,10 @@ import importlib.resources
 import os
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpcmref.errors import ConfigError, FormatError, TruncatedError
 from hpcmref.format import rans_builtin, rans_compressai
@@ -73,8 +74,8 @@ class Tables(NamedTuple):
     cdfs: list[list[int]]
     lengths: list[int]
     offsets: list[int]
-    lowest: np.ndarray
-    escapes: np.ndarray
+    lowest: NDArray[np.int32]
+    escapes: NDArray[np.int32]
 
     @property
     def of_bytes(self) -> int:
@@ -83,16 +84,16 @@ class Tables(NamedTuple):
 
 
 class SymbolEncoder:
-    """Collects symbols with `put`; `finish` turns them into bytes.
+    """Collects symbols with `put`; `payload` turns them into bytes.
 
     CompressAI's encoder needs six bytes of memory for every symbol until it writes the first word. So it gets all
     symbols at the end, when the networks need no memory any more.
     """
 
     def __init__(self) -> None:
-        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
+        self._parts: list[tuple[NDArray[Any], NDArray[Any]]] = []
 
-    def put(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
+    def put(self, symbols: NDArray[np.int32], indexes: NDArray[np.int32]) -> None:
         """Append `symbols`, and after them the values of the escaped ones.
 
         symbols: (n,) integers from -32768 to 32767.
@@ -119,7 +120,7 @@ class SymbolEncoder:
         if escaped_bytes.size:
             self._append(escaped_bytes, np.full(escaped_bytes.size, tables.of_bytes))
 
-    def finish(self) -> bytes:
+    def payload(self) -> bytes:
         """The payload of all symbols. The encoder cannot be used after this call.
 
         It is empty if there are no symbols. Otherwise its length is a multiple of 4, and at least 8 bytes.
@@ -128,12 +129,12 @@ class SymbolEncoder:
             return b""
         # CompressAI allocates one word per symbol. It writes up to one word per two symbols, and two words for the
         # state, which is more than it allocates for one or two symbols. So two symbols are added. The decoder never
-        # asks for them. As they are the likeliest symbol of table 0, they cost 0.0002 bits.
+        # asks for them. As they are the likeliest symbol of table 0, they take 0.0002 bits.
         self._append(np.zeros(2, np.int32), np.zeros(2, np.int32))
         parts, self._parts = self._parts, []
-        return _coder().encode(parts, _tables())
+        return bytes(_coder().encode(parts, _tables()))
 
-    def _append(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
+    def _append(self, symbols: NDArray[np.int32], indexes: NDArray[np.int32]) -> None:
         """Append symbols that are in their tables, or are the escape of their table."""
         self._parts.append((symbols.astype(np.int16), indexes.astype(np.uint8)))
 
@@ -146,7 +147,7 @@ class SymbolDecoder:
 
     def __init__(self, payload: bytes, count: int) -> None:
         """
-        payload: what `SymbolEncoder.finish` returned.
+        payload: what `SymbolEncoder.payload` returned.
         count: number of symbols that will be asked for, all calls of `get` together.
 
         Raises FormatError if no encoder can have written the payload.
@@ -173,7 +174,7 @@ class SymbolDecoder:
         """Whether all symbols so far certainly came from the payload, not from zeros that follow a truncated one."""
         return self._bits_left - self._rounding >= 64
 
-    def get(self, indexes: np.ndarray) -> np.ndarray:
+    def get(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         """The next symbols, int32 (n,).
 
         indexes: (n,) integers from 0 to 59, the tables that the symbols were put with, n as in that call of `put`.
@@ -200,14 +201,14 @@ class SymbolDecoder:
             symbols[escaped] = values.astype(np.uint8).view("<i2")
         return symbols
 
-    def _take(self, indexes: np.ndarray) -> np.ndarray:
+    def _take(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         blocks = [self._take_block(indexes[i : i + _BLOCK]) for i in range(0, indexes.size, _BLOCK)]
         return np.concatenate(blocks)
 
-    def _take_block(self, indexes: np.ndarray) -> np.ndarray:
+    def _take_block(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         tables = _tables()
-        symbols = self._coder.take(indexes)
-        bits = _costs()[indexes, symbols - tables.lowest[indexes]]
+        symbols: NDArray[np.int32] = self._coder.take(indexes)
+        bits = _bits()[indexes, symbols - tables.lowest[indexes]]
         self._bits_left -= float(bits.sum(dtype=np.float64))
         self._rounding += _ROUNDING * indexes.size
         if self._bits_left + self._rounding < 31:
@@ -215,12 +216,12 @@ class SymbolDecoder:
         return symbols
 
 
-def scale_table() -> np.ndarray:
+def scale_table() -> NDArray[np.float32]:
     """The scale of each table, ascending from 0.12 to 64: (60,) float32."""
     return _stored()["scale_table"].copy()
 
 
-def _check_indexes(indexes: np.ndarray) -> None:
+def _check_indexes(indexes: NDArray[np.int32]) -> None:
     # CompressAI's coder does not check any index.
     if indexes.ndim != 1:
         raise ConfigError(f"table indexes have shape {indexes.shape}, and must be flat")
@@ -230,7 +231,7 @@ def _check_indexes(indexes: np.ndarray) -> None:
 
 
 @cache
-def _stored() -> dict[str, np.ndarray]:
+def _stored() -> dict[str, NDArray[Any]]:
     """tables.npz: scale_table (60,) float32, cdf (60, 699) int32, cdf_length (60,) and offset (60,) int32."""
     with (importlib.resources.files("hpcmref.format") / "tables.npz").open("rb") as file, np.load(file) as arrays:
         return dict(arrays)
@@ -253,7 +254,7 @@ def _tables() -> Tables:
 
 
 @cache
-def _costs() -> np.ndarray:
+def _bits() -> NDArray[np.float32]:
     """Bits of entry j of table i: (61, entries) float32, infinite where there is none."""
     cdfs = _tables().cdfs
     frequencies = np.zeros((len(cdfs), max(map(len, cdfs))))
@@ -263,15 +264,15 @@ def _costs() -> np.ndarray:
         return (16 - np.log2(frequencies)).astype(np.float32)
 
 
-def symbol_bits(limit: int) -> np.ndarray:
+def symbol_bits(limit: int) -> NDArray[np.float32]:
     """Bits of each symbol from -limit to limit in each table, including escaped values: (60, 2 limit + 1) float32."""
-    tables, costs = _tables(), _costs()
+    tables, bits = _tables(), _bits()
     symbols = np.arange(-limit, limit + 1)
     result = np.empty((tables.of_bytes, len(symbols)), np.float32)
     for row in range(len(result)):
         escaped = (symbols < tables.lowest[row]) | (symbols >= tables.escapes[row])
         entries = np.where(escaped, tables.escapes[row], symbols) - tables.lowest[row]
-        result[row] = costs[row, entries] + 16 * escaped
+        result[row] = bits[row, entries] + 16 * escaped
     return result
 
 

@@ -15,9 +15,10 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpcmref.errors import HpcmrefError
 
@@ -41,7 +42,7 @@ class _CTables(ctypes.Structure):
     )
 
 
-def encode(parts: Iterable[tuple[np.ndarray, np.ndarray]], tables: Tables) -> bytes:
+def encode(parts: Iterable[tuple[NDArray[Any], NDArray[Any]]], tables: Tables) -> bytes:
     """The payload of symbols, int16 (n,), and table indexes, uint8 (n,), in the order of `parts`."""
     columns = tuple(zip(*parts, strict=True))
     symbols = np.ascontiguousarray(np.concatenate(columns[0]), np.int16)
@@ -49,7 +50,7 @@ def encode(parts: Iterable[tuple[np.ndarray, np.ndarray]], tables: Tables) -> by
     library = _library()
     if library is None:
         return _encode_in_python(symbols.tolist(), indexes.tolist(), tables)
-    out = np.empty(4 * symbols.size + 8, np.uint8)  # a symbol costs 16 bits at most
+    out = np.empty(4 * symbols.size + 8, np.uint8)  # a symbol takes 16 bits at most
     packed, _ = _packed(tables)
     size = library.rans_encode(
         symbols.ctypes.data, indexes.ctypes.data, symbols.size, ctypes.byref(packed), out.ctypes.data, out.size
@@ -72,7 +73,7 @@ class Decoder:
         self._state = ctypes.c_uint64(int.from_bytes(payload[:8], "little"))
         self._place = ctypes.c_int64(8)
 
-    def take(self, indexes: np.ndarray) -> np.ndarray:
+    def take(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         """The next symbols, int32 (n,), for table indexes that have been checked, (n,)."""
         library = _library()
         if library is None:
@@ -94,7 +95,7 @@ class Decoder:
             raise HpcmrefError("the range coder was given the index of a table that it does not have")
         return symbols
 
-    def _take_in_python(self, indexes: np.ndarray) -> np.ndarray:
+    def _take_in_python(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         x, place, tables = self._state.value, self._place.value, self._tables
         symbols = []
         for index in indexes.tolist():
@@ -155,7 +156,7 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _packed(tables: Tables) -> tuple[_CTables, tuple[np.ndarray, ...]]:
+def _packed(tables: Tables) -> tuple[_CTables, tuple[NDArray[Any], ...]]:
     """The tables in the form of rans.c, and the arrays that they point to, which must be kept as long as the tables."""
     kept = _cached_pack.get("tables")
     if kept is None or kept[0] is not tables:
@@ -168,4 +169,4 @@ def _packed(tables: Tables) -> tuple[_CTables, tuple[np.ndarray, ...]]:
     return kept[1]
 
 
-_cached_pack: dict[str, tuple[Tables, tuple[_CTables, tuple[np.ndarray, ...]]]] = {}
+_cached_pack: dict[str, tuple[Tables, tuple[_CTables, tuple[NDArray[Any], ...]]]] = {}

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpcmref.errors import HpcmrefError
 
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
     from hpcmref.format.rangecoder import Tables
 
 
-def encode(parts: Iterable[tuple[np.ndarray, np.ndarray]], tables: Tables) -> bytes:
+def encode(parts: Iterable[tuple[NDArray[Any], NDArray[Any]]], tables: Tables) -> bytes:
     """The payload of symbols, int16 (n,), and table indexes, uint8 (n,), in the order of `parts`."""
     coder = ans().BufferedRansEncoder()
     for symbols, indexes in parts:
         # As lists: the extension converts arrays element by element, which is three times slower.
         coder.encode_with_indexes(symbols.tolist(), indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
-    return coder.flush()
+    return bytes(coder.flush())
 
 
 class Decoder:
@@ -43,7 +44,7 @@ class Decoder:
         self._coder = ans().RansDecoder()
         self._coder.set_stream(payload.ljust(8 + 4 * most_words, b"\0"))
 
-    def take(self, indexes: np.ndarray) -> np.ndarray:
+    def take(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         """The next symbols, int32 (n,), for table indexes that have been checked, (n,)."""
         tables = self._tables
         decoded = self._coder.decode_stream(indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)

@@ -24,7 +24,7 @@ from hpcmref.errors import CheckpointError
 if TYPE_CHECKING:
     import hashlib
 
-    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_HEADER = 2**22
 """Bytes of the header. One tensor takes about 120, and the largest preset has about 600 tensors."""
@@ -62,7 +62,7 @@ class TensorFile:
     _stream: BinaryIO
     _data: int
 
-    def read(self) -> dict[str, np.ndarray]:
+    def read(self) -> dict[str, NDArray[Any]]:
         """Read all tensors, in the byte order of this machine. Raises CheckpointError if the file got shorter."""
         import numpy as np
 
@@ -203,7 +203,7 @@ def _bytes_of(entry: Entry) -> int:
     return math.prod(entry.shape) * int(DTYPES[entry.dtype][-1])
 
 
-def digest(text: str, arrays: Mapping[str, np.ndarray]) -> hashlib._Hash:
+def digest(text: str, arrays: Mapping[str, NDArray[Any]]) -> hashlib._Hash:
     """Return the SHA-256 of a text and of tensors.
 
     For each tensor, in the order of their names, it covers the name, type, shape and little-endian bytes. It does not

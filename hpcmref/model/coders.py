@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hpcmref.model.entropy import likelihood, quantise, scale_index
@@ -28,14 +29,14 @@ class Coder(Protocol):
 class SymbolSink(Protocol):
     """Takes the symbols of one image: a range encoder."""
 
-    def put(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
+    def put(self, symbols: NDArray[np.int32], indexes: NDArray[np.int32]) -> None:
         """symbols and CDF table rows, both (n,) int32."""
 
 
 class SymbolSource(Protocol):
     """Gives the symbols of one image: a range decoder."""
 
-    def get(self, indexes: np.ndarray) -> np.ndarray:
+    def get(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         """The symbols (n,) int32 of the CDF table rows (n,) int32."""
 
 
@@ -46,12 +47,14 @@ Part = tuple[Step | None, Tensor, Tensor]
 class _Target:
     """The true latents, from which it selects those that a step codes."""
 
-    def __init__(self, y: Tensor, z: Tensor) -> None:
-        self._planes = lattices(y)
+    def __init__(self, y: Tensor, z: Tensor, masked: bool = False) -> None:
+        """masked: see `schedule`."""
+        self._planes = lattices(y, masked)
         self._z = z
+        self._masked = masked
 
     def of(self, step: Step | None) -> Tensor:
-        return self._z if step is None else step.select(self._planes[step.scale])
+        return self._z if step is None else step.select(self._planes[step.scale], self._masked)
 
 
 class Estimator:
@@ -62,7 +65,7 @@ class Estimator:
     """
 
     def __init__(self, y: Tensor, z: Tensor, noise: bool) -> None:
-        self._target = _Target(y, z)
+        self._target = _Target(y, z, masked=noise)
         self._noise = noise
         self._samples: list[Tensor] = []
         self._scales: list[Tensor] = []
@@ -101,7 +104,7 @@ class _Checksummed:
         self.checksums: list[dict[int, int]] = [{} for _ in range(batch)]
         self._running = [0] * batch
 
-    def _add(self, image: int, step: Step | None, symbols: np.ndarray) -> None:
+    def _add(self, image: int, step: Step | None, symbols: NDArray[np.int32]) -> None:
         crc = zlib.crc32(symbols.astype("<i2").tobytes(), self._running[image])
         self._running[image] = crc
         if step is not None:
@@ -109,7 +112,7 @@ class _Checksummed:
 
 
 class SymbolWriter(_Checksummed):
-    """Quantises the true latents. `finish` passes the symbols to the range encoders, one for each image.
+    """Quantises the true latents. `flush` passes the symbols to the range encoders, one for each image.
 
     Until then the symbols stay on the device, so that a GPU need not wait for the host at every step.
     """
@@ -128,7 +131,7 @@ class SymbolWriter(_Checksummed):
         self._parts.append((step, symbols.to(torch.int16), rows.to(torch.uint8)))
         return symbols + means
 
-    def finish(self) -> list[Part]:
+    def flush(self) -> list[Part]:
         """After the last step: pass all symbols to the range encoders, and return them."""
         for step, symbols, rows in self._parts:
             for image, sink in enumerate(self._sinks):
@@ -164,5 +167,5 @@ class SymbolReader(_Checksummed):
         return torch.stack(images).view(means.shape).to(means) + means
 
 
-def _flat(x: Tensor) -> np.ndarray:
+def _flat(x: Tensor) -> NDArray[np.int32]:
     return x.to("cpu", torch.int32).numpy().reshape(-1)

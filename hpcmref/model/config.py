@@ -9,14 +9,14 @@ T = TypeVar("T", "MemoryConfig", "HPCMConfig")
 
 MAX_CHANNELS, MAX_BLOCKS, MAX_FACTOR, MAX_HEADS, MAX_WINDOW, MAX_ANCHORS = 4096, 32, 16, 256, 32, 64
 """Upper limits of a configuration: channels (a fourth of it for M and N), consecutive residual blocks, expansion
-factors of blocks, attention heads, sides of windows, and rate anchors. A model file that exceeds one of them is refused
-before networks are made."""
+factors of blocks, attention heads, sides of windows, and quality anchors. A model file that exceeds one of them is
+refused before networks are made."""
 
 MAX_SCORES = 2**25
 """Limit of the float32 scores of one attention window: heads x queries x keys. (The largest preset has 2^17.)"""
 
 MAX_REFERENCES, MAX_RESOLUTION, MAX_STATE = 16, 32, 1024
-"""Limits of a memory: references kept, side of the grid of values, and channels of a state (see docs/limits.md)."""
+"""Limits of a memory bank: references kept, cells a side of a plane of values, channels of a state (docs/limits.md)."""
 
 QUALITIES = 64
 """Quality settings of a variable-rate model: 0 (smallest file) to 63 (best picture)."""
@@ -24,9 +24,9 @@ QUALITIES = 64
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """The configuration of a memory bank (see `memory.py`). Making an invalid one raises ConfigError.
+    """The configuration of a memory bank (see `memory_bank.py`). Making an invalid one raises ConfigError.
 
-    mode: one of the modes that `memory.py` describes. Some settings are used by the modes in brackets only.
+    mode: one of the modes that `memory_bank.py` describes. Some settings are used by the modes in brackets only.
     scales: which of s1, s2 and s3 have a bank.
     transfer: the bank of a scale starts with the references of the scale before.
     before_prior: the bank is read just before the prior. What it recalls then goes into the prior only, and not into
@@ -35,7 +35,7 @@ class MemoryConfig:
         references that it keeps.
     compress_ratio: keys have the number of channels of a context divided by this (all modes but state).
     temperature: similarities are divided by it (light, full).
-    value_resolution: the side of the grid of values (full, linear).
+    value_resolution: the cells a side of a plane of values (full, linear).
     feature_map: the feature map of linear attention (linear).
     per_position: references are chosen for every position, and not once for the whole image (light, full).
     width: the number of channels of the state (state). This mode has a state in all scales and uses no other number.
@@ -59,10 +59,10 @@ class MemoryConfig:
         self._check_limits()
         if self.mode not in ("state", "light", "full", "linear", "global", "cross"):
             raise ConfigError(
-                f"The memory is {self.mode!r:.40}; it must be state, light, full, linear, global or cross."
+                f"The memory bank is {self.mode!r:.40}; it must be state, light, full, linear, global or cross."
             )
         if not self.scales or list(self.scales) != sorted(set(self.scales)) or not {1, 2, 3} >= set(self.scales):
-            raise ConfigError(f"The memory's scales are {self.scales}; they must be of 1, 2 and 3, ascending.")
+            raise ConfigError(f"The memory bank's scales are {self.scales}; they must be of 1, 2 and 3, ascending.")
         if self.before_prior and 1 in self.scales:
             raise ConfigError("There is nothing to read before the prior of s1: it has one.")
         if self.mode == "state" and (self.scales, self.transfer) != ((1, 2, 3), True):
@@ -78,11 +78,11 @@ class MemoryConfig:
         """Check types and ranges, since the values may come from a file."""
         for name in ("transfer", "before_prior", "per_position"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"The memory's {name} must be true or false.")
+                raise ConfigError(f"The memory bank's {name} must be true or false.")
         if not isinstance(self.scales, tuple) or len(self.scales) > 3:
-            raise ConfigError("The memory's scales must be some of 1, 2 and 3.")
+            raise ConfigError("The memory bank's scales must be some of 1, 2 and 3.")
         for value in self.scales:
-            _check_whole("a scale of the memory", value, 1, 3)
+            _check_whole("a scale of the memory bank", value, 1, 3)
         for name in ("max_refs", "topk"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or len(values) != 3:
@@ -93,13 +93,15 @@ class MemoryConfig:
             ("compress_ratio", MAX_CHANNELS), ("num_heads", MAX_HEADS), ("value_resolution", MAX_RESOLUTION),
             ("width", MAX_STATE),
         ):  # fmt: skip
-            _check_whole(f"The memory's {name}", getattr(self, name), 1, high)
+            _check_whole(f"The memory bank's {name}", getattr(self, name), 1, high)
         if type(self.temperature) not in (int, float) or not 0.001 <= self.temperature <= 1000:
-            raise ConfigError(f"The memory's temperature is {self.temperature!r:.40}; it must be within 0.001 to 1000.")
+            raise ConfigError(
+                f"The memory bank's temperature is {self.temperature!r:.40}; it must be within 0.001 to 1000."
+            )
 
 
 _YOUNGER = ("width",)
-"""Settings of a memory that model files of 0.1.0 do not have."""
+"""Settings of a memory bank that model files of 0.1.0 do not have."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ class HPCMConfig:
     M and N are the numbers of channels of y and z. `stages` describes g_a by the width and the number of blocks of each
     stage, from high to low resolution. `synthesis` describes g_s in the opposite order. `transform` selects their
     architecture: "conv" is the paper's, which halves the resolution before every stage; "dct" works at 1/8 of the
-    resolution and is initialised as a DCT. `lambdas` are the rate anchors of a variable-rate model, ascending; a model
-    of one rate has none. Without `memory` the model is plain HPCM.
+    resolution and is initialised as a DCT. `lambdas` are the quality anchors of a variable-rate model, ascending; a
+    model of one rate has none. Without `memory` the model is plain HPCM.
     """
 
     preset: str
@@ -146,7 +148,7 @@ class HPCMConfig:
         for window in self.windows:
             _check_scores(self.heads, window, 1)
         if len(self.lambdas) == 1 or list(self.lambdas) != sorted(set(self.lambdas)):
-            raise ConfigError("Rate anchors must be two or more, ascending.")
+            raise ConfigError("Quality anchors must be two or more, ascending.")
         if self.memory is not None:
             self._check_memory(self.memory)
 
@@ -185,7 +187,7 @@ class HPCMConfig:
         if not isinstance(self.displaced_s2, bool):
             raise ConfigError("displaced_s2 must be true or false.")
         if not isinstance(self.memory, MemoryConfig | None):
-            raise ConfigError("The memory must be a MemoryConfig.")
+            raise ConfigError("The memory bank must be a MemoryConfig.")
 
     def _check_memory(self, memory: MemoryConfig) -> None:
         if memory.mode == "state":
@@ -201,7 +203,7 @@ class HPCMConfig:
 
     @property
     def anchors(self) -> int:
-        """Number of rate anchors (1 for a model of one rate)."""
+        """Number of quality anchors (1 for a model of one rate)."""
         return max(1, len(self.lambdas))
 
     @property
@@ -282,7 +284,7 @@ _LAMBDAS = tuple(round(0.0009 * (0.15 / 0.0009) ** (k / 7), 6) for k in range(8)
 
 _EVERYWHERE: dict[str, Any] = {"scales": (1, 2, 3), "transfer": True}
 
-MEMORIES: dict[str, MemoryConfig] = {
+MEMORY_BANKS: dict[str, MemoryConfig] = {
     "state": MemoryConfig("state", **_EVERYWHERE),
     "light": MemoryConfig("light"),
     "full": MemoryConfig("full", **_EVERYWHERE),
@@ -301,12 +303,12 @@ PRESETS: dict[str, HPCMConfig] = {
         HPCMConfig(
             preset="nano", M=320, N=64, transform="dct", stages=((192, 4),), synthesis=((192, 4),), ratio=3,
             hyper_blocks=1, hyper_ratio=2, context_width=192, prior_s1_s2=(2, 1), prior_s3=(2, 1), heads=0,
-            lambdas=_LAMBDAS, memory=MEMORIES["state"],
+            lambdas=_LAMBDAS, memory=MEMORY_BANKS["state"],
         ),
         HPCMConfig(
             preset="light", M=320, N=128, transform="dct", stages=((256, 4),), synthesis=((256, 6),), ratio=4,
-            hyper_blocks=2, hyper_ratio=2, context_width=320, prior_s1_s2=(2, 1), prior_s3=(2, 1), heads=16,
-            lambdas=_LAMBDAS,
+            hyper_blocks=2, hyper_ratio=2, context_width=320, prior_s1_s2=(3, 1), prior_s3=(3, 1), heads=0,
+            lambdas=_LAMBDAS, memory=MEMORY_BANKS["state"],
         ),
         _official("base", 4, (2, 1), (3, 2), 32),
         _official("large", 8, (2, 2), (4, 3), 32),

@@ -11,12 +11,11 @@
 The inputs of a prior are the results of the steps before it: context_next (2M channels) and y_hat so far (M channels,
 zero where nothing is coded yet). Its output `context` holds the scales and means of this step. Cross attention, with
 queries from `context` and keys and values from the last context_next, makes the new context_next. If a scale has a
-memory bank (`memory.py`), each context_next that is replaced is written to the bank, and the new one is combined with
-what is read from it. The mode `state` works differently: priors have additional output channels, which are added to a
-state that is kept from s1 to s3, and the adaptors read that state.
+memory bank (`memory_bank.py`), each context_next that is replaced is written to the bank, and the new one is combined
+with what is read from it. The mode `state` works differently: priors have additional output channels, which are added
+to a state that is kept from s1 to s3, and the adaptors read that state.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 
 from hpcmref.model.coders import Coder
 from hpcmref.model.config import HPCMConfig
-from hpcmref.model.layers import DWConvRB, RateTable, conv1x1
+from hpcmref.model.layers import DWConvRB, QualityTable, conv1x1
 from hpcmref.model.schedule import S1, S2, STEPS_S1, STEPS_S2, STEPS_S3, Lattice, Step, displaced_source
 from hpcmref.model.strips import POSITIONS, in_strips
 
@@ -55,7 +54,8 @@ class Attend(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
         """query, key, value and the result: (B, windows, heads, tokens, channels).
 
-        inside: which keys count, (windows, 1, 1, tokens) bool; None if all do.
+        The caller hands over query, key and value: it must not use them afterwards, since the exact twin overwrites
+        them. inside: which keys count, (windows, 1, 1, tokens) bool; None if all do.
         """
         return F.scaled_dot_product_attention(query, key, value, attn_mask=inside)
 
@@ -87,7 +87,8 @@ class CrossAttentionCell(nn.Module):
         if inside is not None:
             inside = inside.repeat(1, 1, 1, len(contexts_prev))
         attended = self._plane(self.attend(query, key, value, inside), height, width)
-        return torch.add(attended, self.conv_out(context), out=None if torch.is_grad_enabled() else attended)
+        own: Tensor = self.conv_out(context)
+        return attended + own if self.training else attended.add_(own)  # autograd still needs `attended`
 
     def _windows(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, windows, heads, tokens, C/heads), zero outside of the plane."""
@@ -122,7 +123,7 @@ def _joined(tokens: list[Tensor]) -> Tensor:
 
 
 class Bank(Protocol):
-    """A memory bank. Its state is a value that the caller keeps (see `memory.py`)."""
+    """A memory bank. Its state is a value that the caller keeps (see `memory_bank.py`)."""
 
     before_prior: bool
 
@@ -136,14 +137,21 @@ class Bank(Protocol):
         """The context joined with what the bank recalls."""
 
 
+BankState = tuple[Bank, Any]
+"""A memory bank and its state."""
+
+
 class Carry(Protocol):
-    """Keeps a state (B, width, h, w) from step to step (see `memory.StateBank`)."""
+    """Keeps a state (B, width, h, w) from step to step (see `memory_bank.StateBank`)."""
 
     def start(self, context: Tensor) -> Tensor:
         """The state before the first step of s1, whose context is (B, 2M, h, w)."""
 
     def write(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """The context (B, 2M, h, w) and the new state. out: the result (B, 2M + width, h, w) of a prior."""
+
+    def write_(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """As `write`, but `state` itself is overwritten and returned."""
 
     def finer(self, state: Tensor) -> Tensor:
         """The state for the next scale: (B, width, 2h, 2w)."""
@@ -153,17 +161,21 @@ class Known(NamedTuple):
     """What the steps so far pass to the next one.
 
     context_next (B, 2M, h, w), y_hat (B, M, h, w) and state (B, width, h, w) are on the lattice of the next step.
-    memory: the bank of the scale and its state.
+    bank: the memory bank of the scale and its state.
     """
 
     context_next: Tensor
     y_hat: Tensor
     state: Tensor | None
-    memory: tuple[Bank, Any] | None
+    bank: BankState | None
 
 
 class ContextModel(nn.Module):
-    """HPCM's hierarchical progressive context model (paper section 3; official HPCM_Base.py, forward_hpcm)."""
+    """HPCM's hierarchical progressive context model (paper section 3; official HPCM_Base.py, forward_hpcm).
+
+    In train mode no tensor is overwritten, so that gradients reach everything. In eval mode y_hat, the context of each
+    scale and the state are updated in place.
+    """
 
     def __init__(self, config: HPCMConfig, banks: nn.ModuleDict, state: Carry | None = None) -> None:
         """banks: memory banks of some of the scales "s1", "s2" and "s3". state: for the mode `state`, else None."""
@@ -181,7 +193,7 @@ class ContextModel(nn.Module):
         self.adaptor_s1, self.adaptor_s2, self.adaptor_s3 = adaptors(1), adaptors(3), adaptors(6)
         self.prior_s1_s2 = SpatialPrior(width, both + config.state_width, config.prior_s1_s2)
         self.prior_s3 = SpatialPrior(width, both + config.state_width, config.prior_s3)
-        self.quant_steps = nn.ModuleList(RateTable(torch.ones(config.anchors), width) for _ in range(10))
+        self.quant_steps = nn.ModuleList(QualityTable(torch.ones(config.anchors), width) for _ in range(10))
         self.attn_s1, self.attn_s2, self.attn_s3 = map(attention, config.windows)
         self.context_net = nn.ModuleList(conv1x1(both, both) for _ in range(2))
         self.banks = banks
@@ -189,19 +201,17 @@ class ContextModel(nn.Module):
     def forward(self, hyper: Tensor, quality: Tensor, coder: Coder) -> Tensor:
         """Code all steps of the schedule in order.
 
-        hyper: (B, 2M, H, W), the scales and means that h_s predicts, where H and W are multiples of 4. quality: (B,).
-        Returns y_hat (B, M, H, W).
+        hyper: (B, 2M, H, W), the scales and means that h_s predicts, where H and W are multiples of 4. The caller hands
+        it over: in eval mode, the context of s3 overwrites it. quality: (B,). Returns y_hat (B, M, H, W).
         """
-        # Without gradients, y_hat, the context of each scale and the state are updated in place, and hyper is
-        # overwritten by the context of s3.
         rows = [table(quality) for table in self.quant_steps]
 
-        hyper_s2 = _halves(S2.down, hyper)
-        context = _halves(S1.down, hyper_s2)
+        hyper_s2 = _halves(S2, hyper, self.training)
+        context = _halves(S1, hyper_s2, self.training)
         y_hat = torch.zeros_like(context[:, : context.shape[1] // 2])
-        y_hat = _code(STEPS_S1[0], context, y_hat, coder)
+        y_hat = self._code(STEPS_S1[0], context, y_hat, coder)
         state = None if self.state is None else self.state.start(context)
-        known = Known(context, y_hat, state, self._memory("s1", quality, None))
+        known = Known(context, y_hat, state, self._bank("s1", quality, None))
         known = self._scale(STEPS_S1[1:], known, coder, self.adaptor_s1, self.prior_s1_s2, rows[:1], self.attn_s1)
 
         if self.displaced_s2:
@@ -224,45 +234,69 @@ class ContextModel(nn.Module):
         attention: CrossAttentionCell | None,
     ) -> Known:
         """Run those steps of one scale that use networks. Returns what is known after them."""
-        context_next, y_hat, state, memory = known
+        context_next, y_hat, state, bank = known
         replaced = None
         for step, adaptor, quant_step in zip(steps, adaptors, quant_steps, strict=True):
-            seen, memory = _remember(memory, replaced, context_next, before_prior=True)
+            seen, bank = _remember(bank, replaced, context_next, before_prior=True)
             predict = partial(_predict, prior, adaptor, quant_step)
             inputs = (seen, y_hat) if state is None else (seen, y_hat, state)
-            context = in_strips(predict, *inputs, halo=prior.halo)
+            context = in_strips(predict, *inputs, halo=prior.halo, whole=self.training)
             if self.state is not None and state is not None:
-                context, state = self.state.write(state, context)
-            y_hat = _code(step, context, y_hat, coder)
+                write = self.state.write if self.training else self.state.write_
+                context, state = write(state, context)
+            y_hat = self._code(step, context, y_hat, coder)
             if step is STEPS_S3[-1]:
                 break
             replaced = context_next
             if attention is None:
                 context_next = context
             else:
-                plane = context_next if memory is None else None
                 # The strips are smaller here, since query, key, value and their products take ten times the memory of
                 # the plane.
-                attend = partial(in_strips, attention, halo=0, unit=attention.window, positions=POSITIONS // 4)
-                context_next = attend(context, context_next, into=plane)
+                context_next = in_strips(
+                    attention,
+                    context,
+                    context_next,
+                    halo=0,
+                    unit=attention.window,
+                    positions=POSITIONS // 4,
+                    into=context_next if bank is None else None,
+                    whole=self.training,
+                )
             del context
-            context_next, memory = _remember(memory, replaced, context_next, before_prior=False)
-        return Known(context_next, y_hat, state, memory)
+            context_next, bank = _remember(bank, replaced, context_next, before_prior=False)
+        return Known(context_next, y_hat, state, bank)
 
     def _finer(
         self, known: Known, scale: str, quality: Tensor, lattice: Lattice, hyper: Tensor, mix: nn.Module
     ) -> Known:
         """Transfer what is known to the next lattice, `scale`.
 
-        hyper: (B, 2M, 2h, 2w), the scales and means from h_s on that lattice.
+        hyper: (B, 2M, 2h, 2w), the scales and means from h_s on that lattice. In eval mode they are overwritten.
         """
-        context = _mixed(mix, _put(lattice, hyper, known.context_next))
+        pairs = list(zip(hyper.chunk(2, dim=1), known.context_next.chunk(2, dim=1), strict=True))
+        if self.training:
+            context = mix(torch.cat([lattice.put(fine, coarse) for fine, coarse in pairs], dim=1))
+        else:
+            for fine, coarse in pairs:
+                lattice.put_(fine, coarse)
+            context = in_strips(mix, hyper, halo=0, into=hyper)
         state = known.state
         if self.state is not None and state is not None:
             state = self.state.finer(state)
-        return Known(context, lattice.up(known.y_hat), state, self._memory(scale, quality, known.memory))
+        y_hat = lattice.up(known.y_hat, self.training)
+        return Known(context, y_hat, state, self._bank(scale, quality, known.bank))
 
-    def _memory(self, scale: str, quality: Tensor, before: tuple[Bank, Any] | None) -> tuple[Bank, Any] | None:
+    def _code(self, step: Step, context: Tensor, y_hat: Tensor, coder: Coder) -> Tensor:
+        """Code the latents of one step, and return y_hat (B, M, h, w) with them at their positions.
+
+        In eval mode, that is `y_hat` itself.
+        """
+        scales, means = (step.select(half, self.training) for half in context.chunk(2, dim=1))
+        put = step.put if self.training else step.put_
+        return put(y_hat, coder.code(step, scales, means))
+
+    def _bank(self, scale: str, quality: Tensor, before: BankState | None) -> BankState | None:
         """The bank of a scale and the state it starts with, or None if the scale has no bank."""
         if scale not in self.banks:
             return None
@@ -271,19 +305,19 @@ class ContextModel(nn.Module):
 
 
 def _remember(
-    memory: tuple[Bank, Any] | None, replaced: Tensor | None, context: Tensor, before_prior: bool
-) -> tuple[Tensor, tuple[Bank, Any] | None]:
+    bank: BankState | None, replaced: Tensor | None, context: Tensor, before_prior: bool
+) -> tuple[Tensor, BankState | None]:
     """Write the replaced context to the bank, and combine the new one with what is read from it.
 
-    Returns the combined context and the memory. before_prior: whether this call is just before the prior (or after
-    attention). A bank does something in only one of the two places, and nothing in the other.
+    Returns the combined context and the bank with its new state. before_prior: whether this call is just before the
+    prior (or after attention). A bank does something in only one of the two places, and nothing in the other.
     """
-    if memory is None or memory[0].before_prior != before_prior:
-        return context, memory
-    bank, state = memory
+    if bank is None or bank[0].before_prior != before_prior:
+        return context, bank
+    module, state = bank
     if replaced is not None:
-        state = bank.write(state, replaced)
-    return bank.read(state, context), (bank, state)
+        state = module.write(state, replaced)
+    return module.read(state, context), (module, state)
 
 
 def _predict(prior: SpatialPrior, adaptor: nn.Module, quant_step: Tensor, *known: Tensor) -> Tensor:
@@ -294,30 +328,9 @@ def _predict(prior: SpatialPrior, adaptor: nn.Module, quant_step: Tensor, *known
     return prior(adaptor(torch.cat(known, dim=1)), quant_step)
 
 
-def _code(step: Step, context: Tensor, y_hat: Tensor, coder: Coder) -> Tensor:
-    """Code the latents of one step, and return y_hat (B, M, h, w) with them at their positions."""
-    scales, means = context.chunk(2, dim=1)
-    return step.put(y_hat, coder.code(step, step.select(scales), step.select(means)))
-
-
-def _mixed(convolution: nn.Module, context: Tensor) -> Tensor:
-    """1x1 convolution of a context (B, 2M, h, w)."""
-    return in_strips(convolution, context, halo=0, into=context)
-
-
-def _halves(move: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`move` applied to the scales and to the means half of x (B, 2M, H, W)."""
-    return torch.cat([move(half) for half in x.chunk(2, dim=1)], dim=1)
-
-
-def _put(lattice: Lattice, hyper: Tensor, context: Tensor) -> Tensor:
-    """Hyper parameters on the finer lattice, with the context in place of those at positions coded so far.
-
-    Without gradients, `hyper` is overwritten and returned; with gradients, the result is a copy.
-    """
-    pairs = zip(hyper.chunk(2, dim=1), context.chunk(2, dim=1), strict=True)
-    halves = [lattice.put(fine, coarse) for fine, coarse in pairs]
-    return torch.cat(halves, dim=1) if torch.is_grad_enabled() else hyper
+def _halves(lattice: Lattice, x: Tensor, masked: bool) -> Tensor:
+    """The scales and the means half of x (B, 2M, H, W) on the lattice: (B, 2M, H/2, W/2)."""
+    return torch.cat([lattice.down(half, masked) for half in x.chunk(2, dim=1)], dim=1)
 
 
 def _displaced(hyper: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def _passed(grad: Tensor, x: Tensor, bound: float) -> Tensor:
 
 def lower_bound(x: Tensor, bound: float) -> Tensor:
     """max(x, bound) with the gradient that the official code uses (base.py, LowerBound)."""
-    return _LowerBound.apply(x, bound)
+    return _LowerBound.apply(x, bound)  # type: ignore[no-untyped-call]
 
 
 class _Likelihood(torch.autograd.Function):
@@ -77,7 +77,7 @@ def likelihood(residual: Tensor, scales: Tensor) -> Tensor:
     two values of the tail on the interval's own side, so that small probabilities are not lost to rounding. The bounds
     of scale and likelihood have the gradient of `lower_bound`.
     """
-    return _Likelihood.apply(residual, scales)
+    return _Likelihood.apply(residual, scales)  # type: ignore[no-untyped-call]
 
 
 def bits(likelihoods: Tensor) -> Tensor:

@@ -28,16 +28,20 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Pointwise(nn.Conv2d):
-    """1x1 convolution. Without gradients it runs in the type of its weights, whatever the type of its input."""
+    """1x1 convolution. In eval mode it runs in the type of its weights, whatever the type of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, C', H, W)."""
-        if torch.is_grad_enabled():  # as a product of matrices: convolutions are up to 3 times as slow on a CPU
-            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        if self.training:
+            return self.as_matmul(x)
         return pointwise(x.to(self.weight.dtype), self.weight, self.bias)
 
+    def as_matmul(self, x: Tensor) -> Tensor:
+        """As `forward`, computed as a matrix product: forward and backward are up to 3 times as fast on a CPU."""
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
-def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
+
+def conv1x1(inputs: int, outputs: int) -> Pointwise:
     """Pointwise convolution."""
     return Pointwise(inputs, outputs, 1)
 
@@ -69,7 +73,8 @@ class PartialConv(nn.Module):
 class ResidualBlock(nn.Module):
     """The common base of PConvRB and DWConvRB: x + 1x1(LeakyReLU(1x1(spatial(x)))).
 
-    wide: without gradients, strips of rows are computed such that the wide middle layer has about so many numbers.
+    wide: in eval mode, strips of rows are computed such that the wide middle layer has about so many numbers.
+    spatial: must give a new tensor, since the result overwrites it in eval mode.
     """
 
     def __init__(self, channels: int, spatial: nn.Module, ratio: int) -> None:
@@ -83,7 +88,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W); the result has the same shape."""
         mixed = self.spatial(x)
-        if torch.is_grad_enabled():
+        if self.training:
             # Not in place: autograd would then copy the tensors before and after the operation.
             return x + self.project(F.leaky_relu(self.expand(mixed), SLOPE))
         rows = max(1, self.wide // (self.expand.out_channels * len(x) * x.shape[3]))
@@ -111,7 +116,7 @@ class DWConvRB(ResidualBlock):
 
 
 def in_bfloat16(network: nn.Module) -> None:
-    """Convert the inner 1x1 convolutions of residual blocks to bfloat16, in which they run without gradients.
+    """Convert the inner 1x1 convolutions of residual blocks to bfloat16, in which they run in eval mode.
 
     Values between the blocks stay in float32. Latents reach values of a hundred quantiser steps, which the 8 bits of
     bfloat16 cannot hold to half a step.
@@ -123,7 +128,7 @@ def in_bfloat16(network: nn.Module) -> None:
 
 
 def anchor_weights(quality: Tensor, anchors: int) -> Tensor:
-    """Weights (B, anchors) that interpolate linearly between the two rate anchors around each quality (B,) in 0..63."""
+    """Weights (B, anchors) of linear interpolation between the two quality anchors around a quality (B,) in 0..63."""
     if anchors == 1:
         return torch.ones_like(quality)[:, None]
     position = quality * ((anchors - 1) / (QUALITIES - 1))
@@ -131,8 +136,8 @@ def anchor_weights(quality: Tensor, anchors: int) -> Tensor:
     return (1 - distance).clamp_(min=0)
 
 
-class RateTable(nn.Module):
-    """One number per channel that depends on the quality. It is learned at the rate anchors and linear in between."""
+class QualityTable(nn.Module):
+    """One number per channel that depends on the quality. Learned at the quality anchors, and linear in between."""
 
     def __init__(self, anchors: Tensor, channels: int) -> None:
         """anchors: (A,), the initial numbers at the anchors, alike for all channels."""

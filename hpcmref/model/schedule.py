@@ -10,6 +10,10 @@ In every step, exactly one channel group is coded at each position of the step's
 a tensor (B, C/G, h, w), and a small table says which group belongs to which position. Source: official
 src/models/base.py (get_mask_for_s2, get_mask_for_rec_s2, get_mask_two_parts, get_mask_four_parts,
 get_mask_eight_parts).
+
+Some functions have two implementations that give the same values. One moves values by strides and indices, and is the
+faster one. The other (`masked`) multiplies whole planes by 0 and 1. Its backward pass is several times as fast, so
+training uses it. `put` returns a new tensor, and `put_` overwrites its first argument.
 """
 
 from collections.abc import Sequence
@@ -30,9 +34,9 @@ class Lattice:
 
     phases: tuple[tuple[int, int], ...]
 
-    def down(self, x: Tensor) -> Tensor:
+    def down(self, x: Tensor, masked: bool = False) -> Tensor:
         """Take the values on the lattice: x (B, C, H, W) -> (B, C, H/2, W/2)."""
-        if torch.is_grad_enabled():
+        if masked:
             cells = _cells(x)
             return _planes((cells * self._taken(cells)).sum((2, 4)))
         groups = x.chunk(len(self.phases), dim=1)
@@ -41,26 +45,25 @@ class Lattice:
         )
 
     def put(self, x: Tensor, values: Tensor) -> Tensor:
-        """Replace the values of x (B, C, H, W) on the lattice by `values` (B, C, H/2, W/2).
+        """A copy of x (B, C, H, W) with `values` (B, C, H/2, W/2) on the lattice."""
+        cells = _cells(x)
+        return _joined(torch.where(self._taken(cells), _rows(values)[:, :, None, :, None], cells))
 
-        Without gradients, x is overwritten and returned; with gradients, the result is a copy.
-        """
-        if torch.is_grad_enabled():
-            cells = _cells(x)
-            return _joined(torch.where(self._taken(cells), _rows(values)[:, :, None, :, None], cells))
+    def put_(self, x: Tensor, values: Tensor) -> Tensor:
+        """As `put`, but x itself is overwritten and returned."""
         size = x.shape[1] // len(self.phases)
         for group, (row, col) in enumerate(self.phases):
             channels = slice(group * size, (group + 1) * size)
             x[:, channels, row::2, col::2] = values[:, channels]
         return x
 
-    def up(self, values: Tensor) -> Tensor:
+    def up(self, values: Tensor, masked: bool = False) -> Tensor:
         """Values (B, C, H/2, W/2) on the finer lattice (B, C, H, W), zero elsewhere."""
-        if torch.is_grad_enabled():
+        if masked:
             cells = _rows(values)[:, :, None, :, None]
             return _joined(cells * self._taken(cells))
         batch, channels, height, width = values.shape
-        return self.put(_zeros(values, batch, channels, 2 * height, 2 * width), values)
+        return self.put_(_zeros(values, batch, channels, 2 * height, 2 * width), values)
 
     def _taken(self, cells: Tensor) -> Tensor:
         """Which values of cells (..., C) are on the lattice: (2, 1, 2, C) bool."""
@@ -95,23 +98,24 @@ class Step:
         tile = (torch.full_like(places, packed) >> 3 * places).bitwise_and_(7).view(side, side)
         return tile.repeat(-(-height // side), -(-width // side))[:height, :width]
 
-    def select(self, x: Tensor) -> Tensor:
+    def select(self, x: Tensor, masked: bool = False) -> Tensor:
         """Take the values of x (B, C, h, w) that this step codes: (B, C/G, h, w)."""
-        if torch.is_grad_enabled():
+        if masked:
             groups = _rows(x).unflatten(3, (self.groups, -1))
             return _planes((groups * self._mask(groups)).sum(3))
         grouped = x.unflatten(1, (self.groups, -1))
         return grouped.gather(1, self._index(grouped.shape, x.device)).squeeze(1)
 
     def put(self, x: Tensor, values: Tensor) -> Tensor:
-        """Replace the values of x (B, C, h, w) that this step codes by `values` (B, C/G, h, w).
+        """A copy of x (B, C, h, w) in which `values` (B, C/G, h, w) replace those that this step codes.
 
-        This is the inverse of `select`. Without gradients, x is overwritten and returned; with gradients, the result is
-        a copy.
+        This is the inverse of `select`.
         """
-        if torch.is_grad_enabled():
-            groups = _rows(x).unflatten(3, (self.groups, -1))
-            return _planes(torch.where(self._mask(groups), _rows(values)[:, :, :, None], groups).flatten(3))
+        groups = _rows(x).unflatten(3, (self.groups, -1))
+        return _planes(torch.where(self._mask(groups), _rows(values)[:, :, :, None], groups).flatten(3))
+
+    def put_(self, x: Tensor, values: Tensor) -> Tensor:
+        """As `put`, but x itself is overwritten and returned."""
         grouped = x.unflatten(1, (self.groups, -1))
         grouped.scatter_(1, self._index(grouped.shape, x.device), values.unsqueeze(1))
         return x
@@ -197,10 +201,10 @@ STEPS_S3 = tuple(
 STEPS = (*STEPS_S1, *STEPS_S2, *STEPS_S3)
 
 
-def lattices(y: Tensor) -> dict[int, Tensor]:
+def lattices(y: Tensor, masked: bool = False) -> dict[int, Tensor]:
     """y (B, C, H, W) on the lattices of the scales 1, 2 and 3."""
-    s2 = S2.down(y)
-    return {1: S1.down(s2), 2: s2, 3: y}
+    s2 = S2.down(y, masked)
+    return {1: S1.down(s2, masked), 2: s2, 3: y}
 
 
 def displaced_source(channels: int, height: int, width: int, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ def in_strips(
     unit: int = 1,
     positions: int = POSITIONS,
     into: Tensor | None = None,
+    whole: bool = False,
 ) -> Tensor:
     """function(*inputs), computed in strips of about `positions` positions if the inputs have more.
 
@@ -27,13 +28,14 @@ def in_strips(
     a unit is `unit` rows. Strips begin at multiples of a unit. Then strips give the same result as the whole image,
     except for the order of float sums.
 
-    into: a tensor of the shape and type of the result, into which the strips are written. If halo is 0, it may be one
-    of the inputs.
+    into: a tensor of the shape and type of the result, which strips overwrite. If halo is 0, it may be one of the
+    inputs.
+    whole: compute everything at once, whatever the size, and overwrite nothing, as gradients need it.
     """
     height, width = inputs[0].shape[2:]
     units = -(-height // unit)
     step = max(1, positions // (unit * width))
-    if step >= units or torch.is_grad_enabled():
+    if whole or step >= units:
         return function(*inputs)
     for start in range(0, units, step):
         stop = min(start + step, units)

@@ -122,7 +122,7 @@ def _set_leading(target: Tensor, values: Tensor) -> None:
 
 
 def _dct_basis() -> tuple[Tensor, Tensor]:
-    """The 192 frequencies (u, v, colour) in the order of rising cost, and the basis (192, 192).
+    """The 192 frequencies (u, v, colour) from the most significant one on, and the basis (192, 192).
 
     The basis is for the channels that PixelUnshuffle makes from pixels.
     """
@@ -134,12 +134,12 @@ def _dct_basis() -> tuple[Tensor, Tensor]:
     basis = torch.einsum("kc,ur,vs->kuvcrs", colours, cosines, cosines).reshape(3 * BLOCK**2, 3 * BLOCK**2)
     colour, u, v = torch.meshgrid(position[:3], position, position, indexing="ij")
     frequencies = torch.stack((u.flatten(), v.flatten(), colour.flatten()), dim=1)
-    order = _cost(frequencies).argsort(stable=True)
+    order = _insignificance(frequencies).argsort(stable=True)
     return frequencies[order], basis[order].float()
 
 
 def _haar_basis(frequencies: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` outputs of lowest cost of the Haar steps of all frequencies.
+    """The `count` most significant outputs of the Haar steps of all frequencies.
 
     Returns their source channels (count,) and kernels (count, 2, 2).
     """
@@ -148,12 +148,12 @@ def _haar_basis(frequencies: Tensor, count: int) -> tuple[Tensor, Tensor]:
     shift = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=torch.float64)
     doubled = frequencies[:, None].repeat(1, 4, 1)
     doubled[:, :, :2] = 2 * doubled[:, :, :2] + shift
-    kept = _cost(doubled.reshape(-1, 3)).argsort(stable=True)[:count]
+    kept = _insignificance(doubled.reshape(-1, 3)).argsort(stable=True)[:count]
     return kept // 4, kernels[kept % 4]
 
 
-def _cost(frequencies: Tensor) -> Tensor:
-    """The cost of a frequency, which is the higher the less the frequency matters.
+def _insignificance(frequencies: Tensor) -> Tensor:
+    """A number that is the higher, the less a frequency matters.
 
     It is the radius for luma, and 2.2 times the radius plus 1.5 for chroma; both numbers are from a prototype.
     """

@@ -1,1 +1,1 @@
-"""Image files and pixels: reading, writing and metadata. Knows nothing of models."""
+"""Image files and pixels: reading, writing and metadata. Nothing here depends on models."""

@@ -1,4 +1,4 @@
-"""The metadata of a file in words: the camera, the date, whether it says a place, and every tag of EXIF."""
+"""Describe the metadata of a file as text: the camera, the date, whether there is a location, and every tag of EXIF."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _LONGEST = 200
 
 
 def described(extras: Extras) -> dict[str, str]:
-    """What there is of: camera, date, software, location ("yes"), resolution, and each text by its keyword."""
+    """Describe metadata as text.
+
+    Keys are "camera", "date", "software", "location" (value "yes"), "resolution", and "text KEYWORD" for each text.
+    Items that do not exist are left out.
+    """
     tags = _directories(extras.exif)
     main, details = tags.get("", {}), tags.get("Exif", {})
     words = {
@@ -32,7 +36,7 @@ def described(extras: Extras) -> dict[str, str]:
 
 
 def exif_lines(data: bytes | None) -> list[tuple[str, str]]:
-    """Every tag of EXIF data that Pillow can read: its name, with that of its directory, and its value in one line."""
+    """Return name and value (one line) of every EXIF tag that Pillow can read. Names begin with the directory."""
     found = []
     for directory, tags in _directories(data).items():
         names: Any = ExifTags.GPSTAGS if directory == "GPS" else ExifTags.TAGS
@@ -44,11 +48,11 @@ def exif_lines(data: bytes | None) -> list[tuple[str, str]]:
 
 
 def _directories(data: bytes | None) -> dict[str, dict[int, Any]]:
-    """Tags and values by directory: the first ("") and those of Exif and GPS."""
+    """Return tags and values by directory: the main directory (""), "Exif" and "GPS"."""
     if data is None or not exif.is_bounded(data):
         return {}
     tags = Image.Exif()
-    with contextlib.suppress(Exception):  # whatever damaged bytes lead Pillow to
+    with contextlib.suppress(Exception):  # damaged bytes can make Pillow raise any exception
         tags.load(exif.PREFIX + data)
     found: dict[str, dict[int, Any]] = {}
     for name, read in _readers(tags):
@@ -64,7 +68,7 @@ def _readers(tags: Image.Exif) -> Iterator[tuple[str, Any]]:
 
 
 def _has_location(extras: Extras, tags: dict[str, dict[int, Any]]) -> bool:
-    """A place is named by EXIF, or by what would be left out of XMP, IPTC and text to hide it."""
+    """Return whether the metadata names a location: in EXIF, or in what `privacy.without` would remove elsewhere."""
     bare = without(extras, ("location",))
     return bool(tags.get("GPS")) or any(
         getattr(bare, name) != getattr(extras, name) for name in ("xmp", "iptc", "text")
@@ -72,13 +76,13 @@ def _has_location(extras: Extras, tags: dict[str, dict[int, Any]]) -> bool:
 
 
 def _joined(make: Any, model: Any) -> str:
-    """Maker and model, without the maker twice."""
+    """Join maker and model. Some models begin with the name of the maker, which is then not repeated."""
     first, second = _word(make), _word(model)
     return second if second.startswith(first) else f"{first} {second}".strip()
 
 
 def _word(value: Any) -> str:
-    """A value in one printable line of at most 200 characters."""
+    """Format a value as one printable line of at most 200 characters."""
     if value is None:
         return ""
     if isinstance(value, bytes):

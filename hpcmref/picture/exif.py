@@ -1,8 +1,8 @@
-"""What must change in EXIF data when its image is turned upright? The orientation, and the thumbnail.
+"""Edit EXIF data in place: set the orientation to upright, remove the thumbnail or the location, and limit its size.
 
 EXIF is a small TIFF file: a header of 8 bytes, and directories (IFDs) of entries of 12 bytes that point into the rest.
-Some of its pointers are known only to the maker of the camera, so every byte stays where it is, and the few that say
-something wrong are overwritten.
+The maker note may contain pointers whose format only the maker of the camera knows. So bytes are never moved, and those
+that must change are overwritten.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import struct
 from typing import BinaryIO
 
 PREFIX = b"Exif\0\0"
-"""What JPEG puts in front of EXIF data."""
+"""The bytes before EXIF data in JPEG files."""
 
 # Description, make, model, resolution, software, date, artist, host, copyright, and the directories of EXIF and GPS.
 TAGS = frozenset(
     (0x010E, 0x010F, 0x0110, 0x011A, 0x011B, 0x0128, 0x0131, 0x0132, 0x013B, 0x013C, 0x8298, 0x8769, 0x8825)
 )
-"""Tags of the first directory that do not say how a TIFF file stores its pixels."""
+"""Tags of the main directory that do not describe how a TIFF file stores its pixels."""
 DIRECTORIES = (0x8769, 0x8825)
-"""Those of EXIF and GPS."""
+"""The tags that point to the directories of EXIF and GPS."""
 
 MAX_ENTRIES = 4096
-"""Entries in all directories; cameras write some hundreds."""
+"""The most entries in all directories together. Cameras write some hundreds."""
 _MAX_OUTSIDE = 16
 _BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _LINKS = (0x8769, 0x8825, 0xA005, 0x014A)
@@ -38,10 +38,12 @@ _ENTRY_BYTES = 12
 
 
 def upright(exif: bytes) -> bytes:
-    """EXIF data whose orientation, if it has one, is 1, and without the thumbnail, which often weighs more than a file
-    of ours: its directory is unlinked and its bytes are zero.
+    """Return EXIF data with the orientation 1 (upright) and without the thumbnail.
 
-    exif: with or without PREFIX; the result is without. Raises ValueError if it is damaged.
+    The thumbnail often takes more bytes than the rest of an encoded file. Its directory is unlinked, and its bytes are
+    set to 0.
+
+    exif: with or without PREFIX; the result has no PREFIX. Raises ValueError if it is damaged.
     """
     data = bytearray(exif.removeprefix(PREFIX).removeprefix(PREFIX))  # some programs write it twice
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(data[:4]))
@@ -63,7 +65,7 @@ def upright(exif: bytes) -> bytes:
 
 
 def without_location(exif: bytes) -> bytes:
-    """EXIF data (without PREFIX) without its GPS directory and maker note; their bytes are zero.
+    """Return EXIF data (without PREFIX) without its GPS directory and maker note, whose bytes are set to 0.
 
     Raises ValueError if it is damaged.
     """
@@ -86,7 +88,10 @@ def without_location(exif: bytes) -> bytes:
 
 
 def _values(data: bytearray, offset: int, order: str) -> dict[int, tuple[int, int]]:
-    """Of each tag in the directory at `offset`: the length of its value, and the value or where it is."""
+    """Return the length of the value and the value (or its position, if it is longer than 4 bytes) of each tag.
+
+    offset: the position of the directory. order: the byte order for `struct`.
+    """
     values = {}
     for entry in _directory(data, offset, order)[0]:
         tag, form, count, value = struct.unpack_from(order + "HHII", data, entry)
@@ -95,7 +100,7 @@ def _values(data: bytearray, offset: int, order: str) -> dict[int, tuple[int, in
 
 
 def _remove(data: bytearray, offset: int, order: str, tag: int) -> None:
-    """Take every entry with this tag out of the directory at `offset`, and overwrite its value with zeros."""
+    """Remove every entry with this tag from the directory at `offset`, and overwrite its value with zeros."""
     while tag in (values := _values(data, offset, order)):
         length, value = values[tag]
         if length > 4:
@@ -111,10 +116,11 @@ def _remove(data: bytearray, offset: int, order: str, tag: int) -> None:
 
 
 def is_bounded(exif: bytes | BinaryIO) -> bool:
-    """Reading the directories of EXIF data, or of a TIFF file, takes no more memory than their own bytes suggest.
+    """Return whether a parser can read the directories of EXIF data, or of a TIFF file, without using much memory.
 
-    Values may not overlap so much that together they are longer than the data, there are at most MAX_ENTRIES entries,
-    and only a few may point outside: a parser that copies each value is safe then.
+    A parser copies each value. So all values together must not be longer than the data, there may be at most
+    MAX_ENTRIES entries, and at most 16 values may lie outside of the data. Data that no parser would read counts as
+    bounded.
     """
     file = io.BytesIO(exif.removeprefix(PREFIX).removeprefix(PREFIX)) if isinstance(exif, bytes) else exif
     size = file.seek(0, io.SEEK_END)
@@ -122,7 +128,7 @@ def is_bounded(exif: bytes | BinaryIO) -> bool:
     head = file.read(8)
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(head[:4])
     if order is None or len(head) < 8:
-        return True  # nothing that would be parsed
+        return True  # it would not be parsed
     open_links, seen = [struct.unpack(order + "I", head[4:])[0]], set()
     entries = outside = total = 0
     while open_links:
@@ -151,7 +157,7 @@ def is_bounded(exif: bytes | BinaryIO) -> bool:
 
 
 def _directory(data: bytearray, offset: int, order: str) -> tuple[range, int]:
-    """Where the entries of the directory at `offset` are, and where the link to the next directory is."""
+    """Return the positions of the entries of the directory at `offset`, and of the link to the next directory."""
     (count,) = struct.unpack_from(order + "H", data, offset)
     link = offset + 2 + _ENTRY_BYTES * count
     return range(offset + 2, link, _ENTRY_BYTES), link

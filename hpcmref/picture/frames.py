@@ -1,4 +1,4 @@
-"""Frames and pages of an image file."""
+"""Find the frames and pages of an image file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from PIL import Image
 
 
 def frames_of(image: Image.Image) -> list[int]:
-    """The numbers, from 1, of the frames of an image just opened; it is at the first again afterwards.
+    """Return the numbers, from 1, of the frames of an image that has just been opened, and go back to the first.
 
-    The later images of an MPO may be thumbnails and gain maps, which cameras append to a JPEG: only those of the size
-    of the first count, and none if its XMP announces a gain map.
+    An MPO file is a JPEG to which the camera has appended other images, often thumbnails or a gain map. Of them only
+    those count that are as large as the first, and none if its XMP announces a gain map.
     """
     count = int(getattr(image, "n_frames", 1))
     if image.format != "MPO" or count == 1:
@@ -20,7 +20,7 @@ def frames_of(image: Image.Image) -> list[int]:
     for index in range(count):
         try:
             image.seek(index)
-        except Exception:  # an offset that leads nowhere
+        except Exception:  # a wrong offset
             break
         if image.size == size:
             same.append(index + 1)

@@ -1,8 +1,8 @@
-"""How do image files become arrays of pixels, and arrays image files? Pillow in and out.
+"""Convert image files to arrays of pixels, and arrays to image files.
 
 file -- open_image --> Image -- picture_of --> (H, W, 3) uint8 and extras -- image_of --> Image -- save_image --> file
 
-| image | coded as | given back as |
+| image | coded as | decoded to |
 | --- | --- | --- |
 | L, RGB | themselves | themselves |
 | LA, RGBA, or any with transparency | L or RGB, and alpha without loss | LA or RGBA |
@@ -11,10 +11,10 @@ file -- open_image --> Image -- picture_of --> (H, W, 3) uint8 and extras -- ima
 | CMYK | RGB | CMYK, with as much black as possible |
 | P, YCbCr, LAB, HSV, 16 bits a channel | RGB or RGBA of 8 bits | RGB or RGBA |
 
-An RGB or RGBA image whose three channels are equal everywhere is coded as grey and given back as RGB or RGBA. Colours
-under fully transparent pixels are replaced by a smooth continuation of the visible ones, unless they are to be kept. A
-palette is not given back: the decoded colours are near to its colours, not among them. Which numbers of an image with
-more than 8 bits are black and white: see `hpcmref.picture.ranges`.
+An RGB or RGBA image whose three channels are equal everywhere is coded as grey and decoded to RGB or RGBA. Colours of
+fully transparent pixels are replaced by a smooth continuation of the visible ones, unless the caller keeps them. A
+palette is not restored, because decoded colours are only near to those of the palette. `hpcmref.picture.ranges` defines
+which numbers are black and white in images of more than 8 bits.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from hpcmref.arguments import wrong_type
@@ -56,7 +57,7 @@ FORMATS = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "NPY": (".npy",),
 }
-"""Pillow's names of the formats that are written, and NPY for arrays of NumPy; the first suffix is the usual one."""
+"""The formats that are written, by Pillow's names, and NPY for arrays of NumPy. The first suffix is the default."""
 
 ALLOWED = (
     "AVIF",
@@ -78,13 +79,13 @@ ALLOWED = (
     "TIFF",
     "WEBP",
 )
-"""Pillow's names of the formats that are read, HEIF and JXL where their plugins have been imported. Each is decoded
-within this process: EPS, which starts Ghostscript, WMF and stubs that call other programs are never opened."""
+"""Pillow's names of the formats that are read; HEIF and JXL need plugins. All of them are decoded within this process.
+Formats that start other programs are never opened, such as EPS, which starts Ghostscript, WMF, and Pillow's stubs."""
 
 _EXIF_KEYS = ("exif", "Raw profile type exif", "Raw profile type APP1")
 _XMP_ORIENTATION = re.compile(rb"(tiff:Orientation(?:\s*=\s*[\"']|>)\s*)[0-9]")
 
-# EXIF orientation -> what turns the stored image upright; 1, or anything else, is upright already.
+# EXIF orientation -> the transposition that turns the stored image upright. With any other value, it is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -96,18 +97,18 @@ _TURNS = {
 }
 
 _SIDEWAYS = (5, 6, 7, 8)
-"""Orientations whose turns exchange width and height."""
+"""The orientations for which width and height are exchanged."""
 
 _pillow_limit = threading.Lock()
 
 
 def open_image(source: Path | BinaryIO, frame: int | None = None) -> Image.Image:
-    """One frame or page of an image file, with its pixels decoded and the file closed.
+    """Read one frame or page of an image file and decode its pixels.
 
-    frame: its number, from 1. None is the first, with a warning that says how many others are left out.
+    frame: its number, from 1. None means the first, with a warning if there are others.
 
-    Raises ImageError if the file cannot be read, is no image, is damaged, or has more
-    than MAX_PIXELS pixels or a side above MAX_SIDE; the latter before any pixel is decoded.
+    Raises ImageError if the file cannot be read, is not an image, is damaged, or has more than MAX_PIXELS pixels or a
+    side above MAX_SIDE. The size is checked before any pixel is decoded.
     """
     name = _name_of(source)
     with _reading(source, name) as file:
@@ -116,7 +117,7 @@ def open_image(source: Path | BinaryIO, frame: int | None = None) -> Image.Image
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """The image of a file, its header read and nothing else. Raises ImageError as `open_image`."""
+    """Open an image file, read only its header, and yield the image. Raises ImageError as `open_image` does."""
     with _reading(path, str(path)) as file:
         yield _opened(file, str(path))[1]
 
@@ -127,7 +128,7 @@ def _name_of(source: Path | BinaryIO) -> str:
 
 @contextlib.contextmanager
 def _reading(source: Path | BinaryIO, name: str) -> Iterator[BinaryIO]:
-    """The open file of a source; whatever goes wrong while it is read is an ImageError."""
+    """Open a source and yield the file. Exceptions in this context become ImageErrors that name the source."""
     try:
         if isinstance(source, Path):
             with source.open("rb") as file:
@@ -140,7 +141,7 @@ def _reading(source: Path | BinaryIO, name: str) -> Iterator[BinaryIO]:
         if (form := _unknown_format(source)) is not None:
             raise ImageError(f"cannot read {name}: {plugins.missing(form)}") from None
         raise ImageError(f"{name} is not an image of a kind that is read: {', '.join(_formats())}") from None
-    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
+    except Exception as error:  # damaged bytes can make Pillow's plugins raise any exception
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(f"cannot read {name}: {reason}") from error
 
@@ -149,26 +150,27 @@ def _reading(source: Path | BinaryIO, name: str) -> Iterator[BinaryIO]:
 class Picture:
     """An upright image, ready to be coded.
 
-    pixels: (H, W, 3) uint8; the three channels are equal if `grey`.
-    extras: everything else that is kept of it.
-    is_filled: colours under alpha 0 were replaced.
+    pixels: (H, W, 3) uint8. If `grey`, the three channels are equal.
+    extras: alpha, mode and metadata.
+    is_filled: the colours of pixels with alpha 0 have been replaced.
     """
 
-    pixels: np.ndarray
+    pixels: NDArray[Any]
     grey: bool
     extras: Extras
     is_filled: bool = False
 
 
-def picture_of(image: Image.Image | np.ndarray, keep_invisible: bool = False) -> Picture:
-    """What a file of ours holds of an image, or of an array (see `ranges.image_of_array`). Warns if anything is lost:
-    more than 8 bits, colours that are not RGB, damaged or huge metadata.
+def picture_of(image: Image.Image | NDArray[Any], keep_invisible: bool = False) -> Picture:
+    """Convert an image, or an array (see `ranges.image_of_array`), to the form in which it is coded.
 
-    keep_invisible: keep the colours of pixels whose alpha is 0, which are otherwise replaced by what is smallest.
+    keep_invisible: keep the colours of pixels whose alpha is 0. They are otherwise replaced, see `picture.invisible`.
 
-    Raises ImageError for numbers whose range is unknown, for an image that cannot be decoded, is closed, has no pixels
-    or more than the limits of the format, and for a lazily opened image of a format that is not on the list ALLOWED;
-    ArgumentTypeError for what is neither an image nor an array.
+    Warns of everything that is lost: more than 8 bits, colours that are not RGB, and damaged or too large metadata.
+
+    Raises ImageError for numbers whose range is unknown, for an image that cannot be decoded or is closed, for one
+    without pixels or above the limits of the format, and for a lazily opened image of a format outside ALLOWED. Raises
+    ArgumentTypeError for other objects.
     """
     if isinstance(image, np.ndarray):
         image = image_of_array(image)
@@ -178,7 +180,7 @@ def picture_of(image: Image.Image | np.ndarray, keep_invisible: bool = False) ->
     metadata = _metadata(image)
     colours, alpha, mode = _split(_upright(image))
     if colours.mode != image.mode and image.mode in ("LAB", "YCbCr", "HSV") and metadata.icc is not None:
-        metadata = replace(metadata, icc=None)  # it describes colours that are no more
+        metadata = replace(metadata, icc=None)  # the profile describes the colours before their conversion to RGB
     pixels = np.array(colours)
     is_filled = alpha is not None and not keep_invisible
     if alpha is not None and is_filled:
@@ -191,18 +193,18 @@ def picture_of(image: Image.Image | np.ndarray, keep_invisible: bool = False) ->
     return Picture(pixels, grey, replace(metadata, alpha=alpha, mode=mode), is_filled)
 
 
-def pixels_of(image: Image.Image) -> tuple[np.ndarray, bool]:
-    """The pixels of `picture_of`, and whether they are grey; warns if the image has transparency."""
+def pixels_of(image: Image.Image) -> tuple[NDArray[Any], bool]:
+    """Return the pixels (H, W, 3) uint8 of `picture_of`, and whether they are grey. Warns if there is transparency."""
     picture = picture_of(image)
     if picture.extras.alpha is not None and picture.extras.alpha.min() < 255:
         _warn("transparency is not kept")
     return picture.pixels, picture.grey
 
 
-def image_of(pixels: np.ndarray, grey: bool, extras: Extras | None = None) -> Image.Image:
-    """The image of pixels (H, W, 3) uint8, which for a grey one are averaged, in the mode that `extras` asks for.
+def image_of(pixels: NDArray[Any], grey: bool, extras: Extras | None = None) -> Image.Image:
+    """Make an image of pixels (H, W, 3) uint8 in the mode of `extras`, with its alpha and metadata.
 
-    Its `info` has the metadata, under Pillow's names where it has some (see `metadata.info_of`).
+    grey: use the rounded mean of the three channels. The metadata is stored in `info` (see `metadata.info_of`).
     """
     extras = extras or Extras()
     if grey:
@@ -224,25 +226,25 @@ def image_of(pixels: np.ndarray, grey: bool, extras: Extras | None = None) -> Im
 
 
 def fitting(width: int, height: int, side: int) -> tuple[int, int]:
-    """Width and height of the picture that fits a square of `side` pixels, never larger than it is."""
+    """Return the width and height of a picture that is scaled down to fit a square of `side` pixels, not enlarged."""
     factor = max(1.0, max(width, height) / side)
     return max(1, round(width / factor)), max(1, round(height / factor))
 
 
 def fitted(image: Image.Image, side: int) -> Image.Image:
-    """The image made to fit a square, with its info; of mode L instead of 1 if it is made smaller."""
+    """Scale an image down to fit a square of `side` pixels, and keep its `info`. If it is scaled, mode 1 becomes L."""
     size = fitting(image.width, image.height, side)
     if size == image.size:
         return image
     image = image.convert("L") if image.mode == "1" else image
-    gap = None if image.mode == "I;16" else 3.0  # Pillow cannot reduce it
+    gap = None if image.mode == "I;16" else 3.0  # Pillow cannot use reducing_gap with I;16
     small = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=gap)
     small.info = image.info
     return small
 
 
 def without_exif(image: Image.Image) -> Image.Image:
-    """The image, upright, without EXIF data in any form that Pillow knows; its info is a new dictionary."""
+    """Return the upright image without EXIF data. Its `info` is a new dictionary without any of Pillow's EXIF items."""
     turned = _upright(image)
     turned = turned.copy() if turned is image else turned
     turned.info = {name: value for name, value in image.info.items() if name not in _EXIF_KEYS}
@@ -250,14 +252,14 @@ def without_exif(image: Image.Image) -> Image.Image:
 
 
 def strip_only(image: Image.Image, parts: Collection[str]) -> Image.Image:
-    """The image, upright, without the named parts of its metadata (see `hpcmref.picture.privacy`)."""
+    """Return the upright image without the named parts of its metadata (see `hpcmref.picture.privacy`)."""
     bare = strip(image)
     bare.info.update(info_of(without(_metadata(image), parts)))
     return bare
 
 
 def strip(image: Image.Image) -> Image.Image:
-    """The image, upright, without any metadata."""
+    """Return the upright image without any metadata."""
     _load(image)
     bare = _upright(image).copy()
     bare.info = {name: value for name, value in bare.info.items() if name == "transparency"}
@@ -265,7 +267,7 @@ def strip(image: Image.Image) -> Image.Image:
 
 
 def format_of(path: Path) -> str:
-    """The format of FORMATS that the suffix of `path` asks for; raises ImageError if none does."""
+    """Return the format of FORMATS that has the suffix of `path`. Raises ImageError for an unknown suffix."""
     for form, suffixes in FORMATS.items():
         if path.suffix.lower() in suffixes:
             return form
@@ -280,8 +282,9 @@ def rendered(
     quality: int | None = None,
     background: tuple[int, int, int] | None = None,
 ) -> bytes:
-    """What a file of this name holds: the image in a format, by default that of the suffix; see `render`.
+    """Return the bytes of an image file. See `render` for the other arguments.
 
+    path: names the file in messages, and its suffix gives the format. form: another format than that of the suffix.
     Raises ImageError if the suffix is unknown or the format cannot hold the image, and ConfigError as `render` does.
     """
     form = form or format_of(path)
@@ -292,7 +295,7 @@ def rendered(
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write the image whole or not at all; warns and fails as `rendered` and `atomic_write`."""
+    """Write an image file, completely or not at all. Raises the errors of `rendered` and `atomic_write`."""
     atomic_write(path, rendered(image, path))
 
 
@@ -307,16 +310,16 @@ def _frame(file: BinaryIO, name: str, frame: int | None) -> Image.Image:
     else:
         image.seek(frame - 1)
         _check_size(image, name)
-    # Pillow has no mode for colours of 16 bits and drops the lower 8 while it reads them.
+    # Pillow has no mode for colours of 16 bits a channel, and drops the lower 8 bits when it reads them.
     if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not is_wide(image):
         _warn(f"{name} has 16 bits a channel, and 8 are kept")
     image = keyed(image, file)
     image.load()
     _note_colour_space(image, file)
     found = _exif(image)
-    if image.format == "TIFF":  # which reads EXIF from the file, which is closed soon; Pillow remembers it
+    if image.format == "TIFF":  # Pillow reads EXIF only when it is asked for, and the file will be closed by then
         for directory in exif.DIRECTORIES:
-            with contextlib.suppress(Exception):  # damaged; the rest may be of use
+            with contextlib.suppress(Exception):  # one damaged directory must not cost the others
                 found.get_ifd(directory)
     return image
 
@@ -330,7 +333,10 @@ def _check_size(image: Image.Image, name: str) -> None:
 
 
 def _opened(file: BinaryIO, name: str) -> tuple[BinaryIO, Image.Image]:
-    """An image whose header has been read, and the file that its pixels will be read from."""
+    """Open an image, and return it with the file that its pixels will be read from.
+
+    If Pillow refuses a PNG file because of long text, it is opened again without text.
+    """
     if not exif.is_bounded(file):
         raise ImageError(f"cannot read {name}: its directory of tags describes more data than the file has")
     for attempt in (file, None):
@@ -349,7 +355,7 @@ def _opened(file: BinaryIO, name: str) -> tuple[BinaryIO, Image.Image]:
 
 
 def _without_text(png: bytes) -> bytes:
-    """The PNG file without the chunks of text."""
+    """Return a PNG file without its chunks of text."""
     parts, position = [png[:8]], 8
     while position + 12 <= len(png):
         end = position + 12 + int.from_bytes(png[position : position + 4], "big")
@@ -360,8 +366,9 @@ def _without_text(png: bytes) -> bytes:
 
 
 def _note_colour_space(image: Image.Image, file: BinaryIO) -> None:
-    """Put the cICP chunk of a PNG file into `info`, where Pillow does not, and warn of what says otherwise what the
-    numbers of the image mean and is not kept.
+    """Store the cICP chunk of a PNG file in `info`, because Pillow does not.
+
+    Warns of other information about the colour space that is not kept: gain maps, and gAMA and cHRM chunks of PNG.
     """
     if image.format != "PNG":
         if b"hdrgm:" in (image.info.get("xmp") or b""):
@@ -376,7 +383,7 @@ def _note_colour_space(image: Image.Image, file: BinaryIO) -> None:
             file.seek(4, io.SEEK_CUR)
         else:
             file.seek(length + 4, io.SEEK_CUR)
-    # In PNG cICP and ICC profiles overrule both, and sRGB says what is assumed without any of them.
+    # In PNG, cICP and ICC profiles take precedence over both, and sRGB is what is assumed without them.
     if not {"cicp", "icc_profile", "srgb"} & set(image.info):
         gamma, primaries = image.info.get("gamma"), image.info.get("chromaticity")
         if (gamma and abs(gamma - 0.45455) > 0.002) or (primaries and not _is_srgb(primaries)):
@@ -384,13 +391,13 @@ def _note_colour_space(image: Image.Image, file: BinaryIO) -> None:
 
 
 def _is_srgb(chromaticity: tuple[float, ...]) -> bool:
-    """White, red, green and blue (x, y) are those of sRGB."""
+    """Return whether white, red, green and blue (x and y of each) are those of sRGB."""
     srgb = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
     return all(abs(a - b) < 0.002 for a, b in zip(chromaticity, srgb, strict=False))
 
 
 def _unknown_format(source: Path | BinaryIO) -> str | None:
-    """The format of a file that needs a plugin which is not installed."""
+    """Return the format of a file if it needs a plugin that is not installed, else None."""
     if isinstance(source, Path):
         with source.open("rb") as file:
             return plugins.recognise(file.read(12))
@@ -399,14 +406,15 @@ def _unknown_format(source: Path | BinaryIO) -> str | None:
 
 
 def _formats() -> list[str]:
-    """Pillow's names of the formats that are read and that this Pillow knows."""
+    """Return Pillow's names of those formats of ALLOWED that are available here."""
     Image.init()
     return [name for name in ALLOWED if plugins.register(name) and name in Image.OPEN]
 
 
 def _load(image: Image.Image) -> None:
-    """Decode an image that is not decoded yet. Raises ImageError if it is outside the limits, cannot be decoded, or was
-    opened by a plugin outside of ALLOWED.
+    """Decode an image unless that is done already.
+
+    Raises ImageError if it is outside the limits, cannot be decoded, or has a format outside ALLOWED.
     """
     _check_size(image, "the image")
     is_lazy = isinstance(image, ImageFile.StubImageFile) or bool(getattr(image, "tile", None))
@@ -417,20 +425,20 @@ def _load(image: Image.Image) -> None:
         image.getpixel((0, 0))  # fails if the image is closed
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
+    except Exception as error:  # damaged bytes can make Pillow's plugins raise any exception
         raise ImageError(f"the image cannot be decoded: {error}") from error
 
 
-def _is_grey(pixels: np.ndarray) -> bool:
-    """The three channels of (H, W, 3) are equal everywhere."""
+def _is_grey(pixels: NDArray[Any]) -> bool:
+    """Return whether the three channels of (H, W, 3) are equal everywhere."""
     return bool((pixels[..., :1] == pixels[..., 1:]).all())
 
 
 @contextlib.contextmanager
 def _no_bomb_check() -> Iterator[None]:
-    """Lift Pillow's own limit on pixels, which is below ours; only where headers are read, as it is global."""
+    """Lift Pillow's limit on pixels, which is lower than ours. It is global, so this is used only to read headers."""
     with _pillow_limit, warnings.catch_warnings():
-        # One line for each damaged entry would be thousands: damaged EXIF data is reported once, later.
+        # Pillow warns of each damaged entry, and there may be thousands. Damaged EXIF data is reported once, later.
         warnings.filterwarnings("ignore", "Corrupt EXIF|Possibly corrupt EXIF|Truncated File Read|Metadata Warning")
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -444,7 +452,7 @@ def _exif(image: Image.Image) -> Image.Exif:
         return Image.Exif()  # `_upright_exif` warns
     try:
         return image.getexif()
-    except Exception:  # whatever damaged bytes lead Pillow to
+    except Exception:  # damaged bytes can make Pillow raise any exception
         _warn("its EXIF data is damaged; the image may not be upright")
         return Image.Exif()
 
@@ -459,8 +467,11 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _split(image: Image.Image) -> tuple[Image.Image, np.ndarray | None, str | None]:
-    """The colours of an image in mode RGB or L, its alpha (H, W), and the mode to restore; warns of what that loses."""
+def _split(image: Image.Image) -> tuple[Image.Image, NDArray[Any] | None, str | None]:
+    """Split an image into colours (mode RGB or L), alpha (H, W) or None, and the mode to restore or None.
+
+    Warns of what the conversion loses.
+    """
     if is_wide(image):
         _warn("16-bit grey is reduced to 8 bits")
         sixteen = np.asarray(image)
@@ -485,8 +496,11 @@ def _split(image: Image.Image) -> tuple[Image.Image, np.ndarray | None, str | No
     return image.convert("RGB"), None, None
 
 
-def _cmyk(pixels: np.ndarray) -> Image.Image:
-    """The inverse of Pillow's CMYK to RGB, which is r = (1 - c) (1 - k), with as much black as there can be."""
+def _cmyk(pixels: NDArray[Any]) -> Image.Image:
+    """Convert RGB (H, W, 3) uint8 to CMYK, with as much black as possible.
+
+    It is an inverse of Pillow's conversion from CMYK to RGB, which is r = (1 - c) (1 - k).
+    """
     light = pixels.max(axis=2, keepdims=True)
     inks = 255 - (pixels * np.float32(255) / np.maximum(light, 1) + np.float32(0.5)).astype(np.uint8)
     inks[light[..., 0] == 0] = 0
@@ -495,7 +509,7 @@ def _cmyk(pixels: np.ndarray) -> Image.Image:
 
 
 def _metadata(image: Image.Image) -> Extras:
-    """The metadata of an image, as it is when the image is upright."""
+    """Return the metadata of an image, changed to that of the upright image."""
     icc, xmp = (_bounded(image.info.get(name), name) for name in ("icc_profile", "xmp"))
     if xmp is not None:
         xmp = _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
@@ -535,7 +549,7 @@ def _upright_exif(image: Image.Image) -> bytes | None:
         elif not exif.is_bounded(raw):
             raise ValueError("its directories describe more data than there is")
         return exif.upright(raw) if raw else None
-    except Exception:  # whatever damaged bytes lead Pillow to
+    except Exception:  # damaged bytes can make Pillow raise any exception
         _warn("its EXIF data is damaged and not kept")
         return None
 

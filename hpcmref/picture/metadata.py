@@ -1,8 +1,8 @@
-"""What does an image carry besides its colours, and how do the chunks of a file hold it?
+"""What an image has besides colours, and the chunks of a file that store it.
 
-Alpha, the mode that the image had, its ICC, EXIF, XMP and IPTC data, text and resolution. `FORMAT.md` is the
-specification of the chunks; the compression of most of them is a bare LZMA2 stream with a dictionary of 1 MiB. Whatever
-a chunk says, unpacking it takes no more memory than the image has pixels, or than MAX_METADATA.
+It is alpha, the mode of the original image, its ICC, EXIF, XMP and IPTC data, text and resolution. `FORMAT.md`
+specifies the chunks. Most of them are compressed as a raw LZMA2 stream with a dictionary of 1 MiB. Unpacking a chunk
+never takes more memory than the number of pixels (alpha) or MAX_METADATA.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from hpcmref.errors import FormatError
@@ -22,10 +23,10 @@ from hpcmref.picture import texts
 from hpcmref.picture.exif import PREFIX
 
 MAX_METADATA = 1 << 24
-"""Bytes of ICC, EXIF or XMP data that a file can hold, each."""
+"""The most bytes of ICC, EXIF, XMP or IPTC data, each, before compression."""
 
 RESTORED = {"1": 1, "I;16": 2, "CMYK": 3, "RGB": 4}
-"""Modes that are coded as another and restored, and the content of their chunk."""
+"""Modes that are coded as another mode and restored by the decoder, with the content of their chunk."""
 
 _METADATA = (("icc", Tag.ICC), ("exif", Tag.EXIF), ("xmp", Tag.XMP), ("iptc", Tag.IPTC))
 _LZMA2 = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20, "lc": 3, "lp": 0, "pb": 0}]
@@ -37,15 +38,15 @@ class Extras:
     """What an image has besides colours.
 
     alpha: (H, W) uint8, or None.
-    mode: a key of RESTORED, or None if colours and alpha tell the mode: L, LA, RGB or RGBA.
+    mode: a key of RESTORED, or None for the modes L, LA, RGB and RGBA, which follow from colours and alpha.
     cicp: 4 bytes as in PNG's chunk cICP (primaries, transfer function, matrix, full range; ITU-T H.273), or None.
-    icc, exif, xmp, iptc: as their standards say, EXIF without "Exif\\0\\0", IPTC as datasets of IPTC-IIM; None, or
-        1 byte to MAX_METADATA.
-    text: comments and the like, (keyword, text).
-    resolution: pixels per inch across and down, or None: it is unknown or as EXIF says.
+    icc, exif, xmp, iptc: None, or 1 byte to MAX_METADATA in the form of their standards; EXIF without "Exif\\0\\0", and
+        IPTC as datasets of IPTC-IIM.
+    text: pairs (keyword, text), such as comments.
+    resolution: horizontal and vertical pixels per inch, or None if it is unknown or equal to that of the EXIF data.
     """
 
-    alpha: np.ndarray | None = None
+    alpha: NDArray[np.uint8] | None = None
     mode: str | None = None
     icc: bytes | None = None
     exif: bytes | None = None
@@ -56,7 +57,7 @@ class Extras:
     resolution: tuple[float, float] | None = None
 
     def chunks(self) -> tuple[tuple[int, bytes], ...]:
-        """The chunks that hold this, by ascending tag."""
+        """Return the chunks (tag, content) that store this, in ascending order of tags."""
         found: list[tuple[int, bytes]] = []
         for name, tag in _METADATA:
             if (content := getattr(self, name)) is not None:
@@ -75,7 +76,10 @@ class Extras:
 
 
 def extras_of(file: Container) -> Extras:
-    """What the chunks of a file hold. Raises FormatError if they are damaged, or do not go with the image."""
+    """Read alpha, mode and metadata from the chunks of a file.
+
+    Raises FormatError if a chunk is damaged or does not match the image.
+    """
     mode = mode_of(file).replace("RGBA", "RGB") if file.chunk(Tag.MODE) is not None else None
     mode = mode if mode in RESTORED and (mode != "RGB" or file.grey) else None
     alpha = file.chunk(Tag.ALPHA)
@@ -87,7 +91,7 @@ def extras_of(file: Container) -> Extras:
 
 
 def metadata_of(file: Container) -> Extras:
-    """The metadata of a file, without alpha and mode. Raises FormatError if it is damaged."""
+    """Read the metadata from the chunks of a file, without alpha and mode. Raises FormatError if it is damaged."""
     metadata: dict[str, Any] = {}
     for name, tag in _METADATA:
         packed = file.chunk(tag)
@@ -102,7 +106,7 @@ def metadata_of(file: Container) -> Extras:
 
 
 def mode_of(file: Container) -> str:
-    """Pillow's name for the mode of the image in a file. Raises FormatError if there is none."""
+    """Return Pillow's name of the mode of a file's image. Raises FormatError if the mode does not match the image."""
     base = ("L" if file.grey else "RGB") + ("A" if file.chunk(Tag.ALPHA) is not None else "")
     content = file.chunk(Tag.MODE)
     if content is None:
@@ -113,12 +117,15 @@ def mode_of(file: Container) -> str:
         if content == bytes([number]) and base == ("RGB" if mode == "CMYK" else "L") and mode != "RGB":
             return mode
     if file.version > 1 and len(content) == 1 and content[0] not in RESTORED.values():
-        return base  # of a later version, which says only how to present the image
+        return base  # a mode of a later version, which only concerns how the image is presented
     raise FormatError(f"the file is damaged: its mode {content[:8].hex()} does not go with {base}")
 
 
 def info_of(extras: Extras) -> dict[str, Any]:
-    """The metadata under the names that Pillow's `Image.info` has for them, or our own (see `picture.texts`)."""
+    """Return the metadata as a dictionary for Pillow's `Image.info`.
+
+    Keys are Pillow's where it has some, and else those of hpcmref (see `picture.texts`).
+    """
     text = dict(extras.text)
     info = {
         "icc_profile": extras.icc,
@@ -133,8 +140,8 @@ def info_of(extras: Extras) -> dict[str, Any]:
     return {name: content for name, content in info.items() if content is not None}
 
 
-def pack_alpha(alpha: np.ndarray) -> bytes:
-    """(H, W) uint8 -> the content of a chunk."""
+def pack_alpha(alpha: NDArray[np.uint8]) -> bytes:
+    """Compress alpha (H, W) uint8 to the content of a chunk. The kind with the fewest bytes in a sample is used."""
     first = int(alpha.flat[0])
     if not (alpha != first).any():
         return bytes([first])
@@ -145,15 +152,15 @@ def pack_alpha(alpha: np.ndarray) -> bytes:
     sample = alpha[middle : middle + rows]
     best = min(range(len(_FORWARD)), key=lambda number: len(_pack(_FORWARD[number](sample).tobytes())))
     packed = bytes([best]) + _pack(_FORWARD[best](alpha).tobytes())
-    if len(packed) > alpha.size // 4 and max(alpha.shape) <= _MAX_WEBP_SIDE:  # noisy: worth the time of WebP
+    if len(packed) > alpha.size // 4 and max(alpha.shape) <= _MAX_WEBP_SIDE:  # WebP is slow, but better for noise
         file = io.BytesIO()
         Image.fromarray(alpha).save(file, "WEBP", lossless=True, quality=80, method=4)
         packed = min(packed, bytes([_WEBP]) + file.getvalue(), key=len)
     return packed
 
 
-def unpack_alpha(content: bytes, height: int, width: int) -> np.ndarray:
-    """The content of a chunk -> (height, width) uint8. Raises FormatError if it is not that of such a plane."""
+def unpack_alpha(content: bytes, height: int, width: int) -> NDArray[np.uint8]:
+    """Decompress the content of a chunk to alpha (height, width) uint8. Raises FormatError if it has another size."""
     if len(content) == 1:
         return np.full((height, width), content[0], np.uint8)
     if content and content[0] == _WEBP:
@@ -173,21 +180,21 @@ def unpack_alpha(content: bytes, height: int, width: int) -> np.ndarray:
     return plane
 
 
-def _unpack_webp(content: bytes, height: int, width: int) -> np.ndarray:
-    """The green channel of a WebP file. Raises FormatError unless it is one of this size."""
+def _unpack_webp(content: bytes, height: int, width: int) -> NDArray[np.uint8]:
+    """Decode the green channel of a WebP file. Raises FormatError if it is damaged or has another size."""
     try:
         with Image.open(io.BytesIO(content), formats=["WEBP"]) as image:
             if image.size == (width, height):
                 return np.array(image.convert("RGB"))[..., 1]
-    except Exception as error:  # Pillow's plugins raise whatever damaged bytes lead them to
+    except Exception as error:  # damaged bytes can make Pillow's plugins raise any exception
         raise FormatError(f"the file is damaged: its alpha cannot be unpacked ({error})") from None
     raise FormatError(f"the file is damaged: its alpha is not one of {width} x {height} pixels")
 
 
-def _differences(axes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
-    """Each value minus the one before it (modulo 256) along each axis; the first stays."""
+def _differences(axes: tuple[int, ...]) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
+    """Return a function that subtracts from each value the one before it (modulo 256), along each of the axes."""
 
-    def forward(plane: np.ndarray) -> np.ndarray:
+    def forward(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
         for axis in axes:
             plane = np.diff(plane, axis=axis, prepend=np.uint8(0))
         return plane
@@ -195,13 +202,13 @@ def _differences(axes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
     return forward
 
 
-# What is subtracted from a value, by the first byte of the content: nothing, its left, its upper neighbour, or
-# left + upper - upper left. All are undone by running sums, so that numpy can do it.
+# The first byte of the content says what is subtracted from each value: nothing, the left neighbour, the upper
+# neighbour, or left + upper - upper left. Cumulative sums along these axes undo it, which is fast in NumPy.
 _AXES = ((), (1,), (0,), (1, 0))
 _FORWARD = [_differences(axes) for axes in _AXES]
 _WEBP = len(_AXES) + 1
 _MAX_WEBP_SIDE = 16383
-_BITS = len(_AXES)  # or values of 0 and 255 alone, 8 to a byte: 30 % smaller where it was measured
+_BITS = len(_AXES)  # only 0 and 255, packed to 8 values a byte: measured to be 30 % smaller
 
 
 def _pack(data: bytes) -> bytes:
@@ -209,7 +216,7 @@ def _pack(data: bytes) -> bytes:
 
 
 def _unpack(packed: bytes | memoryview, limit: int, name: str) -> bytes:
-    """Raises FormatError unless `packed` is exactly one stream of 1 to `limit` bytes."""
+    """Decompress a raw LZMA2 stream. Raises FormatError unless it is exactly one stream of 1 to `limit` bytes."""
     unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA2)
     try:
         data = unpacker.decompress(packed, limit + 1)

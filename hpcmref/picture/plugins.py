@@ -1,4 +1,4 @@
-"""HEIC and JPEG XL, which Pillow reads and writes through plugins of their own: the extra `hpcmref[formats]`."""
+"""HEIC and JPEG XL, which Pillow reads and writes with separate plugins (the extra `hpcmref[formats]`)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import functools
 import importlib
 import importlib.util
 
-# Pillow's name of the format -> its module, and what it is called.
+# Pillow's name of the format -> the module of its plugin, and the usual name of the format.
 _PLUGINS = {"HEIF": ("pillow_heif", "HEIC"), "JXL": ("pillow_jxl", "JPEG XL")}
 
 
 @functools.cache
 def register(form: str) -> bool:
-    """Make a format known to Pillow; whether its plugin is installed. Other formats need none."""
+    """Register the plugin of a format with Pillow, if it needs one. Return whether the format can be used."""
     if form not in _PLUGINS:
         return True
     module, _ = _PLUGINS[form]
@@ -25,12 +25,12 @@ def register(form: str) -> bool:
 
 
 def missing(form: str) -> str:
-    """What to do about a format whose plugin is not installed, as a sentence."""
-    return f"{_PLUGINS[form][1]} needs a plugin that is not here: pip install 'hpcmref[formats]'"
+    """Return the error message for a format whose plugin is not installed."""
+    return f"{_PLUGINS[form][1]} needs a plugin that is not installed: pip install 'hpcmref[formats]'"
 
 
 def recognise(beginning: bytes) -> str | None:
-    """The format of a file that begins so, if it is one that needs a plugin which is not installed."""
+    """Return the format of a file with this beginning if it needs a plugin that is not installed, else None."""
     form = None
     if beginning.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         form = "JXL"

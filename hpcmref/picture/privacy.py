@@ -1,4 +1,4 @@
-"""Leave out parts of the metadata: all of an item, or only where the picture was taken."""
+"""Remove parts of the metadata: whole items, or only the location where the picture was taken."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpcmref.picture.metadata import Extras
 PARTS = ("location", "exif", "xmp", "icc", "iptc", "text")
 _EMPTY = {"text": ()}
 
-# Attributes and elements of XMP whose name begins with GPS, in any namespace, and places named in words.
+# Names of XMP attributes and elements, in any namespace, that begin with GPS or name a place.
 _NAME = rb"[\w.-]+:(?:GPS\w*|Location\w*|City|State|Country\w*|Sublocation|LocationCreated|LocationShown)"
 _ATTRIBUTE = re.compile(rb"\s" + _NAME + rb"\s*=\s*(?:\"[^\"]*\"|'[^']*')")
 _ELEMENT = re.compile(rb"<(" + _NAME + rb")(?:\s[^>]*)?(?:/>|>.*?</\1\s*>)", re.DOTALL)
@@ -23,11 +23,11 @@ _SUSPICIOUS = re.compile(rb"GPS", re.IGNORECASE)
 
 
 def without(extras: Extras, parts: Collection[str]) -> Extras:
-    """The extras without the named parts of PARTS.
+    """Return the extras without the named parts of PARTS.
 
-    location: the GPS directory and the maker note of EXIF, whose content only the maker of the camera knows, GPS and
-    places in XMP, places in IPTC, and text that mentions GPS. EXIF, XMP or IPTC data in which that cannot be done for
-    certain is left out whole.
+    "location" removes the GPS directory and the maker note of EXIF (whose content only the maker of the camera knows),
+    GPS and places in XMP, places in IPTC, and text that mentions GPS. EXIF, XMP or IPTC data is removed completely if
+    its location cannot be removed with certainty.
     """
     if "location" in parts:
         extras = replace(extras, exif=_exif_without_location(extras.exif), xmp=_xmp_without_location(extras.xmp))
@@ -50,11 +50,14 @@ def _xmp_without_location(xmp: bytes | None) -> bytes | None:
     if xmp is None:
         return None
     xmp = _ELEMENT.sub(b"", _ATTRIBUTE.sub(b"", xmp))
-    return None if _SUSPICIOUS.search(xmp.replace(b"\0", b"")) else xmp  # without zeros: UTF-16 is not cleaned
+    return None if _SUSPICIOUS.search(xmp.replace(b"\0", b"")) else xmp  # zeros are removed to find GPS in UTF-16
 
 
 def _iptc_without_location(iptc: bytes | None) -> bytes | None:
-    """Datasets of IPTC-IIM (a marker, record, number, length of 15 bits, value) without those that name places."""
+    """Remove the datasets of IPTC-IIM that name places.
+
+    A dataset is a marker, a record, a number, a length of 15 bits, and a value. Returns None for any other data.
+    """
     if iptc is None:
         return None
     kept, position = [], 0

@@ -1,10 +1,10 @@
-"""Images whose numbers are not 0..255: bring them to 0..65535 or 0..255 by a stated rule, or refuse them.
+"""Scale images whose numbers are not 0..255 to 0..65535 or 0..255 by fixed rules, or refuse them.
 
 | image | rule |
 | --- | --- |
 | TIFF with SMinSampleValue and SMaxSampleValue | these two are black and white |
 | unsigned TIFF of 9 to 16 bits | 0 is black, 2^bits - 1 is white |
-| grey of 32 bits without a range, signed numbers | as it is if all values are 0..65535, else refused |
+| grey of 32 bits without a range, signed numbers | unchanged if all values are 0..65535, else refused |
 | floating-point numbers | 0 is black, 1 is white; refused if any value is outside or not a number |
 | PhotometricInterpretation WhiteIsZero, above 8 bits | inverted |
 """
@@ -15,6 +15,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from hpcmref.errors import ImageError
@@ -25,12 +26,12 @@ _SIGNED = 2
 
 
 def is_wide(image: Image.Image) -> bool:
-    """The image has one channel of more than 8 bits."""
+    """Return whether the image has one channel of more than 8 bits."""
     return image.mode == "F" or image.mode.startswith("I")
 
 
 def normalised(image: Image.Image) -> Image.Image:
-    """The image, or for a wide one an image of mode I;16 whose black is 0 and whose white is 65535.
+    """Convert an image of more than 8 bits to mode I;16, with 0 for black and 65535 for white; return others unchanged.
 
     Raises ImageError for numbers whose range is unknown.
     """
@@ -55,8 +56,8 @@ def normalised(image: Image.Image) -> Image.Image:
     return result
 
 
-def image_of_array(array: np.ndarray) -> Image.Image:
-    """The image of an array (H, W) or (H, W, 1 to 4): bool, uint8, uint16, or floating-point numbers from 0 to 1.
+def image_of_array(array: NDArray[Any]) -> Image.Image:
+    """Make an image of an array (H, W) or (H, W, 1 to 4) of bool, uint8, uint16, or floating-point numbers from 0 to 1.
 
     The channels are grey, grey and alpha, RGB, or RGB and alpha. More than one channel of 16 bits is rounded to 8 bits,
     with a warning. Raises ImageError for any other array.
@@ -79,8 +80,8 @@ def image_of_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _range(image: Image.Image, tags: Any, values: np.ndarray) -> tuple[float, float]:
-    """The numbers that are black and white."""
+def _range(image: Image.Image, tags: Any, values: NDArray[Any]) -> tuple[float, float]:
+    """Return the numbers that mean black and white, by the rules of this module."""
     low, high = _first(tags.get(_LOWEST)), _first(tags.get(_HIGHEST))
     if low is not None and high is not None and low < high and low <= values.min() and values.max() <= high:
         return float(low), float(high)
@@ -93,7 +94,7 @@ def _range(image: Image.Image, tags: Any, values: np.ndarray) -> tuple[float, fl
 
 
 def _first(value: Any) -> Any:
-    """The number in a value of a TIFF tag, which may be a tuple; None if it is not one."""
+    """Return the number in a value of a TIFF tag, which may be a tuple, or None if it is not a number."""
     if isinstance(value, tuple):
         value = value[0] if value else None
     return value if isinstance(value, (int, float)) or hasattr(value, "numerator") else None

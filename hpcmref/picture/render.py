@@ -1,4 +1,4 @@
-"""How does an image become the bytes of an image file? What each format has no room for is left out, with a warning."""
+"""Write an image as the bytes of an image file. What a format cannot store is left out, with a warning."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hpcmref.errors import ConfigError, ImageError
 from hpcmref.picture import exif, plugins, texts
 
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "PNG": {"compress_level": 3},  # on photographs 1 to 3 % smaller than with the usual 6, in less than half the time
+    "PNG": {"compress_level": 3},  # photographs are 1 to 3 % smaller than with the default 6, and take half the time
     "JPEG": {"quality": 95, "subsampling": "4:4:4"},
-    "WEBP": {"lossless": True, "exact": True},  # exact: with the colours under transparent pixels
+    "WEBP": {"lossless": True, "exact": True},  # exact: keep the colours of transparent pixels
     "TIFF": {"compression": "tiff_lzw"},
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
     "JXL": {"lossless": True},
 }
 WITH_QUALITY = ("JPEG", "WEBP", "AVIF", "JXL")
-"""The formats that can lose something, and have a quality from 1 to 100."""
+"""The lossy formats, which have a quality from 1 to 100."""
 
 _MODES = {
     "PNG": {"1", "L", "LA", "I;16", "RGB", "RGBA"},
@@ -47,7 +47,7 @@ _NAMES = {
     "dpi": "resolution",
 }
 _ROOM = {"cicp": ("PNG",), "iptc": ("PNG", "JPEG", "TIFF"), "text": ("PNG", "JPEG", "TIFF")}
-_LONG = 1024  # text from here on is compressed
+_LONG = 1024  # longer text is compressed
 _COMMENT_ALONE = ("JPEG", "TIFF")
 _JPEG_SEGMENT = 65533
 _XMP_HEADER, _IPTC_HEADER = 29, 27
@@ -56,13 +56,14 @@ _XMP_HEADER, _IPTC_HEADER = 29, 27
 def render(
     image: Image.Image, form: str, quality: int | None = None, background: tuple[int, int, int] | None = None
 ) -> bytes:
-    """The bytes of an image file in Pillow's format `form`, or of a NumPy array of its pixels ("NPY").
+    """Return the bytes of an image file.
 
-    quality: 1 to 100 for a format of WITH_QUALITY; None is lossless but for JPEG and AVIF, which then have 95.
-    background: the colour that shines through where the format has no transparency; None is white, with a warning.
+    form: Pillow's name of the format, or "NPY" for a NumPy array of the pixels.
+    quality: 1 to 100 for a format of WITH_QUALITY. None means 95 for JPEG and AVIF, and lossless for WebP and JPEG XL.
+    background: the colour behind transparent pixels, if the format has no transparency. None is white, with a warning.
 
-    Warns of metadata that the format has no room for. Raises ImageError if it cannot hold the image, and ConfigError
-    for a quality that it does not have.
+    Warns of metadata that the format cannot store. Raises ImageError if it cannot store the image, and ConfigError for
+    an invalid quality.
     """
     check_writable(form, quality)
     options = dict(_OPTIONS.get(form, {}))
@@ -78,7 +79,7 @@ def render(
         return array.getvalue()
     try:
         return _saved(image, form, items, options)
-    except Exception as error:  # damaged metadata makes Pillow raise whatever it leads to
+    except Exception as error:  # damaged metadata can make Pillow raise any exception
         try:
             data = _saved(image, form, {}, options)
         except Exception:
@@ -94,19 +95,22 @@ def render(
 
 
 def check_writable(form: str, quality: int | None) -> None:
-    """Raise ImageError if a format cannot be written here, ConfigError if it has no quality or not this one."""
+    """Check that a format can be written with a quality (1 to 100, or None for the default).
+
+    Raises ImageError if the plugin of the format is not installed, and ConfigError for an invalid quality.
+    """
     if not plugins.register(form):
         raise ImageError(plugins.missing(form))
     if quality is None:
         return
     if form not in WITH_QUALITY:
-        raise ConfigError(f"{form} is without loss and has no quality; {', '.join(WITH_QUALITY)} have one")
+        raise ConfigError(f"{form} is lossless and has no quality; {', '.join(WITH_QUALITY)} have one")
     if not 1 <= quality <= 100:
         raise ConfigError(f"the quality of {form} is {quality}, and must be 1 to 100")
 
 
 def _fitting(image: Image.Image, form: str, background: tuple[int, int, int] | None) -> Image.Image:
-    """The image in a mode that the format has; warns of transparency that it has not, unless there is a background."""
+    """Convert the image to a mode of the format. Warns of transparency that is lost, unless there is a background."""
     modes, mode, info = _MODES[form], image.mode, image.info
     if mode in modes:
         return image
@@ -131,7 +135,7 @@ def _is_grey(colour: tuple[int, int, int] | None) -> bool:
 
 
 def _items(image: Image.Image, form: str) -> dict[str, Any]:
-    """The metadata in the image's info that the format has room for; warns of the others."""
+    """Return the metadata in the image's `info` that the format can store. Warns of the rest."""
     found: dict[str, Any] = {
         "text": dict(texts.text_of(image)),
         "dpi": texts.resolution_of(image),
@@ -202,7 +206,7 @@ def _tiff_options(items: dict[str, Any]) -> dict[str, Any]:
 
 
 def _png_chunks(items: dict[str, Any]) -> PngImagePlugin.PngInfo:
-    """The chunks of metadata that Pillow has no option for."""
+    """Return the chunks of metadata for which Pillow has no option."""
     chunks = PngImagePlugin.PngInfo()
     if "xmp" in items:
         chunks.add_itxt("XML:com.adobe.xmp", _text(items["xmp"]))
@@ -216,8 +220,10 @@ def _png_chunks(items: dict[str, Any]) -> PngImagePlugin.PngInfo:
 
 
 def _writable(tags: bytes) -> Image.Exif:
-    """The tags of EXIF data that Pillow can write to a TIFF file, and that do not say how it stores its pixels; warns
-    of the others."""
+    """Return the tags of EXIF data that Pillow can write to a TIFF file. Warns of damaged ones.
+
+    Tags that describe how a TIFF file stores its pixels are left out.
+    """
     lost = []
     for tag in sorted(set(_tags_of(tags, exif.TAGS))):
         try:
@@ -231,7 +237,7 @@ def _writable(tags: bytes) -> Image.Exif:
 
 
 def _tags_of(tags: bytes, wanted: Collection[int]) -> Image.Exif:
-    """The wanted ones among the tags of EXIF data."""
+    """Return the wanted tags of EXIF data."""
     directory = Image.Exif()
     directory.load(tags)
     for tag in set(directory) - set(wanted):
@@ -240,7 +246,7 @@ def _tags_of(tags: bytes, wanted: Collection[int]) -> Image.Exif:
 
 
 def _text(xmp: bytes) -> str:
-    """An XMP packet, which may be in UTF-8, UTF-16 or UTF-32, as text."""
+    """Decode an XMP packet, which may be in UTF-8, UTF-16 or UTF-32."""
     xmp = xmp.removeprefix(codecs.BOM_UTF8)
     if xmp.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return xmp.decode("utf-32")
@@ -253,7 +259,10 @@ def _text(xmp: bytes) -> str:
 
 
 def _is_foreign(icc: bytes, mode: str) -> bool:
-    """The profile is for colours that are not those of the mode. RGB profiles are often found in grey images."""
+    """Return whether an ICC profile describes other colours than those of the mode.
+
+    RGB profiles of grey images are accepted, because they are common.
+    """
     own = {"CMYK": (b"CMYK",), "RGB": (b"RGB ",), "RGBA": (b"RGB ",)}.get(mode, (b"GRAY", b"RGB "))
     return icc[16:20] in (b"CMYK", b"RGB ", b"GRAY", b"Lab ") and icc[16:20] not in own
 

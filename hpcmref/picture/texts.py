@@ -1,6 +1,7 @@
-"""Comments and other text, IPTC data and resolution: where Pillow keeps them for each format, and their chunks.
+"""Text, IPTC data and resolution: read them from where Pillow stores them for each format, and convert them to chunks.
 
-Under our own names they are in `Image.info` as "text" (a dictionary), "iptc" (bytes, IPTC-IIM) and "dpi" (a pair).
+In images that hpcmref decodes they are in `Image.info` as "text" (a dictionary), "iptc" (bytes, IPTC-IIM) and "dpi" (a
+pair).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hpcmref.picture import exif
 
 COMMENT = "Comment"
 MAX_TEXT = 1 << 20
-"""Bytes of all text, unpacked, that a file can hold."""
+"""The most bytes of all text in a file, before compression."""
 MAX_ITEMS = 256
 
 _PER_INCH = {2: 1.0, 3: 2.54}
@@ -29,17 +30,20 @@ _ELSEWHERE = ("XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type AP
 _X, _Y, _UNIT = 0x011A, 0x011B, 0x0128
 _RESOLUTION = struct.Struct(
     "<"
-    "I"  # across, thousandths of pixels per inch
-    "I"  # down
+    "I"  # horizontal, thousandths of pixels per inch
+    "I"  # vertical
 )
 
 
 def text_of(image: Image.Image) -> tuple[tuple[str, str], ...]:
-    """The comment of a JPEG or GIF file, or the text of a PNG file: (keyword, text), without zeros and empty ones."""
+    """Return the comment of a JPEG or GIF file, or the text of a PNG file, as pairs (keyword, text).
+
+    Zero bytes are removed, and empty texts are left out.
+    """
     found = image.info.get("text")
     if not isinstance(found, Mapping):
         found = {}
-        with contextlib.suppress(Exception):  # a damaged end of a PNG file
+        with contextlib.suppress(Exception):  # Pillow reads text to the end of a PNG file, which may be damaged
             found = dict(getattr(image, "text", {}))
     items = {str(key): str(text) for key, text in found.items() if key not in _ELSEWHERE}
     comment = image.info.get("comment")
@@ -61,17 +65,17 @@ def _clean(text: str) -> str:
 
 
 def is_bounded(text: tuple[tuple[str, str], ...]) -> bool:
-    """A chunk has room for the text."""
+    """Return whether the text is within the limits of a chunk, MAX_ITEMS and MAX_TEXT."""
     return len(text) <= MAX_ITEMS and len(text_bytes(text)) <= MAX_TEXT
 
 
 def text_bytes(text: tuple[tuple[str, str], ...]) -> bytes:
-    """The content of a chunk, before it is packed."""
+    """Return the content of the chunk of text, before compression."""
     return b"".join(part.encode() + b"\0" for item in text for part in item)
 
 
 def text_from(data: bytes) -> tuple[tuple[str, str], ...]:
-    """The inverse of `text_bytes`. Raises FormatError."""
+    """Return the text of the content of a chunk, the inverse of `text_bytes`. Raises FormatError if it is damaged."""
     parts = data.split(b"\0")
     if parts.pop() != b"" or len(parts) % 2 or len(parts) > 2 * MAX_ITEMS:
         raise FormatError("the file is damaged: its text is cut off or has too many items")
@@ -83,7 +87,10 @@ def text_from(data: bytes) -> tuple[tuple[str, str], ...]:
 
 
 def iptc_of(image: Image.Image) -> bytes | None:
-    """IPTC data of JPEG (in Photoshop's resources), TIFF, PNG (as ImageMagick writes it), or under our own name."""
+    """Return the IPTC data of an image, or None.
+
+    It is looked for in `info["iptc"]`, in Photoshop's resources (JPEG), in TIFF tags, and in ImageMagick's text of PNG.
+    """
     found = image.info.get("iptc")
     if found is None and isinstance(resources := image.info.get("photoshop"), Mapping):
         found = resources.get(_IPTC_RESOURCE)
@@ -100,14 +107,17 @@ def _iptc_of_tiff(image: Image.Image) -> bytes | None:
     if isinstance(value, int):
         value = (value,)
     if isinstance(value, tuple) and all(isinstance(each, int) and 0 <= each < 1 << 32 for each in value):
-        # By an old mistake many programs call these bytes numbers of 32 bits.
+        # Many programs wrongly declare these bytes as 32-bit numbers.
         order = "<" if getattr(tags, "_endian", "<") == "<" else ">"
         return struct.pack(f"{order}{len(value)}I", *value).rstrip(b"\0")
     return value if isinstance(value, bytes) else None
 
 
 def _from_profile(profile: str) -> bytes | None:
-    """The bytes of a raw profile of ImageMagick: its name, its length, hexadecimal digits; perhaps as a resource."""
+    """Return the bytes of a raw profile of ImageMagick: a name, a length and hexadecimal digits.
+
+    If the data is one of Photoshop's resources, its content is returned.
+    """
     try:
         data = bytes.fromhex("".join(profile.split("\n")[3:]))
     except ValueError:
@@ -121,14 +131,14 @@ def _from_profile(profile: str) -> bytes | None:
 
 
 def iptc_profile(iptc: bytes) -> tuple[str, str]:
-    """Keyword and text that hold IPTC data in a PNG file."""
+    """Return the keyword and the text that store IPTC data in a PNG file, as ImageMagick writes it."""
     digits = binascii.hexlify(iptc).decode()
     lines = "\n".join(digits[start : start + 72] for start in range(0, len(digits), 72))
     return _IPTC_PROFILE, f"\niptc\n{len(iptc):8}\n{lines}\n"
 
 
 def iptc_segment(iptc: bytes) -> bytes:
-    """The segment APP13 that holds IPTC data in a JPEG file. Raises ValueError if it is too long for one."""
+    """Return the segment APP13 that stores IPTC data in a JPEG file. Raises ValueError if the data is too long."""
     body = b"Photoshop 3.0\x008BIM" + struct.pack(">HHI", _IPTC_RESOURCE, 0, len(iptc)) + iptc + bytes(len(iptc) % 2)
     if len(body) > 65533:
         raise ValueError("IPTC data does not fit in a segment")
@@ -136,9 +146,12 @@ def iptc_segment(iptc: bytes) -> bytes:
 
 
 def resolution_of(image: Image.Image) -> tuple[float, float] | None:
-    """Pixels per inch across and down, as Pillow has found them; what it makes up for JPEG files is none."""
+    """Return the horizontal and vertical pixels per inch of an image, or None.
+
+    For JPEG files without a resolution, Pillow sets 72, which is ignored here.
+    """
     is_jpeg = "jfif_unit" in image.info or image.format in ("JPEG", "MPO")
-    if is_jpeg and image.info.get("jfif_unit") not in (1, 2):  # it is as EXIF says, or 72
+    if is_jpeg and image.info.get("jfif_unit") not in (1, 2):  # "dpi" is then that of EXIF, or 72
         return None
     value = image.info.get("dpi")
     try:
@@ -153,7 +166,7 @@ def _is_possible(number: float) -> bool:
 
 
 def resolution_of_exif(data: bytes | None) -> tuple[float, float] | None:
-    """Pixels per inch across and down, of EXIF data."""
+    """Return the horizontal and vertical pixels per inch in EXIF data, or None."""
     if data is None or not exif.is_bounded(data):
         return None
     tags = Image.Exif()
@@ -161,13 +174,13 @@ def resolution_of_exif(data: bytes | None) -> tuple[float, float] | None:
         tags.load(exif.PREFIX + data)
         factor = _PER_INCH[tags.get(_UNIT, 2)]
         across, down = float(tags[_X]) * factor, float(tags[_Y]) * factor
-    except Exception:  # whatever damaged bytes lead Pillow to
+    except Exception:  # damaged bytes can make Pillow raise any exception
         return None
     return (across, down) if all(_is_possible(each) for each in (across, down)) else None
 
 
 def exif_of_resolution(resolution: tuple[float, float]) -> bytes:
-    """EXIF data that says the resolution and nothing else."""
+    """Return EXIF data that contains only the resolution."""
     tags = Image.Exif()
     tags[_X], tags[_Y] = resolution
     tags[_UNIT] = 2
@@ -175,12 +188,12 @@ def exif_of_resolution(resolution: tuple[float, float]) -> bytes:
 
 
 def resolution_bytes(resolution: tuple[float, float]) -> bytes:
-    """The content of a chunk."""
+    """Return the content of the chunk of the resolution."""
     return _RESOLUTION.pack(*(round(1000 * each) for each in resolution))
 
 
 def resolution_from(data: bytes) -> tuple[float, float]:
-    """The inverse of `resolution_bytes`. Raises FormatError."""
+    """Return the resolution of the content of a chunk, the inverse of `resolution_bytes`. Raises FormatError."""
     if len(data) != _RESOLUTION.size or 0 in (numbers := _RESOLUTION.unpack(data)):
         raise FormatError("the file is damaged: its resolution is not two positive numbers")
     return numbers[0] / 1000, numbers[1] / 1000

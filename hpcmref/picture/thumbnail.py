@@ -1,4 +1,4 @@
-"""A small PNG of an image, with what the thumbnail specification of freedesktop.org wants to be told."""
+"""Make a small PNG of an image, with the metadata that the thumbnail specification of freedesktop.org requires."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from PIL import Image, PngImagePlugin
 
 
 def thumbnail(image: Image.Image, side: int, about: Mapping[str, str], whole: tuple[int, int] | None = None) -> bytes:
-    """A PNG (RGB or RGBA of 8 bits) of an image that is made to fit a square, never larger than it is.
+    """Return a PNG file (RGB or RGBA of 8 bits) of an image that is scaled down to fit a square, and not enlarged.
 
-    side: pixels of the square. whole: width and height of the picture, if the image is small already. about: texts of
-    the PNG, such as Thumb::URI; Thumb::Image::Width and Height are added.
+    side: the side of the square in pixels. about: texts for the PNG, such as Thumb::URI; Thumb::Image::Width and Height
+    are added. whole: width and height of the original picture, if `image` is a smaller version of it.
     """
     text = PngImagePlugin.PngInfo()
     width, height = whole or image.size

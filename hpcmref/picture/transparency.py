@@ -1,7 +1,7 @@
-"""The colour that a PNG file says is transparent (tRNS), as the PNG specification means it.
+"""Apply the transparent colour of a PNG file (tRNS) as the PNG specification defines it.
 
-Pillow compares that colour with pixels which it has scaled (1, 2 and 4 bits) or cut (16 bits a channel): here the
-comparison is made with the samples of the file.
+Pillow compares that colour with pixels that it has scaled (from 1, 2 and 4 bits) or cut (from 16 bits a channel) to 8
+bits. Here it is compared with the samples of the file.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ _HIGH_BYTES, _LOW_BYTES = "RGB;16B", "RGB;16L"
 
 
 def keyed(image: Image.Image, reopen: BinaryIO) -> Image.Image:
-    """A PNG image just opened, not loaded -> an image whose key colour is right, or RGBA for 16 bits a channel.
+    """Correct the transparent colour of a PNG image that has been opened, but not loaded.
 
-    reopen: the same file again, at any position; read only for 16 bits a channel.
+    Returns the image with the correct colour in `info`, or an RGBA image if it has 16 bits a channel.
+    reopen: the file of the image, at any position. It is read only for 16 bits a channel.
     """
     key = image.info.get("transparency")
     tiles = getattr(image, "tile", ())
@@ -36,10 +37,10 @@ def keyed(image: Image.Image, reopen: BinaryIO) -> Image.Image:
 
 
 def _with_alpha_of_16_bits(image: Image.Image, key: tuple[int, ...], reopen: BinaryIO) -> Image.Image:
-    """RGBA: transparent where all 16 bits of all channels are those of the key."""
+    """Return an RGBA image that is transparent where all 16 bits of all channels are equal to those of `key`."""
     reopen.seek(0)
     low = Image.open(io.BytesIO(reopen.read()), formats=["PNG"])
-    # Read as little-endian numbers, Pillow keeps the other byte of each sample: in PNG the lower one.
+    # Pillow keeps the upper byte of each sample. If it reads the samples as little-endian, it keeps the lower byte.
     low.tile = [tile._replace(args=_LOW_BYTES) for tile in low.tile]
     high, low_bytes = np.asarray(image).astype(np.uint16), np.asarray(low)
     opaque = ((high << 8 | low_bytes) != np.array(key, np.uint16)).any(axis=2)

@@ -11,15 +11,16 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available_cores() -> int:
-    """The cores that this process may use: by its affinity, and by the limits of its cgroups (containers)."""
+    """Return how many cores this process may use, by its CPU affinity and by the limits of its cgroups (containers)."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(allowed, _quota(_CGROUPS, Path("/proc/self/cgroup")))))
 
 
 def compute_with(threads: int) -> None:
-    """Let torch compute with so many threads, whether it is imported already or only later.
+    """Set the number of threads that torch computes with, whether torch is imported already or only later.
 
-    For programs and worker processes: it sets OMP_NUM_THREADS, which OpenMP reads when it is loaded.
+    It sets OMP_NUM_THREADS, which OpenMP reads when it is loaded. This changes the whole process, so it is for programs
+    and worker processes.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if "torch" in sys.modules:
@@ -27,17 +28,22 @@ def compute_with(threads: int) -> None:
 
 
 def keep_to_limits() -> None:
-    """Do not use more threads than a container has cores; OpenMP knows of the affinity only. An OMP_NUM_THREADS that
-    is set stays."""
+    """Limit the threads to the cores of a container, because OpenMP respects the CPU affinity only.
+
+    If OMP_NUM_THREADS is set, nothing is changed.
+    """
     quota = _quota(_CGROUPS, Path("/proc/self/cgroup"))
     if "OMP_NUM_THREADS" not in os.environ and quota < (os.cpu_count() or 1):
         compute_with(available_cores())
 
 
 def _quota(root: Path, membership: Path) -> float:
-    """The least number of cores that a cgroup of this process, or one above it, may use; infinite without a limit."""
+    """Return the smallest core limit of the cgroups of this process and of their parents, or infinity without a limit.
+
+    root: the mount point of cgroups. membership: the file that lists the cgroups of the process.
+    """
     try:
-        lines = membership.read_text().splitlines()
+        lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
         return math.inf
     least = math.inf
@@ -54,7 +60,7 @@ def _quota(root: Path, membership: Path) -> float:
 
 
 def _limit(folder: Path) -> float:
-    """The cores that one cgroup allows: cpu.max of version 2, or the two files of version 1."""
+    """Return the core limit of one cgroup, from cpu.max (version 2) or from the quota and period files (version 1)."""
     try:
         if (file := folder / "cpu.max").exists():
             quota, period = file.read_text().split()

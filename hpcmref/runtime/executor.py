@@ -25,12 +25,15 @@ AHEAD = 2
 def execute(
     work: Callable[[T], R], items: Iterable[T], jobs: int = 1, ray: str | None = None, threads: int | None = None
 ) -> Generator[tuple[T, R | Exception], None, None]:
-    """Do `work` on every item; yields each item with its result, or with the exception that ended it, as they finish.
+    """Do `work` on every item, and yield each item with its result or its exception, in the order in which they finish.
 
-    jobs: processes on this machine; 1 is this process, and keeps the order. ray: address of a Ray cluster ("auto",
-    "host:port", "ray://host:port", or "local" for one on this machine with `jobs` workers). threads: of each process
-    that is started here; None shares the cores out. An item whose process dies is tried once more, alone, after all
-    others; then it has failed. Raises ConfigError.
+    jobs: the number of processes on this machine. 1 means this process, which keeps the order of the items.
+    ray: the address of a Ray cluster: "auto", "host:port", "ray://host:port", or "local" for a new one on this machine
+        with `jobs` workers.
+    threads: the number of threads of each process. None divides the cores among the processes.
+
+    If a process dies, its item is tried once more, alone, after all others. If that fails too, the item gets an
+    HpcmrefError. Raises ConfigError for wrong arguments, and if there is no cluster.
     """
     if jobs < 1:
         raise ConfigError(f"{jobs} jobs: it must be 1 or more")
@@ -58,16 +61,16 @@ def _in_processes(
         while workers.at_work:
             yield from _collect(workers, again)
     lost: list[T] = []
-    with contextlib.closing(Workers(work, 1, threads)) as alone:  # because the usual reason is a want of memory
+    with contextlib.closing(Workers(work, 1, threads)) as alone:  # because the usual reason is too little memory
         for item in again:
             alone.give(item)
             yield from _collect(alone, lost)
     for item in lost:
-        yield item, HpcmrefError("a worker process died twice, perhaps for want of memory; try fewer --jobs")
+        yield item, HpcmrefError("a worker process died twice, perhaps because memory ran out; try fewer --jobs")
 
 
 def _collect(workers: Workers[T, R], died: list[T]) -> Iterator[tuple[T, R | Exception]]:
-    """Wait for a worker at least. Items whose worker died go to `died`."""
+    """Wait until at least one worker is done, and yield its result. Items whose worker died are added to `died`."""
     for item, result in workers.wait():
         if isinstance(result, WorkerDiedError):
             died.append(item)
@@ -78,7 +81,7 @@ def _collect(workers: Workers[T, R], died: list[T]) -> Iterator[tuple[T, R | Exc
 def _on_cluster(
     work: Callable[[T], R], items: Iterable[T], address: str, jobs: int
 ) -> Iterator[tuple[T, R | Exception]]:
-    """Tasks on a Ray cluster, one CPU each."""
+    """Run each item as a task with one CPU on a Ray cluster."""
     try:
         import ray
     except ImportError:

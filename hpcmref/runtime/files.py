@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all.
+"""Write files so that they appear completely or not at all.
 
-`atomic_write` writes a temporary file in the same folder, flushes it to the disk, and renames it. What cannot be
-replaced by a renamed file (pipes, devices, open file descriptors) is written to directly.
+`atomic_write` writes a temporary file in the same folder, flushes it to the disk, and renames it. Pipes, devices and
+open file descriptors cannot be replaced by a renamed file, so they are written to directly.
 """
 
 from __future__ import annotations
@@ -12,24 +12,30 @@ import os
 import re
 import secrets
 import stat
+import sys
+import time
 from pathlib import Path
 
 from hpcmref.errors import HpcmrefError
 
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
-_MAX_LINKS = 40  # as the kernel follows
+_MAX_LINKS = 40  # the limit of the Linux kernel
+_LONGEST = 259
+"""Characters of a path on Windows that does not begin with \\\\?\\."""
+_PAUSES = (0.05, 0.1, 0.2, 0.4)
+"""Seconds between attempts to rename a file on Windows."""
 
 
 def atomic_write(path: Path, data: bytes, modified: int | None = None) -> None:
-    """Write a file so that at every moment its old content or all of `data` is there, and never a part.
+    """Write a file so that at every moment it has either its old content or all of `data`.
 
-    A new file has the permissions that the umask leaves; a replaced one keeps its permissions, and its owner where the
-    system allows it. Symbolic links are followed. A hard link is broken: its other names keep the old content.
+    A new file gets the permissions that the umask leaves. A replaced file keeps its permissions, and its owner where
+    the system allows it. Symbolic links are followed. A hard link is broken: its other names keep the old content.
 
-    modified: the time of modification that the file gets, in ns since 1970; None for now.
+    modified: the time of modification in ns since 1970; None means now.
 
-    Raises HpcmrefError if the folder is missing, is full, or may not be written to; whatever ends the write early, no
-    temporary file stays behind.
+    Raises HpcmrefError if the folder is missing or not writable, or the disk is full. The temporary file is always
+    removed, except if the process is killed.
     """
     try:
         if (descriptor := descriptor_of(path)) is not None:
@@ -40,15 +46,16 @@ def atomic_write(path: Path, data: bytes, modified: int | None = None) -> None:
         if is_special(target):
             target.write_bytes(data)
         else:
-            _replace(target, data, modified)
+            _replace(_without_limit(target), data, modified)
     except OSError as error:
         raise HpcmrefError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def descriptor_of(path: Path) -> int | None:
-    """The number of the open file that a path names (/dev/stdout, /dev/fd/3, or a link to one), or None.
+    """Return the number of the open file that a path names (/dev/stdout, /dev/fd/3, or a link to one), or None.
 
-    Such a path must not be resolved: behind it may be a regular file, into which the shell has redirected the output.
+    Such a path must not be resolved: it may lead to a regular file that the shell has redirected the output to, and
+    replacing that file would lose what others have written to it.
     """
     name = os.path.abspath(path)
     for _ in range(_MAX_LINKS):
@@ -64,7 +71,7 @@ def descriptor_of(path: Path) -> int | None:
 
 
 def is_special(path: Path) -> bool:
-    """The path is a pipe, a device or an open file descriptor: nothing that exists is lost by writing to it."""
+    """Return whether a path is a pipe, a device or an open file descriptor, so that writing to it replaces no file."""
     if descriptor_of(path) is not None:
         return True
     try:
@@ -74,15 +81,24 @@ def is_special(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
+def is_closed_pipe(error: OSError) -> bool:
+    """Whether a write failed because nobody reads the pipe any more: EPIPE, or on Windows EINVAL.
+
+    EINVAL with the name of a file is another error: the name is one that Windows does not allow.
+    """
+    invalid = sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None
+    return invalid or isinstance(error, BrokenPipeError)
+
+
 def _replace(target: Path, data: bytes, modified: int | None) -> None:
-    """Write a regular file next to `target`, and give it that name."""
+    """Write a temporary file next to `target`, and rename it to `target`."""
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     old = target.stat() if target.exists() else None
     temporary = target.with_name(f".hpcmref-{secrets.token_hex(8)}.tmp")
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        # Nobody may read a private file by its temporary name either.
+        # The temporary file must not be readable to anyone who cannot read the file that it replaces.
         with open(os.open(temporary, flags, 0o666 if old is None else 0o600), "wb") as file:
             file.write(data)
             file.flush()
@@ -91,16 +107,39 @@ def _replace(target: Path, data: bytes, modified: int | None) -> None:
             os.fsync(file.fileno())
         if modified is not None:
             os.utime(temporary, ns=(modified, modified))
-        os.replace(temporary, target)
+        _rename(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
+            os.chmod(temporary, 0o600)  # Windows removes no file that is read-only, as the old one may have been
             temporary.unlink()
         raise
     _flush_folder(target.parent)
 
 
+def _rename(path: Path, target: Path) -> None:
+    """As os.replace. Windows refuses while a virus scanner or an indexer has one of both open: it is asked again."""
+    for pause in _PAUSES if sys.platform == "win32" else ():
+        try:
+            os.replace(path, target)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(path, target)
+
+
+def _without_limit(target: Path) -> Path:
+    """On Windows, an absolute path in the form that may have more than 260 characters, if it or the longer name of the
+    temporary file comes near that; elsewhere the same path.
+    """
+    text = str(target)
+    longest = len(text) + len(".hpcmref-0123456789abcdef.tmp")
+    if sys.platform != "win32" or longest <= _LONGEST or text.startswith("\\\\?\\"):
+        return target
+    return Path("\\\\?\\UNC" + text[1:] if text.startswith("\\\\") else "\\\\?\\" + text)
+
+
 def _take_over(path: Path, old: os.stat_result) -> None:
-    """Give a file the owner, where that is allowed, and the permissions of another."""
+    """Copy the permissions of another file, and its owner where the system allows it."""
     if hasattr(os, "chown"):
         for owner in ((old.st_uid, -1), (-1, old.st_gid)):
             with contextlib.suppress(OSError):
@@ -109,7 +148,7 @@ def _take_over(path: Path, old: os.stat_result) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Have the disk keep the names in a folder; Windows and some network file systems cannot be asked to."""
+    """Flush the names in a folder to the disk. Windows and some network file systems do not support this."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

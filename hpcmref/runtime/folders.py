@@ -1,4 +1,4 @@
-"""The folder in which a user keeps model files of their own."""
+"""The folder in which users keep their own model files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ VARIABLE = "HPCMREF_MODELS"
 
 
 def models_folder() -> Path:
-    """The folder of one's own models: that of the environment variable HPCMREF_MODELS, or else the usual place.
+    """Return the folder of the user's own models, which need not exist.
 
-    It need not exist. The usual place is ~/.local/share/hpcmref/models on Linux, and what platformdirs says elsewhere.
+    It is the value of the environment variable HPCMREF_MODELS. Without it, it is ~/.local/share/hpcmref/models on
+    Linux, and the folder that platformdirs returns on other systems.
     """
     if chosen := os.environ.get(VARIABLE):
         return Path(chosen).expanduser()
@@ -21,5 +22,5 @@ def models_folder() -> Path:
 
 
 def model_files() -> list[Path]:
-    """The model files in that folder, by name."""
+    """Return the model files in that folder, sorted by name."""
     return sorted(models_folder().glob("*.safetensors"))

@@ -18,7 +18,7 @@ _forked_with_torch = False
 
 
 def watch_forks() -> None:
-    """Have every child that is forked from now on remember whether its parent had imported torch."""
+    """Make every child process that is forked from now on record whether its parent had imported torch."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_remember)
 
@@ -30,9 +30,9 @@ def _remember() -> None:
 
 @contextlib.contextmanager
 def safe_after_fork(device: str) -> Iterator[None]:
-    """Let torch compute with one thread within, in a child that was forked from a process with torch.
+    """Limit torch to one thread in this context, if the process was forked from one that had imported torch.
 
-    device: "cpu" or "cuda". Raises HpcmrefError for a GPU in such a child.
+    device: "cpu" or "cuda". Raises HpcmrefError for "cuda" in such a process.
     """
     if not _forked_with_torch:
         yield

@@ -12,12 +12,12 @@ def keep_memory() -> None:
 
     A network allocates megabytes for every operation and frees them at once. If they are returned to the system, each
     page costs a page fault when it is next written to. That is a tenth of the time of encoding a small photograph, and
-    more for large ones. So large blocks are allocated from the heap too. This changes the whole process, so it is for
-    programs: `hpcmref` and the measurements, not for `import`.
+    more for large ones. So large blocks are allocated from the heap too. This changes the whole process, so only
+    programs call it (the command `hpcmref` and the measurements), and `import hpcmref` does not.
     """
     if not sys.platform.startswith("linux"):
         return
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries than glibc do without
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # missing in other C libraries than glibc
     if set_option is not None:
         for option, size in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**29), (_TOP_PAD, 2**24)):
             set_option(option, size)
@@ -32,10 +32,10 @@ def give_back() -> None:
 
 
 def peak_memory() -> int | None:
-    """The peak memory of the process in bytes, including Python, torch and the weights; None on Windows."""
+    """Return the peak memory of the process in bytes, including Python, torch and the weights; None on Windows."""
     try:
         return resident("VmHWM")
-    except OSError:  # not Linux, whose ru_maxrss begins with what the parent held
+    except OSError:  # not Linux; there, ru_maxrss is not used, since it includes memory of the parent process
         try:
             import resource
         except ImportError:
@@ -44,7 +44,7 @@ def peak_memory() -> int | None:
 
 
 def resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status. Raises OSError where there is none: only Linux has it."""
+    """Return the bytes of a field of /proc/self/status. Raises OSError on other systems than Linux, which lack it."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024

@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Stopped(BaseException):
-    """A signal asks the program to end. progress: how far its work has got, in words, if that is known."""
+    """A signal has asked the program to end. progress: how far the work is, in words, or "" if that is unknown."""
 
     def __init__(self, number: int, progress: str = "") -> None:
         super().__init__(number, progress)
@@ -19,7 +19,7 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """What shells expect of a program that a signal has ended."""
+        """The exit code that shells expect from a program that a signal has ended: 128 + its number."""
         return 128 + self.number
 
     def __str__(self) -> str:
@@ -27,14 +27,16 @@ class Stopped(BaseException):
         return f"{how} {self.progress}".rstrip()
 
 
-ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# SIGBREAK: Ctrl-Break of Windows, and a console window that is closed.
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise Stopped in the main thread for SIGINT, SIGTERM and SIGHUP; more of them are ignored until the end.
+    """In this context, raise Stopped in the main thread when one of the signals in ENDING arrives.
 
-    Signals that the program was started to ignore (`nohup`, background jobs) stay ignored. Does nothing in a thread.
+    After the first, further signals are ignored until the context ends. Signals that the program was started to ignore
+    (`nohup`, background jobs) stay ignored. Does nothing in other threads than the main one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -59,8 +61,10 @@ def stoppable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tidying() -> Iterator[None]:
-    """In a process that SIGTERM and SIGHUP end at once: raise SystemExit for them within instead, so that temporary
-    folders and other programs are tidied up. Where they have handlers already, and in threads, nothing changes.
+    """In this context, raise SystemExit when a signal arrives that would otherwise end the process at once.
+
+    Temporary folders and child processes are thus cleaned up. Signals that have a handler already are left alone. Does
+    nothing in other threads than the main one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -69,7 +73,7 @@ def tidying() -> Iterator[None]:
 
     def leave(number: int, frame: FrameType | None) -> None:
         for each in mine:
-            signal.signal(each, signal.SIG_IGN)  # a second one would end the tidying
+            signal.signal(each, signal.SIG_IGN)  # a second signal would interrupt the cleaning up
         raise SystemExit(128 + number)
 
     for number in mine:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def has_byte_units() -> bool:
+def has_int8_units() -> bool:
     """Whether torch reports that this CPU has int8 instructions (VNNI), and can use them.
 
     Uses torch.cpu._is_vnni_supported and torch._int_mm; False where either is missing.
@@ -29,18 +29,18 @@ def has_bfloat16_units() -> bool:
 
 
 def int_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """The matrix product, int32 (n, C_out), of int8 (n, C_in) and int8 (C_in, C_out).
+    """Multiply two int8 matrices (n, C_in) and (C_in, C_out); the result is int32 (n, C_out).
 
-    Uses torch._int_mm; without it an int32 product, which is slow.
+    Uses torch._int_mm. Without it, the matrices are converted to int32, which is slow.
     """
     multiply = getattr(torch, "_int_mm", None)
     return multiply(x, weight) if multiply is not None else x.to(torch.int32) @ weight.to(torch.int32)
 
 
-def lerp_all(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
-    """Move each target in place by `weight` of its way to its source.
+def lerp_all_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
+    """Interpolate in place: target = target + weight (source - target), for each pair of tensors.
 
-    Uses torch._foreach_lerp_; without it one tensor after the other.
+    Uses torch._foreach_lerp_. Without it, the tensors are processed one after the other.
     """
     lerp = getattr(torch, "_foreach_lerp_", None)
     if lerp is not None:
@@ -51,9 +51,10 @@ def lerp_all(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float
 
 
 def use_full_precision(undo: ExitStack) -> None:
-    """Switch off TF32 and bfloat16 in float32 products and convolutions; `undo` gets what restores the settings.
+    """Switch off TF32 and bfloat16 in float32 matrix products and convolutions.
 
-    Uses the fp32_precision of torch 2.9 and later; before, torch.set_float32_matmul_precision.
+    `undo` gets the callbacks that restore the settings. Uses fp32_precision in torch 2.9 and later, and
+    torch.set_float32_matmul_precision in older versions.
     """
     backends: Any = torch.backends
     modes = (backends.cuda.matmul, *(getattr(backends.mkldnn, name, None) for name in ("matmul", "conv")))
@@ -68,9 +69,9 @@ def use_full_precision(undo: ExitStack) -> None:
 
 
 def allow_tf32() -> None:
-    """Let float32 products and convolutions on GPUs of this process round their inputs to TF32 (10 bits).
+    """Let float32 matrix products and convolutions on GPUs round their inputs to TF32 (10 bits of mantissa).
 
-    Uses the fp32_precision of torch 2.9 and later; before, allow_tf32.
+    Uses fp32_precision in torch 2.9 and later, and allow_tf32 in older versions.
     """
     backends: Any = torch.backends
     for mode in (backends.cuda.matmul, backends.cudnn.conv if hasattr(backends.cudnn, "conv") else backends.cudnn):
@@ -81,7 +82,9 @@ def allow_tf32() -> None:
 
 
 def _set_precision(mode: Any, precision: str) -> None:
-    """Set a mode as it was, and leave it unset where the mode above it says the same (reading does not tell which)."""
+    """Restore the precision of a mode. If the mode above it has the same precision, it is left unset ("none"), because
+    reading a mode does not tell whether it was set itself.
+    """
     mode.fp32_precision = "none"
     if mode.fp32_precision != precision:
         mode.fp32_precision = precision

@@ -34,13 +34,16 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _PATIENCE = 1.0
-"""Seconds that a worker has to end by itself before it is killed."""
+"""How many seconds a worker gets to end by itself before it is killed."""
+
+_MOST_ON_WINDOWS = 61
+"""Processes that can be waited for at once there, as in concurrent.futures."""
 
 _PR_SET_PDEATHSIG = 1  # Linux, prctl.h
 
 
 class WorkerDiedError(Exception):
-    """The process that worked on an item is gone, and has sent no result."""
+    """The process that worked on an item has ended without sending a result."""
 
 
 @dataclass(eq=False)
@@ -52,41 +55,48 @@ class _Worker:
 
 
 class Workers(Generic[T, R]):
-    """`count` processes that do the same work on items; one that dies is replaced when there is an item for it."""
+    """A pool of `count` processes that do the same work on items.
+
+    A process that dies is replaced when the next item is given.
+    """
 
     def __init__(self, work: Callable[[T], R], count: int, threads: int | None = None) -> None:
-        """threads: that each computes with; None gives each its share of the cores."""
+        """Prepare the pool; processes start with the first item.
+
+        work: what is done with each item; it is pickled. threads: the number of threads of each process; None divides
+        the cores among the processes.
+        """
         self._work = work
-        self._count = count
+        self._count = count = min(count, _MOST_ON_WINDOWS) if sys.platform == "win32" else count
         self._threads = threads or max(1, available_cores() // count)
         self._workers: list[_Worker] = []
         self._started = False
 
     @property
     def at_work(self) -> int:
-        """How many workers have an item."""
+        """The number of workers that have an item."""
         return sum(worker.at_work for worker in self._workers)
 
     @property
     def are_busy(self) -> bool:
-        """Whether no worker is left for another item."""
+        """Whether all workers have an item, so that no other can be given."""
         return self.at_work >= self._count
 
     def give(self, item: T) -> None:
-        """Have an idle worker work on an item; there must be one (`are_busy`)."""
+        """Give an item to an idle worker. There must be one, see `are_busy`."""
         if not self._started:
             self._started = True
             for _ in range(self._count):
                 self._start()  # all at once, because each takes a while to be ready
         worker = next((each for each in self._workers if not each.at_work), None) or self._start()
         worker.item, worker.at_work = item, True
-        with contextlib.suppress(OSError):  # it has died: `wait` will say so
+        with contextlib.suppress(OSError):  # the worker has died; `wait` reports it
             worker.pipe.send(item)
 
     def wait(self) -> Iterator[tuple[T, R | Exception]]:
-        """Wait for one worker at least; yields items with their results, or with what their work raised.
+        """Wait until at least one worker is done, and yield items with their results or with the exceptions raised.
 
-        The result is WorkerDiedError where a process died.
+        The result is a WorkerDiedError if the process has died.
         """
         busy = {worker.pipe: worker for worker in self._workers if worker.at_work}
         for pipe in wait(list(busy)) if busy else ():
@@ -101,14 +111,14 @@ class Workers(Generic[T, R]):
             yield item, result
 
     def close(self) -> None:
-        """End all workers, at once if they are at work. Afterwards none is left."""
+        """End all workers and wait for their end. Those that have an item are interrupted."""
         workers, self._workers = self._workers, []
         _end(workers)
 
     def _start(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        # The kernel's signal comes at the end of the thread that started the process, so that thread must last.
+        # The kernel sends its signal when the thread ends that has started the process. Only the main thread lasts.
         lasts = threading.current_thread() is threading.main_thread()
         arguments = (theirs, os.getpid() if lasts else None, self._threads)
         process = context.Process(target=_serve, args=arguments, daemon=True)
@@ -124,14 +134,16 @@ class Workers(Generic[T, R]):
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Have a process that is started meanwhile never see the interrupt key, which is its parent's business; here, an
-    interrupt waits."""
+    """Block SIGINT in this context. Processes started in it ignore the interrupt key, which their parent handles.
+
+    An interrupt of this process is delivered when the context ends.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     from multiprocessing import resource_tracker
 
-    resource_tracker.ensure_running()  # which changes the mask when it starts
+    resource_tracker.ensure_running()  # it changes the signal mask when it starts, so it must be running before
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -140,7 +152,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 def _end(workers: list[_Worker]) -> None:
-    """Idle workers end when their pipe does; the others are asked to, and killed if that takes too long."""
+    """End workers: idle ones by closing their pipe, the others by SIGTERM. After _PATIENCE, they are killed."""
     for worker in workers:
         worker.pipe.close()
         if worker.at_work:
@@ -158,7 +170,7 @@ def _end(workers: list[_Worker]) -> None:
 
 
 def _serve(pipe: Connection, parent: int | None, threads: int) -> None:
-    """Work on what comes through the pipe until it ends."""
+    """Work on the items that come through the pipe, until it is closed."""
     _end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
     keep_memory()
@@ -170,7 +182,7 @@ def _serve(pipe: Connection, parent: int | None, threads: int) -> None:
     except (EOFError, OSError):
         pass
     except SystemExit:
-        os._exit(1)  # what was begun is tidied up by now; to take the interpreter and torch apart can take seconds
+        os._exit(1)  # everything is cleaned up by now, and the normal end of Python with torch can take seconds
 
 
 def _done(work: Callable[[Any], Any], item: Any) -> bytes:
@@ -179,31 +191,32 @@ def _done(work: Callable[[Any], Any], item: Any) -> bytes:
     except Exception as error:
         try:
             message = pickle.dumps(error)
-            pickle.loads(message)  # many exceptions can be pickled, but not made again
+            pickle.loads(message)  # some exceptions can be pickled, but not unpickled
             return message
         except Exception:
             return pickle.dumps(HpcmrefError(f"{type(error).__name__}: {error}"))
 
 
 def _end_with(parent: int | None) -> None:
-    """End this process when its parent ends; parent: its id, if the kernel shall see to that too.
+    """Make this process end when its parent ends.
 
-    SIGTERM ends it at once, whatever it is at; work that has to tidy up says so (`signals.tidying`).
+    parent: the process id of the parent, to have the kernel send SIGTERM when it ends; None if a thread alone shall
+    watch it. SIGTERM ends the process at once. Work that must clean up first uses `signals.tidying`.
     """
     if sys.platform == "linux" and parent is not None:
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it ended before it could be asked for
+        if os.getppid() != parent:  # the parent ended before the kernel was told
             raise SystemExit
     threading.Thread(target=_watch, daemon=True).start()
 
 
 def _watch() -> None:
-    """Wait for the end of the parent, which closes a pipe, and end this process."""
+    """Wait until the parent ends, which closes a pipe, and end this process."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    if hasattr(signal, "pthread_kill"):  # what waits for something in the main thread is woken up
+    if hasattr(signal, "pthread_kill"):  # interrupts a system call of the main thread
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         time.sleep(_PATIENCE)
     os._exit(1)

@@ -4,10 +4,10 @@ g_a gives latents that are good for photographs on average, but for a single pic
 changes y in rounds, so that bits + lambda * squared error becomes smaller:
 
     y --compress--> symbols, scales, means, bytes, picture         exact, as it would be written: the best file is kept
-    y <--anneal---- scales and means held fixed, gradients through g_s and the costs of symbols
+    y <--anneal---- scales and means held fixed, gradients through g_s and the bits of symbols
 
-Neither g_a nor gradients through the context model are needed, so a round costs a few encodings. `anneal` has the inner
-loop, `efforts` the rounds of each effort, `synthesis` the gradient of the picture.
+Neither g_a nor gradients through the context model are needed, so a round takes as long as a few encodings. `anneal`
+has the inner loop, `efforts` the rounds of each effort, `synthesis` the gradient of the picture.
 """
 
 from hpcmref.search.efforts import Goal, Options, Watch, search

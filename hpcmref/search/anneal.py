@@ -21,7 +21,7 @@ from hpcmref.model.schedule import S1, S2
 from hpcmref.search.synthesis import Target
 
 LIMIT = 255
-"""Symbols of a larger magnitude are taken to cost as much as this one. Their gradient then comes from g_s alone."""
+"""Symbols of a larger magnitude are taken to have as many bits as this. Their gradient then comes from g_s alone."""
 
 EDGE = 1e-4
 """The closest that a latent may be to one of its neighbours, since atanh is infinite at 1."""
@@ -31,7 +31,7 @@ BETAS = 0.9, 0.99
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the context model said of y when it was last coded: means, and rows of the table of costs (int32)."""
+    """What the context model said of y when it was last coded: means, and rows of the table of bits (int32)."""
 
     means: Tensor
     rows: Tensor
@@ -45,8 +45,8 @@ def predictions(parts: Iterable[Part], y_hat: Tensor) -> Predictions:
             wide = 2 ** (3 - step.scale)
             shape = (1, y_hat.shape[2] // wide, y_hat.shape[3] // wide, y_hat.shape[1])
             known = planes.setdefault(step.scale, [each.new_zeros(shape).permute(0, 3, 1, 2) for each in coded])
-            planes[step.scale] = [step.put(plane, each) for plane, each in zip(known, coded, strict=True)]
-    symbols, rows = (S2.put(s3, S1.put(s2, s1)) for s1, s2, s3 in zip(planes[1], planes[2], planes[3], strict=True))
+            planes[step.scale] = [step.put_(plane, each) for plane, each in zip(known, coded, strict=True)]
+    symbols, rows = (S2.put_(s3, S1.put_(s2, s1)) for s1, s2, s3 in zip(planes[1], planes[2], planes[3], strict=True))
     return Predictions(y_hat - symbols, rows.int().mul_(2 * LIMIT).add_(LIMIT))
 
 
@@ -55,7 +55,7 @@ class Schedule:
     """One round: learning rates in quantiser steps, and temperatures, both at its start and at its end."""
 
     iterations: int
-    rate: Sequence[float]
+    learning_rate: Sequence[float]
     temperature: Sequence[float]
 
 
@@ -79,7 +79,8 @@ class Annealer:
             part = index / schedule.iterations
             low, high = (math.log(each) for each in schedule.temperature)
             gradient = self._gradient(known, math.exp(low + part * (high - low)))
-            self._step(gradient, schedule.rate[0] + part * (schedule.rate[1] - schedule.rate[0]))
+            first, last = schedule.learning_rate
+            self._step(gradient, first + part * (last - first))
             yield
 
     def _gradient(self, known: Predictions, temperature: float) -> Tensor:
@@ -96,11 +97,11 @@ class Annealer:
         slope = 1 / (1 - up.square()) + 1 / (1 - down.square())
         return gradient.mul_(share * (1 - share)).mul_(slope).div_(temperature**2)
 
-    def _step(self, gradient: Tensor, rate: float) -> None:
+    def _step(self, gradient: Tensor, learning_rate: float) -> None:
         """One step of Adam."""
         self._count += 1
         first, second = BETAS
         self._mean.lerp_(gradient, 1 - first)
         self._square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
         size = (self._square / (1 - second**self._count)).sqrt_().add_(1e-12)
-        self.y.addcdiv_(self._mean, size, value=-rate / (1 - first**self._count))
+        self.y.addcdiv_(self._mean, size, value=-learning_rate / (1 - first**self._count))

@@ -37,19 +37,19 @@ class Options:
 class Stage:
     """Rounds of a search that belong together: a cosine of learning rates, and a falling temperature.
 
-    rate: at the start, in quantiser steps; temperature: at the start and at the end.
+    learning_rate: at the start, in quantiser steps; temperature: at the start and at the end.
     """
 
     rounds: int
     iterations: int
-    rate: float
+    learning_rate: float
     temperature: tuple[float, float]
 
     def schedules(self) -> Iterator[Schedule]:
         """One for each round."""
         low, high = (math.log(each) for each in self.temperature)
         parts = [index / self.rounds for index in range(self.rounds + 1)]
-        rates = [self.rate * (0.5 + 0.5 * math.cos(math.pi * part)) for part in parts]
+        rates = [self.learning_rate * (0.5 + 0.5 * math.cos(math.pi * part)) for part in parts]
         temperatures = [math.exp(low + part * (high - low)) for part in parts]
         for index in range(self.rounds):
             ends = index, index + 1
@@ -85,7 +85,7 @@ class Goal:
     most_bytes: float | None = None
     most_error: float | None = None
 
-    def cost(self, size: int, error: float) -> float:
+    def objective(self, size: int, error: float) -> float:
         """What is to be small: of a payload of `size` bytes; infinite beyond a limit."""
         if self.most_bytes is not None:
             return error if size <= self.most_bytes else math.inf
@@ -113,7 +113,7 @@ AIM = 0.997
 
 @dataclass(frozen=True)
 class _Best:
-    cost: float
+    objective: float
     compressed: Compressed
     y: Tensor
 
@@ -129,7 +129,7 @@ class _Search:
         error = target.error(compressed.y_hat)
         self._last = _size(compressed), error
         # The limits are what this file has been measured by; rounding must not turn it away.
-        self.best = _Best(min(goal.cost(_size(compressed), error), 1e300), compressed, y)
+        self.best = _Best(min(goal.objective(_size(compressed), error), 1e300), compressed, y)
 
     def run(self, stages: tuple[Stage, ...]) -> Iterator[float]:
         """Yields the part that is done after every iteration."""
@@ -146,9 +146,9 @@ class _Search:
         """Code y as it is now, and keep it if it is the best so far."""
         compressed, self._parts = self._coded()
         size, error = _size(compressed), self._target.error(compressed.y_hat)
-        cost = self._goal.cost(size, error)
-        if cost < self.best.cost:
-            self.best = _Best(cost, compressed, self.annealer.y.clone())
+        objective = self._goal.objective(size, error)
+        if objective < self.best.objective:
+            self.best = _Best(objective, compressed, self.annealer.y.clone())
         self.annealer.weight *= self._goal.stronger(self._last, size, error)
         self._last = size, error
 

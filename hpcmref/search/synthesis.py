@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hpcmref.model.hpcm import HPCM
-from hpcmref.model.layers import SLOPE, ResidualBlock
+from hpcmref.model.layers import SLOPE, Pointwise, ResidualBlock
 from hpcmref.model.transforms import halo
 from hpcmref.similarity import ms_ssim
 
@@ -51,10 +51,11 @@ def _through(network: nn.Sequential, x: Tensor) -> Tensor:
     for module in network:
         if isinstance(module, ResidualBlock):
             mixed = module.spatial(x).permute(0, 2, 3, 1)
-            rows = _Residual.apply(mixed.reshape(-1, mixed.shape[3]), module.expand, module.project)
+            rows = mixed.reshape(-1, mixed.shape[3])
+            rows = _Residual.apply(rows, module.expand, module.project)  # type: ignore[no-untyped-call]
             x = x + rows.view(mixed.shape).permute(0, 3, 1, 2)
         else:
-            x = module(x)
+            x = module.as_matmul(x) if isinstance(module, Pointwise) else module(x)
     return x
 
 
@@ -89,7 +90,7 @@ class Target:
         The error is that of clamped pixels, but the gradient passes as if they were not clamped.
         """
         gradient = torch.zeros_like(y_hat)
-        pull = self._prepared(y_hat)
+        pull = self._pull_for(y_hat)
         rows = max(1, POSITIONS // y_hat.shape[3])
         for start in range(0, -(-self._height // 16), rows):
             stop = min(start + rows, y_hat.shape[2])
@@ -114,7 +115,7 @@ class Target:
             total += int((squares if self._seen is None else squares * self._seen[rows]).sum())
         return total / 3
 
-    def _prepared(self, y_hat: Tensor) -> Pull:
+    def _pull_for(self, y_hat: Tensor) -> Pull:
         """What gives the gradient of the error with respect to rows of the picture."""
         return self._pull
 
@@ -145,7 +146,7 @@ class SimilarTarget(Target):
         similarity = sum(float(ms_ssim(seen[:, [channel]], x[:, [channel]])) for channel in range(seen.shape[1]))
         return (1 - similarity / seen.shape[1]) * self._height * self._width
 
-    def _prepared(self, y_hat: Tensor) -> Pull:
+    def _pull_for(self, y_hat: Tensor) -> Pull:
         """MS-SSIM needs the whole picture, so its gradient comes first; channel by channel, which takes less memory."""
         shown = self._model.synthesise(y_hat, self._quality)[:, :, : self._height, : self._width].clamp_(0, 1)
         if self._grey:

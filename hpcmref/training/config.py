@@ -12,7 +12,7 @@ import numpy as np
 from hpcmref.arguments import METRICS
 from hpcmref.errors import ConfigError, near
 from hpcmref.model import PRESETS, HPCMConfig
-from hpcmref.model.config import MEMORIES, QUALITIES
+from hpcmref.model.config import MEMORY_BANKS, QUALITIES
 from hpcmref.similarity import MS_SSIM_LEAST_SIDE
 
 NO_MEMORY = "none"
@@ -54,7 +54,7 @@ def phases_of(text: str) -> tuple[Phase, ...]:
 class TrainingConfig:
     """Everything that decides what a run does. Lengths in steps unless the name says otherwise.
 
-    memory: a bank of MEMORIES, or "none", instead of the preset's. start: a model to begin with, by name or file (a
+    memory: a bank of MEMORY_BANKS, or "none", instead of the preset's. start: a model to begin with, by name or file (a
     bank that it has not is closed at first), or the folder of another run, whose weights, average and optimiser are
     taken over; a state in `output` goes first. schedule: how the learning rate goes over the budget (SCHEDULES).
     phases: the batch is that of one process. rescale: half of the crops are made smaller, by a factor between this and
@@ -93,16 +93,16 @@ class TrainingConfig:
             raise ConfigError(
                 f"There is no preset {self.preset!r}; there are {', '.join(PRESETS)}{near(self.preset, PRESETS)}."
             )
-        if self.memory is not None and self.memory not in (NO_MEMORY, *MEMORIES):
-            names = (NO_MEMORY, *MEMORIES)
+        if self.memory is not None and self.memory not in (NO_MEMORY, *MEMORY_BANKS):
+            names = (NO_MEMORY, *MEMORY_BANKS)
             hint = near(self.memory, names)
-            raise ConfigError(f"There is no memory {self.memory!r}; there are {', '.join(names)}{hint}.")
+            raise ConfigError(f"There is no memory bank {self.memory!r}; there are {', '.join(names)}{hint}.")
         if self.schedule not in SCHEDULES:
             hint = near(self.schedule, SCHEDULES)
             raise ConfigError(f"There is no schedule {self.schedule!r}; there are {', '.join(SCHEDULES)}{hint}.")
         lambdas = self.model.lambdas
         if not lambdas:
-            raise ConfigError(f"The preset {self.preset!r} has no rate anchors to train over.")
+            raise ConfigError(f"The preset {self.preset!r} has no quality anchors to train over.")
         if self.rate is not None and not lambdas[0] <= self.rate <= lambdas[-1]:
             raise ConfigError(f"Lambda must be between {lambdas[0]} and {lambdas[-1]}.")
         if self.device not in ("cpu", "cuda"):
@@ -143,7 +143,7 @@ class TrainingConfig:
     def model(self) -> HPCMConfig:
         """The networks: the preset, with its memory bank or another."""
         preset = PRESETS[self.preset]
-        return preset if self.memory is None else replace(preset, memory=MEMORIES.get(self.memory))
+        return preset if self.memory is None else replace(preset, memory=MEMORY_BANKS.get(self.memory))
 
     @property
     def name(self) -> str:

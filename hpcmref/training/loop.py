@@ -18,7 +18,7 @@ from hpcmref.errors import CheckpointError, ConfigError
 from hpcmref.model import HPCM
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.layers import ResidualBlock
-from hpcmref.runtime.torch_names import allow_tf32, lerp_all
+from hpcmref.runtime.torch_names import allow_tf32, lerp_all_
 from hpcmref.training.config import SCHEDULES, TrainingConfig
 from hpcmref.training.data import Tiles
 from hpcmref.training.graph import StepGraph
@@ -61,9 +61,9 @@ class Trainer:
         self.average = [parameter.detach().clone() for parameter in self.model.parameters()]
         cuda = self.device.type == "cuda"
         # In a CUDA graph the learning rate is a number on the device.
-        rate = torch.tensor(config.learning_rate, device=self.device) if cuda else config.learning_rate
+        learning_rate = torch.tensor(config.learning_rate, device=self.device) if cuda else config.learning_rate
         self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=cuda
+            self.model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=cuda
         )
         self.step = 0
         self.skipped = 0
@@ -96,7 +96,7 @@ class Trainer:
         Nothing moves if the gradients are not finite: then the norm is not, and `count_skipped` counts it.
         """
         x, quality = self.sample(tiles)
-        self.set_rate()
+        self.set_learning_rate()
         if self.device.type == "cuda" and self.ranks.count == 1:
             if self._graph is None or self._graph.x.shape != x.shape:
                 self._graph = None  # its memory goes first
@@ -107,7 +107,7 @@ class Trainer:
         self.step += 1
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            lerp_all(self.average, list(self.model.parameters()), 1 - decay)
+            lerp_all_(self.average, list(self.model.parameters()), 1 - decay)
         return values
 
     def plain_step(self, x: Tensor, quality: Tensor, skip: bool = False) -> Tensor:
@@ -138,17 +138,17 @@ class Trainer:
             quality.fill_(self.config.fixed_quality)
         return x, quality.to(self.device, non_blocking=True)
 
-    def set_rate(self) -> None:
+    def set_learning_rate(self) -> None:
         """The learning rate of this step."""
         config = self.config
-        rate = SCHEDULES[config.schedule](self.progress)
+        part = SCHEDULES[config.schedule](self.progress)
         if config.schedule != "decay":  # which goes on where another run stands
-            rate *= min(1.0, (self.step + 1) / config.warm_up)
+            part *= min(1.0, (self.step + 1) / config.warm_up)
         for group in self.optimiser.param_groups:
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(config.learning_rate * rate)
+                group["lr"].fill_(config.learning_rate * part)
             else:
-                group["lr"] = config.learning_rate * rate
+                group["lr"] = config.learning_rate * part
 
     def update(self, skip: bool = False) -> Tensor:
         """Move the weights along the gradients, unless their norm, the result (), is not finite. skip: do not move."""
@@ -251,7 +251,7 @@ class _Log:
     def __init__(self, path: Path, trainer: Trainer, report: Callable[[Report], None]) -> None:
         self._trainer = trainer
         self._report = report
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
         settings: dict[str, Any] = {name: str(value) for name, value in asdict(trainer.config).items()}
         self._write({"kind": "start", "step": trainer.step, "ranks": trainer.ranks.count, "config": settings})
 

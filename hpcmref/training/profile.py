@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as trace
 
-from hpcmref.model.cost import macs_per_pixel
+from hpcmref.model.macs import macs_per_pixel
 from hpcmref.runtime.heap import peak_memory
 from hpcmref.training.config import Phase, TrainingConfig
 from hpcmref.training.data import Tiles
@@ -24,8 +24,8 @@ PARTS = ("data", "forward", "backward", "update")
 class Profile:
     """A training step of one phase, on average.
 
-    images and pixels: per second. seconds: of each part of a step. memory: the most that was in use, of the GPU or of
-    this process, in bytes; None where the system does not tell. flops: floating-point operations per second of the
+    images and pixels: per second. seconds: of each part of a step. peak_memory: the most that was in use, of the GPU or
+    of this process, in bytes; None where the system does not tell. flops: floating-point operations per second of the
     networks' convolutions and attention, the backward pass counted as two forward passes. kernels: what took most of
     the time, with its part of it.
     """
@@ -34,7 +34,7 @@ class Profile:
     images: float
     pixels: float
     seconds: dict[str, float]
-    memory: int | None
+    peak_memory: int | None
     flops: float
     kernels: list[tuple[str, float]]
 
@@ -79,7 +79,7 @@ def _profile(config: TrainingConfig, phase: Phase, tiles: Tiles, steps: int) -> 
         images=images,
         pixels=images * phase.crop**2,
         seconds=seconds,
-        memory=_memory(device),
+        peak_memory=_peak_memory(device),
         flops=3 * 2 * macs * images * phase.crop**2,
         kernels=_kernels(trainer, tiles),
     )
@@ -128,7 +128,7 @@ def _kernels(trainer: Trainer, tiles: Tiles, count: int = 8) -> list[tuple[str, 
     return [(name, spent / total) for name, spent in times[:count]]
 
 
-def _memory(device: str) -> int | None:
+def _peak_memory(device: str) -> int | None:
     return torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
 
 

@@ -72,4 +72,4 @@ def read_state(folder: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _parts(manifest: Path) -> list[dict[str, Any]]:
-    return list(json.loads(manifest.read_text())["parts"])
+    return list(json.loads(manifest.read_text(encoding="utf-8"))["parts"])

@@ -5,7 +5,7 @@ is explained in `layers`). Values beyond +-1024 quantiser steps are clamped, ali
 magnitudes of sums stay below these bounds:
 
     Pool           4 x 4 positions below 2^20, in float32                                              2^24
-    GridMean       positions of s3 (2^28 pixels, padded, are fewer than 2^22) below 2^24               2^46
+    CellMean       positions of s3 (2^28 pixels, padded, are fewer than 2^22) below 2^24               2^46
     Recall         2^10 products of two numbers below 2^21                                             2^52
     LinearAttend   phi below 2^18, values below 2^20, at most 9 contexts of 32 x 32 tokens (< 2^14)    2^52
                    softmax: phi below 2^8, tokens of a lattice of s1 fewer than 2^18                   2^46
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from hpcmref.errors import CheckpointError
 from hpcmref.exact.layers import EXP_STEPS, EXP_TABLE
-from hpcmref.model.memory import GridMean, LinearAttend, Pool, Recall, top
+from hpcmref.model.memory_bank import CellMean, LinearAttend, Pool, Recall, top
 
 FRACTION = 10
 """Contexts, keys, queries and values are integers Q FRACTION: they have this many fractional bits."""
@@ -69,10 +69,10 @@ class ExactPool(nn.Module):
         return F.avg_pool2d(x, self.cell) * 2.0**-FRACTION
 
 
-class ExactGridMean(nn.Module):
-    """Twin of GridMean: integers Q14, as ExactPool makes them, and one division."""
+class ExactCellMean(nn.Module):
+    """Twin of CellMean: integers Q14, as ExactPool makes them, and one division."""
 
-    def __init__(self, mean: GridMean) -> None:
+    def __init__(self, mean: CellMean) -> None:
         super().__init__()
         self.mean = mean
 
@@ -179,7 +179,7 @@ class ExactLinearAttend(_WithTable):
 
 OF_MEMORY: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     Pool: ExactPool,
-    GridMean: ExactGridMean,
+    CellMean: ExactCellMean,
     nn.Sigmoid: ExactSigmoid,
     Recall: ExactRecall,
     LinearAttend: ExactLinearAttend,

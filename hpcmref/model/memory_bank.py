@@ -12,9 +12,10 @@ light   A reference consists of a key, made from the mean of a context, and a va
         lattice of s1. Of the last max_refs references, the topk are recalled whose keys are the most similar to the
         query from the current context. (A 1x1 convolution of a mean equals the mean of the 1x1 convolution, and is
         cheaper.)
-full    As light, but values have fewer channels and are on a fixed grid. They are expanded again when recalled.
-linear  All references together are kept as two sums over such grids. Every position reads them by linear attention.
-global  As linear, but over whole planes instead of grids, and with softmax as the feature map.
+full    As light, but values have fewer channels, and one for each of at most r x r cells. They are expanded again when
+        recalled.
+linear  All references together are kept as two sums over such cells. Every position reads them by linear attention.
+global  As linear, but over whole planes instead of cells, and with softmax as the feature map.
 cross   A reference is a context with fewer channels. Every position attends to its window in the last max_refs.
 
 The mode `state` is simpler, and takes the place of attention. It keeps a few channels at every position. Each prior
@@ -36,7 +37,7 @@ from torch.nn import functional as F
 
 from hpcmref.model.config import HPCMConfig, MemoryConfig
 from hpcmref.model.context import CrossAttentionCell
-from hpcmref.model.layers import RateTable, conv1x1
+from hpcmref.model.layers import QualityTable, conv1x1
 from hpcmref.model.strips import in_strips
 
 
@@ -59,7 +60,7 @@ class Pool(nn.Module):
         return x if self.cell == 1 else F.avg_pool2d(x, self.cell)
 
 
-class GridMean(nn.Module):
+class CellMean(nn.Module):
     """Divides a plane into at most side x side cells, and computes the mean of each."""
 
     def __init__(self, side: int) -> None:
@@ -73,8 +74,8 @@ class GridMean(nn.Module):
         return (sums / (rows.sum(0)[:, None] * columns.sum(0))).to(x.dtype)
 
 
-def from_grid(x: Tensor, size: torch.Size, side: int) -> Tensor:
-    """Give every position the value of its cell of `GridMean`: x (B, C, rows, columns) -> (B, C, *size)."""
+def from_cells(x: Tensor, size: torch.Size, side: int) -> Tensor:
+    """Give every position the value of its cell of `CellMean`: x (B, C, rows, columns) -> (B, C, *size)."""
     rows, columns = (_cells(length, side, x.device) for length in size)
     return x.index_select(2, rows).index_select(3, columns)
 
@@ -109,7 +110,7 @@ class MemoryBank(nn.Module, ABC):
         self.before_prior = memory.before_prior
         self.pool = Pool(2 ** (scale - 1))
         self.gate = nn.Sequential(conv1x1(2 * channels, channels), nn.Sigmoid())
-        self.opening = RateTable(torch.zeros(config.anchors), channels)
+        self.opening = QualityTable(torch.zeros(config.anchors), channels)
 
     def start(self, quality: Tensor, before: State | None = None) -> State:
         """The state before the first step of a scale. before: the state at the end of the scale before."""
@@ -140,7 +141,7 @@ class MemoryBank(nn.Module, ABC):
         return torch.empty_like(context).copy_(joined)  # keeps the memory layout, on which rounding in kernels depends
 
     def _on_lattice(self, x: Tensor) -> Tensor:
-        return in_strips(self.pool, x, halo=0, unit=self.pool.cell)
+        return in_strips(self.pool, x, halo=0, unit=self.pool.cell, whole=self.training)
 
     @abstractmethod
     def _with(self, state: State, context: Tensor) -> tuple[tuple[Tensor, ...], ...]:
@@ -190,10 +191,10 @@ class ReferenceBank(MemoryBank):
         channels, narrow = 2 * config.M, 2 * config.M // memory.compress_ratio
         self.max_refs = memory.max_refs[scale - 1]
         self.side = memory.value_resolution if memory.mode == "full" else None
-        # grid: values are kept on the lattice of s1, or on a fixed grid over it. mean: keys and queries are made from
-        # every position, or from the mean of all.
-        self.grid = GridMean(self.side) if self.side else nn.Identity()
-        self.mean = nn.Identity() if memory.per_position else GridMean(1)
+        # cells: values are kept on the lattice of s1, or as the means of its cells. mean: keys and queries are made
+        # from every position, or from the mean of all.
+        self.cells = CellMean(self.side) if self.side else nn.Identity()
+        self.mean = nn.Identity() if memory.per_position else CellMean(1)
         self.conv_q = conv1x1(channels, narrow)
         self.conv_k = conv1x1(channels, narrow)
         self.conv_v = conv1x1(channels, narrow if self.side else channels)
@@ -201,21 +202,21 @@ class ReferenceBank(MemoryBank):
         self.recall = Recall(memory.topk[scale - 1], memory.temperature)
 
     def _with(self, state: State, context: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        plane = self.grid(self._on_lattice(context))
+        plane = self.cells(self._on_lattice(context))
         reference = (self.conv_k(self.mean(plane)), self.conv_v(plane))
         return (*state.references, reference)[-self.max_refs :]
 
     def _recall(self, state: State, context: Tensor, lattice: Tensor) -> Tensor:
         keys, values = zip(*state.references, strict=True)
-        query = self.conv_q(self.mean(self.grid(lattice)))
+        query = self.conv_q(self.mean(self.cells(lattice)))
         recalled = self.widen(self.recall(query, list(keys), list(values)))
-        return from_grid(recalled, lattice.shape[2:], self.side) if self.side else recalled
+        return from_cells(recalled, lattice.shape[2:], self.side) if self.side else recalled
 
 
 class LinearAttend(nn.Module):
     """Linear attention: phi(query) sum(phi(key)^T value) / phi(query) sum(phi(key)).
 
-    The cost of a query does not grow with the number of keys. phi is elu + 1, relu or softmax. The softmax is over the
+    The time of a query does not grow with the number of keys. phi is elu + 1, relu or softmax. The softmax is over the
     tokens for keys, and over the channels for queries.
     """
 
@@ -256,7 +257,7 @@ class LinearAttend(nn.Module):
 
 
 class LinearBank(MemoryBank):
-    """The mode linear: every position attends linearly to all contexts so far, each reduced to a fixed grid.
+    """The mode linear: every position attends linearly to all contexts so far, each reduced to the means of its cells.
 
     Only the sums over these contexts are kept.
     """
@@ -264,16 +265,16 @@ class LinearBank(MemoryBank):
     def __init__(self, config: HPCMConfig, memory: MemoryConfig, scale: int) -> None:
         super().__init__(config, memory, scale)
         channels, narrow = 2 * config.M, 2 * config.M // memory.compress_ratio
-        self.grid: nn.Module = GridMean(memory.value_resolution)
+        self.cells: nn.Module = CellMean(memory.value_resolution)
         self.conv_q = conv1x1(channels, narrow)
         self.conv_k = conv1x1(channels, narrow)
         self.conv_v = conv1x1(channels, narrow)
         self.widen = conv1x1(narrow, channels)
-        self.sharpness = RateTable(torch.ones(config.anchors), memory.num_heads)
+        self.sharpness = QualityTable(torch.ones(config.anchors), memory.num_heads)
         self.attend = LinearAttend(memory.num_heads, memory.feature_map)
 
     def _with(self, state: State, context: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        plane = self.grid(self._on_lattice(context))
+        plane = self.cells(self._on_lattice(context))
         sums = self.attend.summary(self.conv_k(plane), self.conv_v(plane), self.sharpness(state.quality))
         if state.references:
             (old,) = state.references
@@ -283,9 +284,11 @@ class LinearBank(MemoryBank):
     def _recall(self, state: State, context: Tensor, lattice: Tensor) -> Tensor:
         ((values, weights),) = state.references
         sharpness = self.sharpness(state.quality)
-        return in_strips(
-            lambda part: self.widen(self.attend(self.conv_q(part), values, weights, sharpness)), context, halo=0
-        )
+
+        def attend(part: Tensor) -> Tensor:
+            return self.widen(self.attend(self.conv_q(part), values, weights, sharpness))
+
+        return in_strips(attend, context, halo=0, whole=self.training)
 
 
 class LinearGlobalInterContext(LinearBank):
@@ -296,7 +299,7 @@ class LinearGlobalInterContext(LinearBank):
 
     def __init__(self, config: HPCMConfig, memory: MemoryConfig, scale: int) -> None:
         super().__init__(config, memory, scale)
-        self.grid = nn.Identity()
+        self.cells = nn.Identity()
         self.attend = LinearAttend(memory.num_heads, "softmax")
 
 
@@ -312,14 +315,14 @@ class MultiRefCrossAttentionCell(MemoryBank):
         self.widen = conv1x1(narrow, channels)
 
     def _with(self, state: State, context: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-        return (*state.references, (in_strips(self.narrow, context, halo=0),))[-self.max_refs :]
+        return (*state.references, (in_strips(self.narrow, context, halo=0, whole=self.training),))[-self.max_refs :]
 
     def _recall(self, state: State, context: Tensor, lattice: Tensor) -> Tensor:
         def attend(context: Tensor, *references: Tensor) -> Tensor:
             return self.widen(self.cell(self.narrow(context), *references).to(context.dtype))
 
         references = [reference for (reference,) in state.references]
-        return in_strips(attend, context, *references, halo=0, unit=self.cell.window)
+        return in_strips(attend, context, *references, halo=0, unit=self.cell.window, whole=self.training)
 
 
 class StateBank(nn.Module):
@@ -336,11 +339,19 @@ class StateBank(nn.Module):
     def write(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Split the result `out` (B, 2M + width, h, w) of a prior, and add its second part to the state.
 
-        Returns the context (B, 2M, h, w), which is a view of `out`, and the new state. Without gradients, `state` is
-        updated in place.
+        Returns the context (B, 2M, h, w), which is a view of `out`, and the new state.
         """
+        context, written = self._parts(out)
+        return context, state + written
+
+    def write_(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """As `write`, but `state` itself is overwritten and returned."""
+        context, written = self._parts(out)
+        return context, state.add_(written)
+
+    def _parts(self, out: Tensor) -> tuple[Tensor, Tensor]:
         context, written = out.split((out.shape[1] - self.width, self.width), dim=1)
-        return context, torch.add(state, written, out=None if torch.is_grad_enabled() else state)
+        return context, written
 
     def finer(self, state: Tensor) -> Tensor:
         """(B, width, h, w) -> (B, width, 2h, 2w): every value is repeated 2 x 2 times."""

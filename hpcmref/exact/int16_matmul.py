@@ -1,6 +1,6 @@
 """Matrix products of 16-bit inputs and 8-bit weights, computed as two int8 matrix products.
 
-Each input x (a "word") is split into two signed bytes:
+Each input x is split into two halves, both int8:
 
     x = 256 high + low        -127 <= high <= 127, -128 <= low <= 127
     sum w x = 256 sum w high + sum w low
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from hpcmref.model.layers import pointwise
-from hpcmref.runtime.torch_names import has_byte_units, int_mm
+from hpcmref.runtime.torch_names import has_int8_units, int_mm
 
 LIMIT = 127 * 256 + 127
-"""The largest magnitude of x that can be split into two signed bytes in this way."""
+"""The largest magnitude of x that can be split into two int8 halves in this way."""
 
 WEIGHT_LIMIT = 127
 
@@ -39,15 +39,15 @@ def fits(weight: Tensor, bias: Tensor, limit: int) -> Tensor:
     """
     weight = weight.abs().flatten(1)
     sums = weight.sum(1)
-    in_bytes = (weight.amax(1) <= WEIGHT_LIMIT) & (limit <= LIMIT)
-    return in_bytes & (128 * sums < 2**24) & (sums * limit + bias.abs() < 2**31)
+    in_int8 = (weight.amax(1) <= WEIGHT_LIMIT) & (limit <= LIMIT)
+    return in_int8 & (128 * sums < 2**24) & (sums * limit + bias.abs() < 2**31)
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and the low bytes, both int8, of integers of any type and of magnitude up to LIMIT."""
-    words = x.to(torch.int16)
-    high = (words + 128).bitwise_right_shift_(8)
-    return high.to(torch.int8), torch.sub(words, high, alpha=256).to(torch.int8)
+    """The high and the low half, both int8, of integers of any type and of magnitude up to LIMIT."""
+    x = x.to(torch.int16)
+    high = (x + 128).bitwise_right_shift_(8)
+    return high.to(torch.int8), torch.sub(x, high, alpha=256).to(torch.int8)
 
 
 def product(x: Tensor, weight: Tensor, limit: int, narrow: bool = False) -> Tensor:
@@ -73,16 +73,16 @@ def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
 
 def has_units(device: str) -> bool:
     """Whether this device has int8 instructions that are used here and are exact; device: "cpu" or "cuda"."""
-    return device == "cpu" and bool(torch.backends.mkldnn.enabled) and _multiplies_bytes()
+    return device == "cpu" and bool(torch.backends.mkldnn.enabled) and _multiplies_int8()
 
 
 @lru_cache(maxsize=1)
-def _multiplies_bytes() -> bool:
+def _multiplies_int8() -> bool:
     """Whether the processor has int8 instructions, and PyTorch computes known answers correctly with them.
 
     This is checked once per process.
     """
-    if not has_byte_units() or not torch.backends.mkldnn.is_available():
+    if not has_int8_units() or not torch.backends.mkldnn.is_available():
         return False
     random = np.random.RandomState(0)
     for rows, inputs, outputs in ((1, 64, 40), (77, 200, 129), (256, 1920, 64)):

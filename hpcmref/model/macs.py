@@ -22,7 +22,6 @@ def macs_per_pixel(config: HPCMConfig, side: int = 4 * STRIDE) -> dict[str, floa
     """
     with torch.device("meta"):
         model = HPCM(config).eval()
-        x = torch.empty(1, 3, side, side)
     entropy = model.entropy
     modules = dict(zip(PARTS, (model.g_a, model.h_a, entropy.h_s, entropy.context, model.g_s), strict=True))
     counts: Counter[str] = Counter()
@@ -30,7 +29,8 @@ def macs_per_pixel(config: HPCMConfig, side: int = 4 * STRIDE) -> dict[str, floa
         for child in module.modules():
             if isinstance(child, nn.Conv2d | nn.ConvTranspose2d | Attend):
                 child.register_forward_hook(_counting(counts, part))
-    model(x, torch.zeros(1, device="meta"))
+    with torch.device("meta"), torch.no_grad():
+        model(torch.empty(1, 3, side, side), torch.zeros(1))
     return {part: counts[part] / side**2 for part in PARTS}
 
 
