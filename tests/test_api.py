@@ -299,9 +299,7 @@ class TestMany:
         assert multiprocessing.active_children() == []
 
 
-def test_the_examples_of_the_documentation(
-    tmp_path: Path, small: Image.Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_examples_of_the_documentation(tmp_path: Path, small: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of docs/python.md, in order, as one script."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")

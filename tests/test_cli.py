@@ -352,7 +352,7 @@ class TestRun:
     def test_names_are_not_markup(self, loads: list[object]) -> None:
         assert call("encode", picture("[red]a.png")).stdout.startswith("[red]a.png -> [red]a.hpcm: ")
 
-    def test_streams(self, loads: list[object]) -> None:
+    def test_standard_input_and_output_are_streams(self, loads: list[object]) -> None:
         source = Path(picture("a.png")).read_bytes()
         encoded = call("encode", "-", stdin=source)
         assert encoded.exit_code == 0

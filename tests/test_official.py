@@ -293,7 +293,7 @@ def test_only_official_presets(preset: str) -> None:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_convert_and_code_with_it(tmp_path: Path, sample: Image.Image) -> None:
+def test_a_converted_checkpoint_codes_in_little_memory(tmp_path: Path, sample: Image.Image) -> None:
     """A checkpoint as the official train.py saves it on several GPUs: converted, and an image there and back.
 
     A process with it takes less than 900 MiB for a photograph of 768x512, where the official code takes 1147.
