@@ -232,6 +232,14 @@ def report(inputs: str, outcomes: collections.Counter[str], slowest: float, seco
         print(f"{count:9d}  {outcome}")
 
 
+def run(description: str | None, inputs: str, fuzz: Callable[..., tuple[collections.Counter[str], float]]) -> None:
+    """The command line of a fuzzer without options of its own. fuzz takes seed, mutations and seconds."""
+    arguments = options(description).parse_args()
+    start = time.monotonic()
+    outcomes, slowest = fuzz(seed=arguments.seed, mutations=arguments.mutations, seconds=arguments.seconds)
+    report(inputs, outcomes, slowest, time.monotonic() - start)
+
+
 def main() -> None:
     """Run from the command line."""
     parser = options(__doc__)

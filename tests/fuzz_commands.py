@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from fuzz import damaged, options, report
+from fuzz import damaged, run
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -175,14 +175,5 @@ def fuzz(seed: int, mutations: int, seconds: float = float("inf")) -> tuple[coll
     return outcomes, slowest
 
 
-def main() -> None:
-    """Run from the command line."""
-    parser = options(__doc__)
-    arguments = parser.parse_args()
-    start = time.monotonic()
-    outcomes, slowest = fuzz(arguments.seed, arguments.mutations, arguments.seconds)
-    report("commands", outcomes, slowest, time.monotonic() - start)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, "commands", fuzz)

@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from fuzz import damaged, options, report
+from fuzz import damaged, run
 from models import STATE, TINY, model_of
 from PIL import Image
 
@@ -274,14 +274,5 @@ def fuzz(seed: int, mutations: int, seconds: float = float("inf")) -> tuple[coll
     return outcomes, slowest
 
 
-def main() -> None:
-    """Run from the command line."""
-    parser = options(__doc__)
-    arguments = parser.parse_args()
-    start = time.monotonic()
-    outcomes, slowest = fuzz(arguments.seed, arguments.mutations, arguments.seconds)
-    report("model files", outcomes, slowest, time.monotonic() - start)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, "model files", fuzz)

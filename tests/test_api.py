@@ -299,12 +299,12 @@ class TestMany:
         assert multiprocessing.active_children() == []
 
 
-def test_the_examples_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_documentation(tmp_path: Path, small: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of docs/python.md, in order, as one script."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     monkeypatch.setenv("KMP_BLOCKTIME", "0")
-    (tmp_path / "photo.png").write_bytes(PHOTO.read_bytes())
+    (tmp_path / "photo.png").write_bytes(png_of(small))
     text = (Path(__file__).parent.parent / "docs" / "python.md").read_text()
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):

@@ -168,7 +168,7 @@ def ended(result: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "argument", "kind"), CASES)
-def test_a_wrong_argument(codec: Codec, name: str, argument: str, kind: str) -> None:
+def test_a_wrong_argument_is_named(codec: Codec, name: str, argument: str, kind: str) -> None:
     function, others, _ = FUNCTIONS[name]
     first = (codec,) if name.startswith("Codec.") else ()
     if "device" in function.__code__.co_varnames and argument != "device":

@@ -88,7 +88,7 @@ def complaints(folder: Path) -> set[tuple[str, int]]:
     return {(name, int(line)) for name, line in found}
 
 
-def test_a_script_outside(tmp_path: Path) -> None:
+def test_a_type_checker_finds_the_wrong_calls_alone(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "good.py").write_text(SCRIPT)
     (tmp_path / "wrong.py").write_text(WRONG)

@@ -61,7 +61,7 @@ def changed(path: Path, target: Path, change: Callable[[dict[str, torch.Tensor],
 
 
 @pytest.mark.parametrize("half", [True, False])
-def test_weights_survive(folder: Path, model: HPCM, half: bool) -> None:
+def test_a_saved_model_is_loaded_with_the_same_weights(folder: Path, model: HPCM, half: bool) -> None:
     path = folder / f"half-{half}.safetensors"
     checkpoints.save(model, path, "", {}, half=half)
     loaded = checkpoints.load(path).model
@@ -240,7 +240,7 @@ def test_settings_added_later_do_not_change_a_fingerprint_by_default() -> None:
     assert set(checkpoints._settings(config)) == set(config) - {"preset", *checkpoints._TRANSFORM_SETTINGS}
 
 
-def test_what_a_checkpoint_says_of_itself(saved: CheckpointInfo, model: HPCM) -> None:
+def test_info_says_what_was_saved(saved: CheckpointInfo, model: HPCM) -> None:
     assert checkpoints.info(saved.path) == saved
     assert (saved.name, saved.preset, saved.description, saved.default) == ("tiny", "nano", "a test", False)
     assert saved.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -257,7 +257,7 @@ def test_saving_twice_gives_the_same_file(folder: Path, saved: CheckpointInfo, m
     assert again.path.read_bytes() == saved.path.read_bytes()
 
 
-def test_a_file_coded_before_and_after(folder: Path, saved: CheckpointInfo, sample: Image.Image) -> None:
+def test_a_copy_of_a_model_codes_the_same(folder: Path, saved: CheckpointInfo, sample: Image.Image) -> None:
     """Storing a loaded model again changes no bit of what it codes."""
     part = sample.crop((0, 0, 100, 64))
     data = load(saved.path, "cpu").encode(part, 50)

@@ -78,7 +78,7 @@ def test_the_lossless_stream_is_near_the_best_of_webp_and_png(kind: str) -> None
     assert len(lossless.pack(picture_of(image))[1]) <= 1.05 * min(sizes)
 
 
-def test_wider_than_webp_can_be(codec: Codec) -> None:
+def test_a_picture_that_is_too_wide_for_webp_becomes_a_png(codec: Codec) -> None:
     image = hard_pictures.synthetic("pixel art", 16).resize((16384, 4), Image.Resampling.NEAREST)
     data = codec.encode(image, 40, choose=True)
     assert parse(data).coding is Coding.PNG
@@ -107,7 +107,7 @@ def test_what_is_invisible_costs_nothing_in_a_lossless_stream(codec: Codec) -> N
     assert len(data) < len(codec.encode(Image.fromarray(pixels[:30]), 40, choose=True)) + 100
 
 
-def test_targets(codec: Codec, sample: Image.Image) -> None:
+def test_targets_choose_between_exact_and_learned(codec: Codec, sample: Image.Image) -> None:
     """A size has the exact picture if that fits, or else the best one that does; every PSNR is reached."""
     text = drawn("text")
     exact = hpcmref.encode(text, lossless=True)
@@ -201,7 +201,7 @@ def test_bench_measures_the_learned_stream_alone_unless_told_otherwise() -> None
         codecs_of(["hpcmref:speed=1"], ["nano"], "cpu")
 
 
-def test_the_script_that_measures_it(
+def test_the_script_that_measures_the_choice_runs(
     tmp_path: Path, sample: Image.Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sample.crop((150, 60, 214, 108)).save(tmp_path / "a.png")

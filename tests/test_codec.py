@@ -128,7 +128,7 @@ def test_a_scale_takes_the_nearest_table(codec: Codec, small: Image.Image, monke
 
 
 @pytest.mark.parametrize("size", [(1, 1), (70, 1), (1, 70), (65, 63), (64, 64), (130, 200)])
-def test_every_size(codec: Codec, sample: Image.Image, size: tuple[int, int]) -> None:
+def test_every_size_comes_back(codec: Codec, sample: Image.Image, size: tuple[int, int]) -> None:
     image = sample.crop((200, 20, 200 + size[0], 20 + size[1]))
     data = codec.encode(image, 40)
     decoded = codec.decode(data)
@@ -142,7 +142,7 @@ def test_every_size(codec: Codec, sample: Image.Image, size: tuple[int, int]) ->
     assert codec.decode(whole).crop((0, 0, *size)).tobytes() == decoded.tobytes()
 
 
-def test_grey(codec: Codec, small: Image.Image) -> None:
+def test_grey_is_coded_and_comes_back_as_grey(codec: Codec, small: Image.Image) -> None:
     grey = small.convert("L")
     data = codec.encode(grey, 48)
     assert container.parse(data).grey
@@ -165,12 +165,12 @@ def test_other_modes_are_converted_with_a_warning(codec: Codec, small: Image.Ima
         codec.encode(small.convert("L"), 20)
 
 
-def test_the_same_bytes_twice(codec: Codec, files: dict[int, bytes], sample: Image.Image) -> None:
+def test_an_image_gives_the_same_bytes_twice(codec: Codec, files: dict[int, bytes], sample: Image.Image) -> None:
     assert codec.encode(sample, 32) == files[32]
     assert codec.decode(files[32]).tobytes() == codec.decode(files[32]).tobytes()
 
 
-def test_four_threads(codec: Codec, files: dict[int, bytes], sample: Image.Image) -> None:
+def test_four_threads_share_a_codec(codec: Codec, files: dict[int, bytes], sample: Image.Image) -> None:
     """Each with other images, at once, on one codec; the process's settings are then as they were."""
     settings = (torch.backends.cudnn.enabled, torch.get_float32_matmul_precision())
     parts = [sample.crop((40 * i, 10 * i, 40 * i + 64 + 30 * i, 10 * i + 90)) for i in range(8)]
@@ -191,14 +191,16 @@ def test_pixels_stay_in_range(codec: Codec) -> None:
         assert psnr(decoded, image) > (6.1 if image is noise else 30)  # grey everywhere has 6.0
 
 
-def test_the_functions_of_the_package(small: Image.Image, files: dict[int, bytes], sample: Image.Image) -> None:
+def test_the_functions_of_the_package_do_what_the_codec_does(
+    small: Image.Image, files: dict[int, bytes], sample: Image.Image
+) -> None:
     data = hpcmref.encode(small, quality=16, device="cpu")
     assert hpcmref.decode(data, device="cpu").size == small.size
     assert hpcmref.load(device="cpu").encode(small, 16) == data
     assert hpcmref.encode(sample, device="cpu") == files[hpcmref.DEFAULT_QUALITY]
 
 
-def test_the_caller_s_settings_are_left_alone(codec: Codec, small: Image.Image) -> None:
+def test_the_callers_settings_are_left_alone(codec: Codec, small: Image.Image) -> None:
     """Gradients and autocast of the caller neither change the file nor are changed."""
     expected = codec.encode(small, 32)
     image = codec.decode(expected).tobytes()
@@ -265,7 +267,7 @@ def test_the_callers_settings_change_no_byte(
         for each in (codec, made):
             assert each.encode(small, 32, verify=True) == expected
             assert each.decode(expected).tobytes() == image
-            assert each.encode_to(small, psnr=25)
+        assert made.encode_to(small, psnr=25)
         checkpoints.verify(one_rate)
         checkpoints.convert(one_rate, tmp_path / "again.safetensors")
         assert (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()) == inside
@@ -286,7 +288,7 @@ def test_a_model_is_saved_under_the_callers_settings(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("quality", [-1, 64, 1000])
-def test_a_quality_out_of_range(codec: Codec, small: Image.Image, quality: int) -> None:
+def test_a_quality_out_of_range_is_refused(codec: Codec, small: Image.Image, quality: int) -> None:
     with pytest.raises(ConfigError, match=f"{quality}.*0 to 63"):
         codec.encode(small, quality)
 
@@ -299,18 +301,18 @@ def test_of_several_gpus_a_codec_stays_on_the_one_of_its_making(monkeypatch: pyt
     assert device_of("cpu") == torch.device("cpu")
 
 
-def test_an_unknown_device() -> None:
+def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(ConfigError, match="tpu"):
         load(device="tpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_missing_device() -> None:
+def test_a_missing_device_is_refused() -> None:
     with pytest.raises(ConfigError, match="CUDA"):
         load(device="cuda")
 
 
-def test_an_unknown_model() -> None:
+def test_an_unknown_model_is_refused() -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         load("nowhere", device="cpu")
 
@@ -338,26 +340,28 @@ def test_a_file_of_a_shipped_model_for_another_one(codec: Codec, files: dict[int
 
 
 @pytest.mark.parametrize("arithmetic", [7, 255])
-def test_another_arithmetic(codec: Codec, files: dict[int, bytes], arithmetic: int) -> None:
+def test_another_arithmetic_is_refused(codec: Codec, files: dict[int, bytes], arithmetic: int) -> None:
     with pytest.raises(UnsupportedError, match=str(arithmetic)):
         codec.decode(forged(files[0], arithmetic=arithmetic))
 
 
-def test_a_newer_format(codec: Codec, files: dict[int, bytes]) -> None:
+def test_a_newer_format_is_refused(codec: Codec, files: dict[int, bytes]) -> None:
     newer = bytearray(files[0])
     newer[4] = 3
     with pytest.raises(UnsupportedError, match="version 3"):
         codec.decode(bytes(newer))
 
 
-def test_another_latent_checksum(codec: Codec, files: dict[int, bytes]) -> None:
+def test_another_latent_checksum_is_refused(codec: Codec, files: dict[int, bytes]) -> None:
     checksum = latent_checksum_of(container.parse(files[0]))
     with pytest.raises(DecodeError, match="latents"):
         codec.decode(forged(files[0], latent_checksum=checksum ^ 1))
 
 
 @pytest.mark.parametrize("changes", [{"quality": 1}, {"width": 600}, {"height": 900}, {"payload": b""}])
-def test_fields_that_the_payload_does_not_fit(codec: Codec, files: dict[int, bytes], changes: dict[str, Any]) -> None:
+def test_fields_that_the_payload_does_not_fit_are_refused(
+    codec: Codec, files: dict[int, bytes], changes: dict[str, Any]
+) -> None:
     with pytest.raises((DecodeError, FormatError)):
         codec.decode(forged(files[0], **changes))
 
@@ -368,19 +372,19 @@ def test_a_payload_cannot_ask_for_a_larger_image_than_there_are_limits() -> None
 
 
 @pytest.mark.parametrize("size", [0, 1, 4, 5, 25, 100, -1])
-def test_a_truncated_file(codec: Codec, files: dict[int, bytes], size: int) -> None:
+def test_a_truncated_file_is_refused(codec: Codec, files: dict[int, bytes], size: int) -> None:
     with pytest.raises(FormatError):
         codec.decode(files[0][:size])
 
 
 @pytest.mark.parametrize("data", [b"", b"\x89PNG\r\n\x1a\n" + bytes(64), b"\x89HPC", bytes(500)])
-def test_a_foreign_file(codec: Codec, data: bytes) -> None:
+def test_a_foreign_file_is_refused(codec: Codec, data: bytes) -> None:
     with pytest.raises(FormatError):
         codec.decode(data)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_damage_that_no_checksum_of_bytes_shows(codec: Codec, small: Image.Image, seed: int) -> None:
+def test_damage_that_no_checksum_of_bytes_shows_changes_no_pixel(codec: Codec, small: Image.Image, seed: int) -> None:
     """Payloads changed in five ways, in a file whose crc32 is right: an error of ours, or the very same image.
 
     The same image, because the reference encoder ends each payload with two symbols that no decoder asks for.
@@ -409,7 +413,7 @@ def test_damage_that_no_checksum_of_bytes_shows(codec: Codec, small: Image.Image
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_damage_anywhere(codec: Codec, small: Image.Image, seed: int) -> None:
+def test_damage_anywhere_is_refused(codec: Codec, small: Image.Image, seed: int) -> None:
     random = np.random.default_rng(seed)
     data = codec.encode(small, 30)
     for _ in range(25):
@@ -457,13 +461,13 @@ def test_a_target_is_met_as_closely_as_can_be(
 
 
 @pytest.mark.parametrize("target", [{"size": 20}, {"bpp": 0.001}, {"psnr": 80.0}], ids=str)
-def test_a_target_that_no_quality_meets(codec: Codec, small: Image.Image, target: dict[str, float]) -> None:
+def test_a_target_that_no_quality_meets_is_refused(codec: Codec, small: Image.Image, target: dict[str, float]) -> None:
     with pytest.raises(HpcmrefError, match="no quality"):
         codec.encode_to(small, **target)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("targets", [{}, {"size": 900, "psnr": 30.0}])
-def test_there_is_one_target(codec: Codec, small: Image.Image, targets: dict[str, Any]) -> None:
+def test_no_target_and_two_targets_are_refused(codec: Codec, small: Image.Image, targets: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="exactly one"):
         codec.encode_to(small, **targets)
 
@@ -487,7 +491,9 @@ def test_every_scale_adds_to_the_picture(previews: tuple[bytes, list[Image.Image
 
 
 @pytest.mark.parametrize("upto", [0, 4, -1])
-def test_a_scale_that_there_is_not(codec: Codec, previews: tuple[bytes, list[Image.Image]], upto: int) -> None:
+def test_a_scale_that_there_is_not_is_refused(
+    codec: Codec, previews: tuple[bytes, list[Image.Image]], upto: int
+) -> None:
     with pytest.raises(ConfigError, match=str(upto)):
         codec.decode(previews[0], upto)
 
@@ -568,7 +574,7 @@ def one_rate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_model_of_one_rate(one_rate: Path, small: Image.Image) -> None:
+def test_a_model_of_one_rate_codes_and_takes_no_quality(one_rate: Path, small: Image.Image) -> None:
     codec = load(one_rate, "cpu")
     data = codec.encode(small)
     assert learned_of(container.parse(data)).quality == 0

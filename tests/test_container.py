@@ -88,7 +88,7 @@ def body(
 @pytest.mark.parametrize(
     ("container", "expected"), [(SMALL, SMALL_BODY), (CHUNKED, CHUNKED_BODY), (LOSSLESS, LOSSLESS_BODY)]
 )
-def test_literal_bytes(container: Container, expected: bytes) -> None:
+def test_the_bytes_of_the_format_document_are_written_and_read(container: Container, expected: bytes) -> None:
     assert write(container) == sealed(expected)
     assert parse(sealed(expected)) == container
 
@@ -168,7 +168,7 @@ any_containers = st.builds(
 
 @settings(deadline=None)
 @given(any_containers)
-def test_round_trip(container: Container) -> None:
+def test_what_is_written_is_read(container: Container) -> None:
     assert parse(write(container)) == container
 
 
@@ -282,7 +282,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_file(data: bytes) -> None:
+def test_a_hostile_file_is_refused(data: bytes) -> None:
     with pytest.raises(FormatError):
         parse(data)
 

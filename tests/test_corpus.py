@@ -16,6 +16,6 @@ def test_the_corpus_is_large() -> None:
 
 
 @pytest.mark.parametrize("number", range(60))
-def test_a_file(number: int) -> None:
+def test_a_picture_of_any_kind_goes_there_and_back(number: int) -> None:
     way = list(corpus.WAYS)[number % len(corpus.WAYS)]
     assert corpus.problems(SAMPLE[number], way) == []

@@ -74,7 +74,7 @@ class TestGradient:
         return Target(model, torch.tensor([30.0]), x, size, grey)
 
     @pytest.mark.parametrize("grey", [False, True])
-    def test_it_is_that_of_autograd(self, model: HPCM, y: Tensor, grey: bool) -> None:
+    def test_the_gradient_is_that_of_autograd(self, model: HPCM, y: Tensor, grey: bool) -> None:
         picture = self.picture(model, (181, 100), grey)
         leaf = y.clone().requires_grad_()
         shown = 255 * model.train().synthesise(leaf, torch.tensor([30.0]))[:, :, :181, :100]
@@ -164,7 +164,7 @@ class TestSimilarity:
 
     @pytest.mark.parametrize("mode", ["RGB", "L"])
     @pytest.mark.usefixtures("short")
-    def test_it_gets_better(self, codec: Codec, image: Image.Image, mode: str) -> None:
+    def test_a_search_lowers_the_cost(self, codec: Codec, image: Image.Image, mode: str) -> None:
         image = image.convert(mode)
         files = [
             codec.encode(image, QUALITY, effort=effort, metric="ms-ssim" if effort else "mse") for effort in (0, 3)
@@ -180,7 +180,7 @@ class TestSimilarity:
         assert costs[1] < 0.99 * costs[0]
 
     @pytest.mark.parametrize("grey", [False, True])
-    def test_its_gradient(self, grey: bool) -> None:
+    def test_the_gradient_of_ms_ssim_is_that_of_autograd(self, grey: bool) -> None:
         model = model_of()
         model.g_s[-2].bias.data += 0.5
         y = 0.02 * torch.randn(1, TINY.M, 12, 12, generator=torch.Generator().manual_seed(3))
@@ -233,14 +233,14 @@ class TestPromises:
         assert torch.equal(torch.rand(1), expected)
 
     @pytest.mark.parametrize("size", [(1, 1), (70, 1), (1, 70), (65, 63)])
-    def test_every_size(self, codec: Codec, sample: Image.Image, size: tuple[int, int]) -> None:
+    def test_every_size_is_searched(self, codec: Codec, sample: Image.Image, size: tuple[int, int]) -> None:
         image = sample.crop((200, 20, 200 + size[0], 20 + size[1]))
         plain, better = (codec.encode(image, QUALITY, effort=effort) for effort in (0, 2))
         assert codec.decode(better).size == size
         assert cost(codec, better, image) <= cost(codec, plain, image)
 
     @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "1"])
-    def test_every_mode(self, codec: Codec, crop: Image.Image, mode: str) -> None:
+    def test_every_mode_is_searched(self, codec: Codec, crop: Image.Image, mode: str) -> None:
         image = crop.convert(mode)
         if "A" in mode:
             image.putalpha(Image.linear_gradient("L").resize(crop.size))
@@ -362,7 +362,9 @@ class TestCommand:
             (["--effort", "3", "--on-interrupt", "keep", "--jobs", "2"], "leave out --jobs and --ray"),
         ],
     )
-    def test_contradictions(self, folder: Path, options: list[str], message: str) -> None:
+    def test_options_that_contradict_each_other_are_refused(
+        self, folder: Path, options: list[str], message: str
+    ) -> None:
         result = CliRunner().invoke(app, ["encode", "crop.png", *options], env={"COLUMNS": "200"})
         assert result.exit_code == 2
         assert message in " ".join(result.stderr.split())

@@ -465,7 +465,7 @@ def test_attention_is_close_to_its_float_twin(spread: float) -> None:
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
-def test_powers_of_two() -> None:
+def test_powers_of_two_are_exact() -> None:
     exponents = torch.arange(-126, 128, dtype=torch.int32)
     assert power_of_two(exponents).tolist() == [2.0**e for e in range(-126, 128)]
     assert power_of_two(exponents[80:160].to(torch.int8)).tolist() == [2.0**e for e in range(-46, 34)]
@@ -477,7 +477,7 @@ def test_the_exponential_table() -> None:
 
 
 @pytest.mark.parametrize("anchors", [1, 2, 8])
-def test_numbers_that_depend_on_the_quality(anchors: int) -> None:
+def test_tables_of_the_quality_are_what_fractions_say(anchors: int) -> None:
     table = QualityTable(torch.ones(anchors), 5)
     nn.init.normal_(table.values)
     with torch.no_grad():
@@ -545,7 +545,7 @@ def test_the_model_stays_as_it_is() -> None:
     assert all(torch.equal(grid, copies[module][name]) for module, each in grids.items() for name, grid in each.items())
 
 
-def test_channels_that_never_move() -> None:
+def test_channels_that_never_move_have_grids() -> None:
     model = model_of()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -555,7 +555,7 @@ def test_channels_that_never_move() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_a_model_that_cannot_be_calibrated(value: float) -> None:
+def test_weights_that_no_grid_holds_are_refused(value: float) -> None:
     model = model_of()
     with torch.no_grad():
         model.entropy.get_parameter("context.adaptor_s3.2.weight")[3, 5] = value
@@ -563,7 +563,7 @@ def test_a_model_that_cannot_be_calibrated(value: float) -> None:
         calibrated(model)
 
 
-def test_the_cost_in_rate(codec: Codec, sample: Image.Image) -> None:
+def test_exact_arithmetic_costs_less_than_half_a_percent(codec: Codec, sample: Image.Image) -> None:
     image = sample.crop((64, 0, 320, 256))
     plain = checkpoints.load(checkpoints.find(None)).model.entropy
     for quality in (0, 8, 40):

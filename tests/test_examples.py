@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SAMPLE = Path(__file__).parent / "data" / "sample.png"
 
 
 def run(name: str, *arguments: Path | str) -> str:
@@ -21,29 +20,36 @@ def run(name: str, *arguments: Path | str) -> str:
     return done.stdout
 
 
-def test_encode_folder(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        shutil.copy(SAMPLE, tmp_path / f"{name}.png")
+@pytest.fixture
+def photo(tmp_path: Path, sample: Image.Image) -> Path:
+    """A part of the sample photograph."""
+    path = tmp_path / "photo.png"
+    sample.crop((100, 50, 292, 194)).save(path)
+    return path
+
+
+def test_encode_folder(tmp_path: Path, photo: Path) -> None:
+    shutil.copy(photo, tmp_path / "another.png")
     assert run("encode_folder.py", tmp_path, tmp_path / "out").count("times smaller") == 2
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.hpcm", "b.hpcm"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["another.hpcm", "photo.hpcm"]
 
 
-def test_compare_with_jpeg() -> None:
-    lines = run("compare_with_jpeg.py", SAMPLE).splitlines()
+def test_compare_with_jpeg(photo: Path) -> None:
+    lines = run("compare_with_jpeg.py", photo).splitlines()
     assert len(lines) == 3
     for line in lines:
         _, _, _, jpeg, _, _, ours, _ = line.replace(",", "").split()
         assert float(ours) > float(jpeg) + 1
 
 
-def test_plot_curve(tmp_path: Path) -> None:
+def test_plot_curve(tmp_path: Path, photo: Path) -> None:
     pytest.importorskip("matplotlib")
-    run("plot_curve.py", SAMPLE, tmp_path / "curve.png")
+    run("plot_curve.py", photo, tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").size > (300, 200)
 
 
-def test_train_tiny(tmp_path: Path) -> None:
-    assert run("train_tiny.py", SAMPLE, tmp_path).strip().endswith("bytes")
+def test_train_tiny(tmp_path: Path, photo: Path) -> None:
+    assert run("train_tiny.py", photo, tmp_path).strip().endswith("bytes")
 
 
 def test_no_other_examples() -> None:

@@ -66,7 +66,7 @@ def test_pictures_that_cameras_append_are_no_frames(tmp_path: Path) -> None:
     assert sorted(each.stem for each in tmp_path.iterdir()) == ["a", "a-0001"]
 
 
-def test_a_frame_that_is_not_there(tmp_path: Path) -> None:
+def test_a_frame_that_is_not_there_is_refused(tmp_path: Path) -> None:
     path = animation(tmp_path, "GIF")
     for frame in (0, 4):
         with pytest.raises(ImageError, match=f"has 3 frames, and no frame {frame}"):
@@ -82,7 +82,7 @@ def test_all_frames_of_a_folder_with_a_broken_file(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-def test_what_contradicts_itself() -> None:
+def test_options_that_contradict_each_other_are_refused() -> None:
     assert run("encode", "-", "-o", "-", "--all-frames")[0] == 2
     assert run("encode", "a.tif", "--all-frames", "--frame", "2")[0] == 2
 

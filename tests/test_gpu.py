@@ -125,7 +125,7 @@ def test_from_the_cpu_to_the_gpu_and_back(name: str, pictures: list[Image.Image]
     assert worst <= LEVELS
 
 
-def test_parts_of_a_file(gpu: Codec, codec: Codec, sample: Image.Image) -> None:
+def test_parts_of_a_file_look_the_same_on_both(gpu: Codec, codec: Codec, sample: Image.Image) -> None:
     """Previews, a truncated file and a damaged one show the same on both."""
     data = codec.encode(sample, 40)
     for options in ({"upto": 1}, {"upto": 2}):
@@ -136,7 +136,7 @@ def test_parts_of_a_file(gpu: Codec, codec: Codec, sample: Image.Image) -> None:
     assert np.abs(one - two).max() <= LEVELS
 
 
-def test_the_same_twice(gpu: Codec, sample: Image.Image) -> None:
+def test_a_gpu_gives_the_same_twice(gpu: Codec, sample: Image.Image) -> None:
     """Transposed convolutions of cuDNN can add up in another order each time."""
     files = {gpu.encode(sample, 50) for _ in range(3)}
     assert len(files) == 1

@@ -57,7 +57,7 @@ def test_golden_payloads_are_written_as_they_were(preset: str) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_batch_comes_back(tiny: LatentCodec, batch: int) -> None:
+def test_a_batch_is_decoded_as_it_was_encoded(tiny: LatentCodec, batch: int) -> None:
     y, z = latents_of(model_of(TINY), batch, SIZE)
     compressed = tiny.compress(y, z, 20)
     assert (compressed.y_hat - y).abs().max() < 0.6

@@ -276,7 +276,7 @@ def test_ties_go_to_the_oldest() -> None:
     assert top(similarity, 7).all()
 
 
-def test_recall_written_out() -> None:
+def test_recall_is_what_it_is_written_out() -> None:
     query, keys = torch.randn(2, 5, 1, 1), [torch.randn(2, 5, 1, 1) for _ in range(4)]
     values = [torch.randn(2, 3, 4, 6) for _ in range(4)]
     found = Recall(2, 0.1)(query, keys, values)
@@ -324,7 +324,7 @@ def test_attention_over_several_contexts_is_attention_over_all_their_tokens() ->
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 8])
-def test_a_grid_of_means(side: int) -> None:
+def test_a_grid_of_means_has_the_means_of_its_cells(side: int) -> None:
     x = torch.randn(2, 3, 5, 7)
     means = CellMean(side)(x)
     assert means.shape[2:] == (min(side, 5), min(side, 7))

@@ -112,7 +112,7 @@ def test_any_alpha_is_lossless(data: st.DataObject, height: int, width: int) -> 
     np.testing.assert_array_equal(unpack_alpha(pack_alpha(alpha), height, width), alpha)
 
 
-def test_what_alpha_costs() -> None:
+def test_every_kind_of_alpha_takes_its_smallest_form() -> None:
     """A plane of one value is a byte; each kind of content is chosen where it is the smallest."""
     sizes = {name: (len(content), content[0]) for name, a in kinds_of_alpha().items() if (content := pack_alpha(a))}
     assert sizes["opaque"] == (1, 255)
@@ -129,7 +129,7 @@ def test_what_alpha_costs() -> None:
     np.testing.assert_array_equal(unpack_alpha(content, 200, 300), noisy)
 
 
-def test_literal_alpha() -> None:
+def test_the_alpha_of_the_format_document_is_read() -> None:
     """The example of FORMAT.md: LZMA2 that stores bytes as they are."""
     stored = bytes.fromhex("01 0005") + bytes([10, 1, 1, 5, 0, 0]) + b"\0"
     assert unpack_alpha(b"\0" + stored, 2, 3).tolist() == [[10, 1, 1], [5, 0, 0]]
@@ -160,7 +160,7 @@ HOSTILE_ALPHA = {
 
 
 @pytest.mark.parametrize("content", HOSTILE_ALPHA.values(), ids=HOSTILE_ALPHA.keys())
-def test_hostile_alpha(content: bytes) -> None:
+def test_hostile_alpha_is_refused(content: bytes) -> None:
     with pytest.raises(FormatError):
         unpack_alpha(content, 2, 3)
 
@@ -224,7 +224,7 @@ def test_a_mode_is_one_byte(content: bytes) -> None:
     [b"", b"\0", b"\xff" * 9, packed(b"x") + b"x", packed(b"x" * 99)[:-1], packed(bytes(MAX_METADATA + 1))],
     ids=["nothing", "an empty stream", "no stream", "more after the stream", "no end", "a byte above the limit"],
 )
-def test_hostile_metadata(tag: Tag, content: bytes) -> None:
+def test_hostile_metadata_is_refused(tag: Tag, content: bytes) -> None:
     with pytest.raises(FormatError, match=tag.name):
         extras_of(container(((tag, content),)))
 

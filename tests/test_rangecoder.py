@@ -149,7 +149,7 @@ def test_a_payload_byte_for_byte() -> None:
     assert payload.hex() == "699fbaec0e050000e6fa6ba927ff7f00"
 
 
-def test_scale_table() -> None:
+def test_the_scales_grow_from_0_12_to_64() -> None:
     table = scale_table()
     assert table.shape == (60,)
     assert table.dtype == np.float32
@@ -159,7 +159,7 @@ def test_scale_table() -> None:
 
 @settings(deadline=None)
 @given(st.data())
-def test_round_trip(data: st.DataObject) -> None:
+def test_what_is_encoded_is_decoded(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     steps = []
     for count in data.draw(st.lists(st.integers(0, 40), max_size=5)):

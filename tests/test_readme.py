@@ -44,7 +44,9 @@ def tokens(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("document", SHOWN, ids=lambda path: path.name)
-def test_outputs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_print_what_the_documents_show(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(SAMPLE, "sample.png")
     text = document.read_text()
@@ -61,7 +63,7 @@ def test_outputs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert one == other
 
 
-def test_the_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(SAMPLE, "sample.png")
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

@@ -57,7 +57,7 @@ def test_every_latent_is_coded_exactly_once(size: tuple[int, int]) -> None:
     assert torch.equal(sum(coded), y)
 
 
-def test_the_steps() -> None:
+def test_there_are_2_3_and_6_steps() -> None:
     assert [step.scale for step in STEPS] == [1] * 2 + [2] * 3 + [3] * 6
     assert [step.groups for step in STEPS] == [2] * 2 + [4] * 3 + [8] * 6
     assert (*STEPS_S1, *STEPS_S2, *STEPS_S3) == STEPS

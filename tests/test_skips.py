@@ -25,12 +25,24 @@ def test_that_passes(): ...
 """
 
 
-def run(folder: Path, one: str, other: str, ci: bool) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, one: str, other: str, ci: bool, *options: str) -> subprocess.CompletedProcess[str]:
     shutil.copy(Path(__file__).parent / "conftest.py", folder)
     (folder / "test_them.py").write_text(TESTS.format(one=one, other=other))
-    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "PYTEST_ADDOPTS")}
+    outside = ("CI", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in outside}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            str(folder),
+            *options,
+            str(folder),
+        ],
         env=environment | ({"CI": "true"} if ci else {}),
         cwd=folder,
         capture_output=True,
@@ -47,6 +59,21 @@ def test_an_unknown_reason_fails_in_ci_alone(other: str, ci: bool, tmp_path: Pat
     assert f"    1  {other}" in result.stdout
     assert ("nothing may be skipped in CI" in result.stdout) == ci
     assert result.returncode == ci
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems lack more by nature")
+def test_an_unknown_reason_fails_two_processes_too(tmp_path: Path) -> None:
+    """Each process collects all files; what is skipped is counted once all the same, and the slowest are listed."""
+    pytest.importorskip("xdist")
+    (tmp_path / "test_module.py").write_text(
+        "import pytest\n\npytest.skip('the whole file', allow_module_level=True)\n"
+    )
+    result = run(tmp_path, "needs a CUDA device", "nobody knows why", True, "-n", "2", "--durations=3", "-vv")
+    assert "    3  needs a CUDA device" in result.stdout
+    assert "    1  the whole file" in result.stdout
+    assert "    1  nobody knows why" in result.stdout
+    assert "slowest 3 durations" in result.stdout
+    assert result.returncode == 1
 
 
 def test_listed_reasons_do_not_fail(tmp_path: Path) -> None:

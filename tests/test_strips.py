@@ -56,7 +56,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Tensor]]:
 @pytest.mark.parametrize("height", [1, 2, 7, 16])
 @pytest.mark.parametrize("positions", [1, 15, 40])
 @pytest.mark.parametrize("radius", [0, 1, 3])
-def test_a_local_function(height: int, positions: int, radius: int) -> None:
+def test_a_local_function_gives_the_same_in_strips(height: int, positions: int, radius: int) -> None:
     torch.manual_seed(0)
     x, other, kernel = (torch.randn(1, 2, *shape) for shape in ((height, 5), (height, 5), (2 * radius + 1, 1)))
     kernel = kernel.expand(2, 2, -1, 1)
@@ -101,7 +101,7 @@ def test_gradients_may_ask_for_the_whole() -> None:
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_transforms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_network_gives_the_same_in_strips(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, where the order of sums does not show: g_a, h_a, the entropy path and g_s."""
     model = model_of(TRANSFORMS[name]).double()
     torch.manual_seed(1)

@@ -53,7 +53,7 @@ def test_it_reads_no_more_than_it_needs(codec: Codec, data: bytes, monkeypatch: 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "CMYK", "I;16"])
 @pytest.mark.filterwarnings("ignore:CMYK", "ignore:16-bit")
 @pytest.mark.parametrize("exact", [False, True])
-def test_every_mode(codec: Codec, sample: Image.Image, mode: str, exact: bool) -> None:
+def test_every_mode_has_a_thumbnail(codec: Codec, sample: Image.Image, mode: str, exact: bool) -> None:
     image = sample.crop((0, 0, 256, 128))
     image = (
         Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
@@ -136,7 +136,9 @@ def test_interpolation_goes_along_edges(codec: Codec) -> None:
     assert flat.std((2, 3)).max() < 1e-3
 
 
-def test_the_script_that_measures_it(tmp_path: Path, sample: Image.Image, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_that_measures_thumbnails_runs(
+    tmp_path: Path, sample: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
     sample.save(tmp_path / "a.png")
     research.main(tmp_path, megapixels=0.1, sides="40,20", repeat=1)
     lines = capsys.readouterr().out.splitlines()

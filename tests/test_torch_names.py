@@ -14,7 +14,7 @@ from hpcmref.runtime import torch_names
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_products_of_bytes(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_matmul_is_that_of_integers(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randint(-128, 128, (32, 64), dtype=torch.int8), torch.randint(-63, 64, (64, 16), dtype=torch.int8)
     if missing:
         monkeypatch.delattr(torch, "_int_mm")
@@ -36,7 +36,7 @@ def test_no_bfloat16_where_torch_does_not_tell(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_averages(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lerp_moves_every_tensor_by_the_same_part(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing:
         monkeypatch.delattr(torch, "_foreach_lerp_")
     targets = [torch.zeros(3), torch.ones(2)]

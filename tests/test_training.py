@@ -233,7 +233,7 @@ def test_a_run_that_was_stopped_continues_exactly(tmp_path: Path) -> None:
     assert [entry["step"] for entry in log if entry["kind"] == "train"] == [1, 2, 3, 3, 4, 5, 6, 6]
 
 
-def test_schedules() -> None:
+def test_every_schedule_has_its_learning_rates() -> None:
     """The learning rate after the warm-up, at the start, in the middle and near the end of the budget."""
     rates: dict[str, list[float]] = {}
     for schedule in ("cosine", "constant", "decay"):
@@ -372,7 +372,7 @@ def test_phases_are_read_and_followed() -> None:
     assert [config.phase(part).batch for part in (0, 0.84, 0.85, 0.89, 0.9, 1)] == [12, 12, 4, 4, 2, 2]
 
 
-def test_one_rate_alone() -> None:
+def test_a_single_rate_fixes_the_quality() -> None:
     """Every image of every step has the quality whose lambda was asked for."""
     lambdas = TRAINABLE.lambdas
     assert configured(rate=lambdas[0]).fixed_quality == 0
