@@ -63,12 +63,21 @@ class _Header:
 
 
 class Codec:
-    """One model, ready to encode and decode. It keeps no state between images."""
+    """A model that is ready to encode and decode. It keeps no state between images, and threads may share it.
+
+    `load` makes a codec.
+    """
 
     def __init__(self, checkpoint: Checkpoint, name: str, device: torch.device) -> None:
-        """Take over the model of the checkpoint, and replace its entropy path by the exact twin.
+        """Take over the model of the checkpoint, and replace its entropy path by the exact one.
 
-        Raises CheckpointError if the entropy path cannot be made exact.
+        Args:
+            checkpoint: The model. It is changed, and must not be used otherwise.
+            name: The name of the model, for messages.
+            device: The device to compute on.
+
+        Raises:
+            CheckpointError: The entropy path cannot be computed exactly.
         """
         self.name = name
         self.fingerprint = checkpoint.fingerprint
@@ -97,20 +106,28 @@ class Codec:
         max_seconds: float | None = None,
         watch: Watch | None = None,
     ) -> bytes:
-        """The file of an image.
+        """Encode an image and return the bytes of the file.
 
-        quality: 0 (smallest) to 63 (best); None is the default. A model of one rate accepts only None.
-        verify: decode the latents with a second decoder and compare, before anything is returned.
-        keep_invisible: code the colours of pixels whose alpha is 0, which are otherwise replaced by a smooth
-            continuation of the visible ones.
-        choose: use a lossless stream instead if it is better (see `hpcmref.choice`), as `hpcmref.encode` does.
-        effort: 0 (fast) to 9: how long to search for a better learned stream, with a smaller bits + lambda * error.
-        metric: the error that a search minimises, "mse" or "ms-ssim" (which needs sides of at least 161 pixels).
-        max_seconds: the search ends after this time, and its best result so far is used.
-        watch: see `hpcmref.search.Watch`.
+        Args:
+            image: An image of Pillow, or an array as `hpcmref.encode` takes it.
+            quality: 0 (smallest file) to 63 (best picture). None means 32. A model of one rate accepts only None.
+            verify: Decode the latents with a second decoder, and compare them before the file is returned.
+            keep_invisible: Keep the colours of pixels whose alpha is 0. They are otherwise replaced by a smooth
+                continuation of the visible ones.
+            choose: Use a lossless stream if it is better (see `hpcmref.choice`), as `hpcmref.encode` does.
+            effort: 0 (fast) to 9: how long to search for a learned stream with a smaller bits + lambda * error.
+            metric: The error that the search reduces, "mse" or "ms-ssim" (which needs sides of at least 161 pixels).
+            max_seconds: End the search after this time and use its best result so far.
+            watch: A function that observes the search, see `hpcmref.search.Watch`.
 
-        Raises ConfigError for another quality or effort, ImageError for an image that the format cannot hold, and
-        ModelChangedError if the model in memory is not the one that was loaded or the second decoder disagrees.
+        Returns:
+            The bytes of the file.
+
+        Raises:
+            ConfigError: An argument has a wrong value or type.
+            ImageError: The format cannot hold the image.
+            ModelChangedError: The weights in memory have changed since they were loaded, or the second decoder
+                disagrees.
         """
         quality = self._checked(quality)
         arguments.flag("verify", verify)
@@ -150,18 +167,32 @@ class Codec:
         max_seconds: float | None = None,
         watch: Watch | None = None,
     ) -> bytes:
-        """The file of an image at the quality that comes closest to one target, in at most seven trials.
+        """Encode an image at the quality that comes closest to one target.
 
-        size: the number of bytes that the file, with its metadata, must not exceed.
-        bpp: the same in bits per pixel.
-        psnr: the least PSNR of the decoded picture in dB, of RGB over all pixels whose alpha is above 0.
-        choose: use a lossless stream if it reaches the target. If the target is a PSNR, it must also be no larger than
-            the learned stream.
-        effort: if it is above 0, a search then improves the learned stream and keeps to the target. With size and bpp
-            it improves the picture, and with psnr it makes the file smaller.
+        Rate and PSNR rise with quality, so the quality is found by bisection in at most seven trials. g_a runs only
+        once.
 
-        Rate and PSNR rise with quality, so the quality is found by bisection; g_a runs only once. Raises ConfigError
-        unless there is exactly one target, HpcmrefError if no quality reaches it, and as `encode` does.
+        Args:
+            image: As in `encode`.
+            size: The number of bytes that the file, with its metadata, must not exceed.
+            bpp: The same in bits per pixel.
+            psnr: The smallest permitted PSNR in dB, of RGB over all pixels whose alpha is above 0.
+            verify: As in `encode`.
+            keep_invisible: As in `encode`.
+            choose: Use a lossless stream if it reaches the target. If the target is a PSNR, it must also be no larger
+                than the learned stream.
+            effort: Above 0, a search then improves the learned stream and keeps to the target. With size and bpp it
+                improves the picture, and with psnr it makes the file smaller.
+            metric: As in `encode`. With psnr it must be "mse".
+            max_seconds: As in `encode`.
+            watch: As in `encode`.
+
+        Returns:
+            The bytes of the file.
+
+        Raises:
+            ConfigError: There is not exactly one target, or an argument has a wrong value or type.
+            HpcmrefError: No quality reaches the target. All other errors are those of `encode`.
         """
         if sum(target is not None for target in (size, bpp, psnr)) != 1:
             raise ConfigError("exactly one of size, bits per pixel and PSNR can be the target")
@@ -289,17 +320,26 @@ class Codec:
         max_pixels: int = DEFAULT_MAX_PIXELS,
         damaged: bool = False,
     ) -> Image.Image:
-        """The image of a file, in the mode of the original (see `hpcmref.picture.images`), with its metadata in `info`.
+        """Decode a file and return its image.
 
-        data: the bytes of a file, or the result of `container.parse`, which then has used `partial` and `damaged`.
-        upto: the last scale (1, 2 or 3) whose latents are read. Those of later scales are set to their predicted means.
-        partial: decode a truncated file up to the last scale that is complete.
-        max_pixels: larger images are refused before memory is allocated for them.
-        damaged: if the checksum of the file does not match, decode up to the last scale whose own checksum does.
+        Args:
+            data: The bytes of a file, or the result of `container.parse`, which then has used `partial` and `damaged`.
+            upto: The last scale (1, 2 or 3) whose latents are read. Those of later scales are set to their predicted
+                means.
+            partial: Decode a truncated file up to the last scale that is complete.
+            max_pixels: Larger images are refused before memory is allocated for them.
+            damaged: If the checksum of the file does not match, decode up to the last scale whose own checksum does.
 
-        Raises FormatError or UnsupportedError if data is not such a file, ImageError if the image is too large,
-        ModelMismatchError if another model has made the file, DecodeError if the decoded latents are not those that
-        were encoded, and ConfigError if upto is no scale.
+        Returns:
+            The image in the mode of the original (see `hpcmref.picture.images`), with its metadata in `info`.
+
+        Raises:
+            FormatError: The data is not an hpcmref file, or it is damaged or truncated.
+            UnsupportedError: A newer version of hpcmref has written the file.
+            ModelMismatchError: Another model has made the file.
+            DecodeError: The decoded latents are not those that were encoded.
+            ImageError: The image has more than `max_pixels` pixels.
+            ConfigError: An argument has a wrong value or type.
         """
         arguments.integer("upto", upto, 1, SCALES)
         arguments.integer("max_pixels", max_pixels, 1)
@@ -323,11 +363,23 @@ class Codec:
         max_pixels: int = DEFAULT_MAX_PIXELS,
         damaged: bool = False,
     ) -> Image.Image:
-        """The image of a file, scaled down to fit a square of `side` pixels, and never enlarged.
+        """Decode a file to a small image that fits a square, and never enlarge it.
 
         If the picture is at least 12 times as large as the thumbnail, in pixels a side, this takes less than half the
-        time of `decode`, and the result is an approximation (see `hpcmref.preview`). The other arguments and the errors
-        are those of `decode`.
+        time of `decode`. The result is then an approximation, see `hpcmref.preview`.
+
+        Args:
+            data: As in `decode`.
+            side: The side of the square in pixels.
+            partial: As in `decode`.
+            max_pixels: As in `decode`. It counts the pixels of the whole picture.
+            damaged: As in `decode`.
+
+        Returns:
+            The small image.
+
+        Raises:
+            HpcmrefError: The errors are those of `decode`.
         """
         arguments.integer("side", side, 1)
         file = data if isinstance(data, Container) else container.parse(data, partial, damaged)
@@ -367,16 +419,28 @@ class Codec:
     def verify(self, data: bytes | Container) -> None:
         """Decode all latents and metadata of a file, and compare its checksums. The picture itself is not computed.
 
-        Raises as `decode` does.
+        Args:
+            data: As in `decode`.
+
+        Raises:
+            HpcmrefError: The file is bad; the errors are those of `decode`.
         """
         file = data if isinstance(data, Container) else container.parse(data)
         self.y_hat(file)
         extras_of(file)
 
     def y_hat(self, file: Container, upto: int = SCALES) -> Tensor:
-        """The latents (1, M, h, w) float32, read up to the scale `upto`, or in a damaged file to the last intact one.
+        """Decode the latents of a file. They have the same bits on every machine, except for the sign of zeros.
 
-        They have the same bits on every machine, except for the sign of zeros. Raises as `decode` does.
+        Args:
+            file: The result of `container.parse`.
+            upto: The last scale (1, 2 or 3) that is read. In a damaged file, it is at most the last intact one.
+
+        Returns:
+            The latents (1, M, h, w) float32.
+
+        Raises:
+            HpcmrefError: The errors are those of `decode`.
         """
         learned = self._learned(file)
         size = (-(-file.height // STRIDE), -(-file.width // STRIDE))
@@ -428,10 +492,15 @@ class Codec:
             raise ConfigError(f"the model {self.name} does not say what bits are worth: encode with effort 0")
 
     def weight(self, quality: int, metric: str = "mse") -> float:
-        """The lambda of a quality, interpolated between the anchors: the bits that a unit of error is worth.
+        """Return the lambda of a quality, interpolated between the anchors: the bits that a unit of error is worth.
 
-        A unit is a squared error of 1 (one grey level) in one pixel. For "ms-ssim" it is an MS-SSIM of 0 instead of 1
-        in one pixel.
+        Args:
+            quality: 0 to 63.
+            metric: "mse", whose unit is a squared error of 1 (one grey level) in one pixel, or "ms-ssim", whose unit is
+                an MS-SSIM of 0 instead of 1 in one pixel.
+
+        Returns:
+            The lambda, or 0 for a model without lambdas.
         """
         found = lambda_of(self.model.config.lambdas, quality, self.model.config.qualities)
         return lambda_of_ms_ssim(found) if metric == "ms-ssim" else found
@@ -448,10 +517,18 @@ _loading = threading.Lock()
 
 
 def load(model: str | os.PathLike[str] | None = None, device: str = "auto") -> Codec:
-    """The codec of a model: a name, a .safetensors file, or None for the default that ships with hpcmref.
+    """Load a model and return its codec. The last two codecs are cached.
 
-    device: "cpu", "cuda", or "auto" for CUDA if there is a CUDA device. The last two codecs are cached, since loading
-    takes longer than encoding a small image. Raises CheckpointError, ConfigError.
+    Args:
+        model: The name of a model, the path of a .safetensors file, or None for the default that ships with hpcmref.
+        device: "cpu", "cuda", or "auto" for CUDA if there is a CUDA device.
+
+    Returns:
+        The codec.
+
+    Raises:
+        CheckpointError: There is no such model, or its file is damaged.
+        ConfigError: There is no such device, or an argument has a wrong type.
     """
     arguments.model(model)
     with _loading:  # threads that ask for a codec at once get the same one

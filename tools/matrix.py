@@ -114,10 +114,10 @@ def look_at(wheel: Path) -> None:
 
 
 def install(corner: Corner, interpreter: str, wheel: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Make the environment of a corner. Returns its Python, what is in it.
+    """Make the environment of a corner. Return its Python and what is in the environment.
 
-    That is the megabytes of torch with numpy ("torch and numpy") and those of everything ("everything"), and the names of the
-    packages that torch and numpy came with ("base").
+    The latter has the megabytes of torch with numpy ("torch and numpy") and of everything ("everything"), and the names
+    of the packages that came with torch and numpy ("base").
     """
     python = _environment(interpreter, folder)
     constraints = folder / "constraints.txt"
