@@ -51,7 +51,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-if not TYPE_CHECKING:  # or every name would exist for mypy
+if not TYPE_CHECKING:  # with a visible __getattr__, mypy would accept every name
 
     def __getattr__(name: str) -> Any:
         if name in ("Codec", "load"):

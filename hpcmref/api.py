@@ -162,10 +162,11 @@ def thumbnail(
     partial: bool = False,
     damaged: bool = False,
 ) -> Image.Image:
-    """Decode a file to a small image that fits a square, and never enlarge it.
+    """Decode a file to a small image that fits into a square. A picture that is smaller than the square keeps its size.
 
-    If the picture is at least 12 times as large as the thumbnail, in pixels a side, this takes less than half the time
-    of `decode`. The result is then an approximation: its PSNR against the decoded and scaled picture is 27 to 40 dB.
+    If the longer side of the picture is at least 12 times that of the thumbnail, only a part of the latents is decoded,
+    which takes less than half the time of `decode`. The thumbnail is then an approximation: on Kodak, its PSNR against
+    the decoded and reduced picture was 27 to 40 dB. Otherwise the picture is decoded and reduced.
 
     Args:
         data: The bytes of a file, a path, or a file opened in binary mode.
@@ -464,7 +465,7 @@ class _Encoder:
         arguments.effort(self.effort, self.max_seconds)
         arguments.metric(self.metric, self.effort)
         if self.effort and self.lossless:
-            raise ConfigError("effort looks for a better lossy file: lossless coding has none")
+            raise ConfigError("a lossless file cannot be improved: leave out effort")
 
     def __call__(self, source: Any) -> bytes:
         from PIL import Image

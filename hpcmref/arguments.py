@@ -70,7 +70,7 @@ def metric(value: object, effort: int) -> str:
     if value not in METRICS:
         raise ConfigError(f"the metric is {value!r:.60}, and must be {' or '.join(METRICS)}")
     if value != METRICS[0] and not effort:
-        raise ConfigError("a metric is what a search goes by, and effort 0 does not search: choose an effort of 1 to 9")
+        raise ConfigError("the metric is for a search, and effort 0 does not search: choose an effort of 1 to 9")
     return value
 
 
@@ -127,7 +127,7 @@ def contents(name: str, source: Any, wanted: str) -> bytes:
     except ValueError as error:  # a closed file, or a path with a zero byte
         raise HpcmrefError(f"{name} cannot be read: {error}") from error
     if not isinstance(data, (bytes, bytearray)):
-        raise ArgumentTypeError(f"{name} is a file that gives {type(data).__name__}: open it in binary mode")
+        raise ArgumentTypeError(f"{name} is a file that returns {type(data).__name__}: open it in binary mode")
     return bytes(data)
 
 

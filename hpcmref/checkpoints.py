@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hpcmref.model import HPCM
 
 DEFAULT_MODEL = "nano-1"
-"""The name of the model that is used when none is asked for."""
+"""The name of the model that is used if none is given."""
 
 _WEIGHTS = Path(__file__).parent / "weights"
 _METADATA = "hpcmref"
@@ -37,7 +37,7 @@ _ENTROPY = "entropy."
 _GRID = "exact."
 _FLOATS, _INTEGERS = ("F16", "F32"), ("I8", "I16", "I32")
 _SHIPPED = {"dde122eb3cb9a199f0e6774917b1fe2efba1a9d47266d93ee0d493f562c1b9e6"}
-"""SHA-256 of the shipped model files that hold no checksum of their own."""
+"""The SHA-256 of those shipped model files that do not contain a checksum."""
 
 _TILES = Path(__file__).parent / "exact" / "tiles"
 
@@ -300,7 +300,7 @@ def _loaded(file: TensorFile, any_file: bool = False) -> tuple[Checkpoint, dict[
         config = HPCMConfig.from_dict(metadata["config"])
         fingerprint, rule = _fingerprint_in(metadata), metadata.get("fingerprint_rule", 1)
         if rule not in (1, 2) or (rule == 2 and not sealed):
-            raise CheckpointError(f"{path} has a fingerprint of a rule that this hpcmref does not know.")
+            raise CheckpointError(f"{path} has a fingerprint rule that this hpcmref does not know.")
         with torch.device("meta"):
             model = HPCM(config)
     except (ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -312,7 +312,7 @@ def _loaded(file: TensorFile, any_file: bool = False) -> tuple[Checkpoint, dict[
         )
     arrays = file.read()
     if sealed and _checksum(metadata, arrays) != metadata["sha256"]:
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one that it states.")
+        raise CheckpointError(f"{path} is damaged: its SHA-256 does not match the one in its header.")
     # Rule 1 hashes float weights, which a compact file does not contain. The checksum then covers the fingerprint.
     if not (sealed and rule == 1) and _fingerprint(config.to_dict(), arrays, rule) != fingerprint:
         raise CheckpointError(f"{path} is damaged: its weights are not those of fingerprint {fingerprint.hex()}.")
@@ -386,9 +386,12 @@ def load_official(state_dict: Mapping[str, torch.Tensor], preset: str) -> HPCM:
 
 
 def convert_official(source: Path, target: Path, preset: str) -> CheckpointInfo:
-    """Convert a .pth.tar file of the official code to a checkpoint of hpcmref in float32.
+    """Convert a .pth.tar file of HPCM's authors to a model file of hpcmref in float32, and return its description.
 
-    Returns the header of the new file. Raises CheckpointError if the source is damaged or not of the preset.
+    source: read with `weights_only=True`, so that it cannot run code. target: replaced if it exists. preset: base,
+    large or phi.
+
+    Raises CheckpointError if the preset is another one, or the source is missing, damaged or not of the preset.
     """
     import torch
 
@@ -404,7 +407,7 @@ def convert_official(source: Path, target: Path, preset: str) -> CheckpointInfo:
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
-        raise CheckpointError(f"{source} does not hold a state_dict: names with their tensors.")
+        raise CheckpointError(f"{source} does not contain a state_dict (names with tensors).")
     model = load_official(state, preset)
     return save(model, target, f"Official HPCM {preset}", {"source": source.name}, half=False)
 
@@ -415,7 +418,7 @@ def _compare(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[
         raise CheckpointError(f"{owner} lacks {missing[0]} ({len(missing)} tensors in all).")
     if unknown := sorted(set(found) - set(expected)):
         raise CheckpointError(
-            f"{owner} has {unknown[0]:.100}, which the model has not ({len(unknown)} tensors in all)."
+            f"{owner} has {unknown[0]:.100}, which the model does not have ({len(unknown)} tensors in all)."
         )
     for name, shape in expected.items():
         if found[name] != shape:

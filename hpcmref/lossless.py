@@ -1,7 +1,7 @@
-"""Bit-exact pictures: the payload is a WebP or PNG file of the colours, whichever is smaller. No model is needed.
+"""Lossless coding: the payload is a WebP or PNG file of the colours, whichever is smaller. No model is needed.
 
-Alpha, metadata and mode are in chunks, as in files with a learned payload. WebP ends at 16383 pixels a side; larger
-pictures are always PNG.
+Alpha, metadata and mode are in chunks, as in files with a learned payload. WebP is limited to 16383 pixels a side, so
+larger pictures are always PNG.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _refuse_inexact(image: Image.Image | NDArray[Any]) -> None:
     wide = isinstance(image, np.ndarray) and image.dtype not in (np.uint8, bool)
     if wide or (isinstance(image, Image.Image) and ranges.is_wide(image)):
         raise ImageError(
-            "more than 8 bits a channel cannot be kept without loss; leave out lossless, or use PNG or TIFF"
+            "more than 8 bits a channel cannot be stored losslessly; leave out lossless, or use PNG or TIFF"
         )
     if isinstance(image, Image.Image) and image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-        raise ImageError(f"{image.mode} colours are converted to RGB, which is not without loss; convert them first")
+        raise ImageError(f"{image.mode} colours are converted to RGB, which is not lossless; convert them first")

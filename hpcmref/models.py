@@ -28,7 +28,7 @@ def add(source: str | os.PathLike[str], name: str | None = None, force: bool = F
     source = Path(source)
     name = source.name.removesuffix(".safetensors") if name is None else name
     if not _NAME.fullmatch(name):
-        raise CheckpointError(f"{name!r} cannot be the name of a model: letters, digits, dots, - and _ can.")
+        raise CheckpointError(f"{name!r} is not a valid name of a model: use letters, digits, dots, - and _.")
     if _DEVICE.fullmatch(name):
         raise CheckpointError(f"{name!r} cannot be the name of a model: on Windows it is the name of a device.")
     checkpoints.verify(source)
@@ -43,7 +43,7 @@ def add(source: str | os.PathLike[str], name: str | None = None, force: bool = F
         if other.fingerprint == found.fingerprint and not is_replaced:
             raise CheckpointError(f"{source} has the fingerprint {found.fingerprint.hex()} of the model {other.name}.")
     if target.exists() and not force:
-        raise CheckpointError(f"{target} exists already, and is no model: --force replaces it.")
+        raise CheckpointError(f"{target} exists already, and is not a model: --force replaces it.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -61,7 +61,7 @@ def remove(name: str) -> Path:
     if name not in found:
         shipped = any(each.name == name and is_shipped(each) for each in checkpoints.available())
         raise CheckpointError(
-            f"The model {name} ships with hpcmref, and stays."
+            f"The model {name} ships with hpcmref, and cannot be removed."
             if shipped
             else f"There is no model {name!r} in {models_folder()}, but {', '.join(found) or 'none'}."
         )

@@ -31,9 +31,10 @@ class _Enough(Exception):  # noqa: N818  no error
 
 
 class PreviewReader(SymbolReader):
-    """Reads symbols up to the end of `_LAST`, step 7, and keeps what it has read.
+    """A reader that stops after `_LAST`, step 7, and stores the decoded latents.
 
-    y_hat: (1, M, h, w) on the lattice of `scale`, 0 where nothing is known; known: (1, M, h, w) bool.
+    y_hat: (1, M, h, w) on the lattice of `scale`, 0 where no latent is known. known: (1, M, h, w), 1 for known latents
+    and else 0.
     """
 
     y_hat: Tensor
@@ -41,18 +42,18 @@ class PreviewReader(SymbolReader):
     scale = 0
 
     def run(self, entropy: torch.nn.Module, quality: Tensor, size: tuple[int, int]) -> None:
-        """Run the entropy path until the last step that is needed has been read. Raises the errors of the decoder.
+        """Run the entropy path until the last step that is needed has been read. The results are `y_hat` and `known`.
 
-        size: (h, w) of the latents y.
+        entropy: the entropy path. quality: (1,) float32. size: rows and columns of z. Raises the errors of the decoder.
         """
         try:
             entropy(quality, size, self)
         except _Enough:
             return
-        raise AssertionError  # there are more steps
+        raise AssertionError  # there are steps after _LAST, so the loop cannot end
 
     def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
-        """See Coder."""
+        """Read the latents of a step and store them, see `Coder.code`."""
         values = super().code(step, scales, means)
         if step is not None:
             self._keep(step, values)
@@ -75,7 +76,7 @@ class PreviewReader(SymbolReader):
 
 
 def interpolated(y_hat: Tensor, known: Tensor) -> Tensor:
-    """y_hat (1, M, h, w) whose lowest frequencies are interpolated at positions where they are not known (known is 0).
+    """Interpolate the channels of the lowest frequencies of y_hat (1, M, h, w) at positions where `known` is 0.
 
     If all four neighbours are known, the pair (horizontal or vertical) that differs less has the larger weight, which
     preserves edges. Otherwise the result is the average of the known ones among the eight neighbours.
@@ -92,7 +93,7 @@ def interpolated(y_hat: Tensor, known: Tensor) -> Tensor:
     around = values.new_tensor([[0.5, 1, 0.5], [1, 0, 1], [0.5, 1, 0.5]]).expand(lowest, 1, 3, 3)
     while not mask.all():
         weights = F.conv2d(mask.to(values), around, padding=1, groups=lowest)
-        if not weights.any():  # a channel of which nothing is known
+        if not weights.any():  # no position of these channels is known
             break
         average = F.conv2d(values * mask, around, padding=1, groups=lowest) / weights.clamp(min=0.5)
         reached = ~mask & (weights > 0)

@@ -250,7 +250,7 @@ class TestMeasure:
         measured, failures = measure.measure(measure.Task("a.png", b"nothing", [(codecs.PILLOW_CODECS["jpeg"], [50])]))
         assert measured == []
         assert [(each.image, each.codec, each.setting) for each in failures] == [("a.png", None, None)]
-        assert "a.png is not an image of a kind that is read" in str(failures[0])
+        assert "a.png is not an image in one of the supported formats" in str(failures[0])
 
     @pytest.mark.parametrize("error", [CheckpointError("bad weights"), ConfigError("bad setting")])
     def test_what_fails_every_image_ends_the_run(self, error: HpcmrefError) -> None:
@@ -298,7 +298,7 @@ class TestCodecsOf:
             ("avif:sped=4", "AVIF has no option 'sped' here: did you mean speed?"),
             ("webp:quality=4", "WebP has no option 'quality' here: it has method, lossless"),
             ("jpeg:", "'' are not options"),
-            ("jpeg:optimize=1+optimize=0", "optimize is there twice"),
+            ("jpeg:optimize=1+optimize=0", "optimize is given twice"),
             ("jpeg:subsampling=4:1:1", "it must be one of 4:4:4, 4:2:2, 4:2:0"),
             ("hpcmref:speed=1", "hpcmref has the options choose=1 and effort=0 to effort=9; choose models with"),
             ("hpcmref:effort=10", "hpcmref has the options choose=1 and effort=0 to effort=9; choose models with"),
@@ -493,7 +493,7 @@ class TestCommand:
         Path("in/1.png").write_text("no image")
         result = bench("in", *QUICK, "--json", "a.json")
         assert result.exit_code == 1
-        assert result.stderr.startswith("hpcmref: 1.png: 1.png is not an image of a kind that is read: ")
+        assert result.stderr.startswith("hpcmref: 1.png: 1.png is not an image in one of the supported formats: ")
         assert result.stderr.count("\n") == 1
         assert "averages over 2 images" in result.stdout
         assert "Left out of the averages because something failed: 1.png" in result.stdout

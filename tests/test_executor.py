@@ -47,7 +47,7 @@ class TestEncode:
         assert sorted(contents("one")) == ["0.hpcm", "1.hpcm", "2.hpcm"]
         assert contents("one") == contents("two")
         assert two.stderr == one.stderr
-        assert one.stderr.startswith("hpcmref: in/bad.png is not an image of a kind that is read: ")
+        assert one.stderr.startswith("hpcmref: in/bad.png is not an image in one of the supported formats: ")
         assert one.stderr.count("\n") == 1
         assert lines(two) == lines(one, "one/", "two/")
 

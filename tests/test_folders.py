@@ -136,7 +136,8 @@ class TestNames:
         make("x/a.png", "y/a.png", "y/b.png")
         found = name_outputs(find(["x", "y"], (".png",)).sources, Path("out"), ".hpcm")
         errors = [str(each) for each in found.values() if isinstance(each, HpcmrefError)]
-        assert errors == [f"{Path('x/a.png')} and {Path('y/a.png')} have one name, and would both be written to out"]
+        names = f"{Path('x/a.png')} and {Path('y/a.png')}"
+        assert errors == [f"{names} have the same name, and would both be written to out"]
         assert len(found) == 3
 
     def test_an_output_that_is_an_input(self) -> None:
@@ -164,6 +165,7 @@ def test_a_folder_with_subfolders_there_and_back(folder: Path) -> None:
     assert tree == ["a.hpcm", "a.png.hpcm", "b.hpcm", "c.hpcm", "deep/d.hpcm"]
     decoded = call("decode", "out", "-o", "back", "--format", "bmp")
     assert decoded.exit_code == 0, decoded.output
+    assert ":1)" not in decoded.stdout.splitlines()[-1]  # pictures are larger than files
     found = {str(path.relative_to("back")): Image.open(path).width for path in Path("back").rglob("*.bmp")}
     assert found == {"a.bmp": 41, "a.png.bmp": 40, "b.bmp": 42, "c.bmp": 43, "deep/d.bmp": 44}
     before = {path: path.stat().st_mtime_ns for path in [*Path("out").rglob("*"), *Path("back").rglob("*")]}

@@ -53,3 +53,19 @@ print(held - resident("VmRSS"))
 def test_kept_memory_can_be_given_back() -> None:
     done = subprocess.run([sys.executable, "-c", RELEASES], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 100 * 2**20
+
+
+ENDS = """
+import atexit, gc, sys
+
+atexit.register(lambda: print(gc.get_freeze_count() > 1000, flush=True))  # called after what is registered later
+from hpcmref.cli import app
+app(["checkpoints", "list"], standalone_mode=False)
+print("done", file=sys.stderr)
+"""
+
+
+def test_a_command_ends_without_a_search_for_garbage() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True"
+    assert done.stderr == "done\n"

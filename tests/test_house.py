@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -15,6 +16,56 @@ def test_no_function_asks_for_the_gradient_mode() -> None:
     """What a function does follows from its arguments and its module, and not from who has called it."""
     asking = [path for path in sorted(PACKAGE.rglob("*.py")) if re.search(AMBIENT, path.read_text())]
     assert asking == []
+
+
+HANDED_OVER = {("layers.py", "forward")}
+"""The exact layers, which overwrite what is handed over to them, as their docstrings say."""
+
+
+def test_a_function_that_overwrites_a_tensor_says_so() -> None:
+    """By a name that ends with an underscore, or by an argument called `into`."""
+    silent = [
+        f"{path.name}: {function.name} overwrites {name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        and not function.name.endswith("_")
+        and (path.name, function.name) not in HANDED_OVER
+        for name in sorted(_overwritten(function) & (_tensors(function) - {"into"}))
+    ]
+    assert silent == []
+
+
+def test_such_a_function_is_found() -> None:
+    text = "def f(a: Tensor, b: Tensor, c: Tensor, d: Tensor):\n    a[0].add_(b)\n    c[1] = 2\n    d += 1"
+    function = ast.parse(text).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    assert _overwritten(function) & _tensors(function) == {"a", "c", "d"}
+
+
+def _tensors(function: ast.FunctionDef) -> set[str]:
+    """The names of the arguments that are tensors."""
+    arguments = (*function.args.args, *function.args.kwonlyargs)
+    return {each.arg for each in arguments if each.annotation and ast.unparse(each.annotation).startswith("Tensor")}
+
+
+def _overwritten(function: ast.FunctionDef) -> set[str]:
+    """The names of which a function calls a method that ends with an underscore, or to parts of which it assigns."""
+    found: set[str] = set()
+    for node in ast.walk(function):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and re.search(r"[^_]_$", node.func.attr):
+            targets = [node.func.value]
+        elif isinstance(node, ast.Assign):
+            targets = [target for target in node.targets if isinstance(target, ast.Subscript)]
+        elif isinstance(node, ast.AugAssign):
+            targets = [node.target]
+        for target in targets:
+            while isinstance(target, ast.Subscript):
+                target = target.value
+            if isinstance(target, ast.Name):
+                found.add(target.id)
+    return found
 
 
 def test_public_names_have_docstrings() -> None:

@@ -24,7 +24,7 @@ FOUND = {
     "selftest": {"passed": True, "decoded": [6, 6], "coded": [4, 4]},
     "files": {"a.bin": "00000000", "b.bin": "11111111"},
     "megabytes": {"torch": 700.0, "numpy": 50.0, "pip": 15.0, "hpcmref": 13.0, "rich": 2.0},
-    "seen": {"torch and numpy": 800.0, "everything": 850.0},
+    "seen": {"torch and numpy": 800.0, "everything": 850.0, "base": ["torch", "numpy", "pip"]},
 }
 
 
@@ -95,7 +95,7 @@ def test_all_are_compared_with_the_first_that_works(
     """A first corner that cannot be installed, or whose check fails, stops neither the others nor the table."""
     read: list[tuple[str, list[str]]] = []
 
-    def install(corner: Any, interpreter: str, wheel: Path, folder: Path) -> tuple[Path, dict[str, float]]:
+    def install(corner: Any, interpreter: str, wheel: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
         if corner.name == "one":
             raise matrix.CornerError("no such Python")
         return folder / "python", {}

@@ -382,7 +382,7 @@ def test_every_mode_to_every_format(tmp_path: Path, mode: str, suffix: str) -> N
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         save_image(image, tmp_path / f"image{suffix}")
-    assert [("put on white" in str(each.message)) for each in caught] == [True] * ("A" in mode and not has_alpha)
+    assert [("placed on white" in str(each.message)) for each in caught] == [True] * ("A" in mode and not has_alpha)
     with Image.open(tmp_path / f"image{suffix}") as again:
         again.load()
         if "A" in mode and has_alpha:
@@ -400,7 +400,7 @@ def test_every_mode_to_every_format(tmp_path: Path, mode: str, suffix: str) -> N
 def test_transparent_becomes_white_where_there_is_no_alpha() -> None:
     image = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
     image.putpixel((1, 0), (10, 20, 30, 255))
-    with pytest.warns(UserWarning, match="PPM has no transparency: the image is put on white"):
+    with pytest.warns(UserWarning, match="PPM has no transparency: the image is placed on white"):
         again = Image.open(io.BytesIO(render(image, "PPM")))
     assert [again.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (10, 20, 30)]
     with warnings.catch_warnings():
@@ -411,12 +411,12 @@ def test_transparent_becomes_white_where_there_is_no_alpha() -> None:
 def test_what_a_format_has_no_room_for_is_named(tmp_path: Path) -> None:
     image = Image.new("RGB", (2, 2))
     image.info.update(icc_profile=SRGB, exif=exif.PREFIX + camera_exif(thumbnail=bytes(70000)), xmp=b"<x>" * 30000)
-    with pytest.warns(UserWarning, match="JPEG of mode RGB has no room for its EXIF data and XMP data"):
+    with pytest.warns(UserWarning, match="JPEG of mode RGB cannot store its EXIF data and XMP data"):
         save_image(image, tmp_path / "image.jpg")
     with Image.open(tmp_path / "image.jpg") as again:
         assert again.info["icc_profile"] == SRGB
         assert "exif" not in again.info
-    with pytest.warns(UserWarning, match="PPM of mode RGB has no room for its ICC profile and EXIF data and XMP data"):
+    with pytest.warns(UserWarning, match="PPM of mode RGB cannot store its ICC profile and EXIF data and XMP data"):
         save_image(image, tmp_path / "image.ppm")
 
 
@@ -425,7 +425,7 @@ def test_a_profile_of_other_colours_is_left_out() -> None:
     image = Image.new("CMYK", (2, 2))
     image.info["icc_profile"] = profile
     assert Image.open(io.BytesIO(render(image, "JPEG"))).info["icc_profile"] == profile
-    with pytest.warns(UserWarning, match="PNG of mode RGB has no room for its ICC profile"):
+    with pytest.warns(UserWarning, match="PNG of mode RGB cannot store its ICC profile"):
         assert "icc_profile" not in Image.open(io.BytesIO(render(image, "PNG"))).info
 
 
@@ -531,7 +531,7 @@ def test_cicp_is_kept_by_png_and_named_where_there_is_no_room() -> None:
     assert extras.cicp == pq
     image = image_of(picture.pixels, picture.grey, extras)
     assert picture_of(open_image(io.BytesIO(render(image, "PNG")))).extras.cicp == pq
-    with pytest.warns(UserWarning, match="JPEG of mode RGB has no room for its cICP data"):
+    with pytest.warns(UserWarning, match="JPEG of mode RGB cannot store its cICP data"):
         render(image, "JPEG")
     with pytest.raises(FormatError, match="CICP"):
         extras_of(container(((Tag.CICP, pq[:3]),)))

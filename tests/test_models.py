@@ -106,7 +106,7 @@ def test_names_that_are_taken(made: Path) -> None:
 @pytest.mark.usefixtures("mine")
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "../up", "a,b", "a=b", "a+b", "a b", "x" * 101])
 def test_names_that_cannot_be(made: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match="cannot be the name"):
+    with pytest.raises(CheckpointError, match="is not a valid name"):
         models.add(made / "one.safetensors", name)
 
 
@@ -148,7 +148,7 @@ def test_verify_reads_every_model(made: Path, mine: Path) -> None:
     assert call("list").exit_code == 0
     result = call("list", "--verify")
     assert result.exit_code == 1
-    assert result.stderr == f"hpcmref: {path} is damaged: its SHA-256 is not the one that it states.\n"
+    assert result.stderr == f"hpcmref: {path} is damaged: its SHA-256 does not match the one in its header.\n"
     assert "nano" in result.stdout
 
 

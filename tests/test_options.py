@@ -40,6 +40,7 @@ WRONG: list[list[str]] = [
     *([*DECODE, "--max-pixels", value] for value in ("0", "-1", "all")),
     *(["compare", "a.png", "a.png", "--metrics", value] for value in ("psnrr", "", ",")),
     ["compare", "a.png"],
+    ["compare", "a.png", "."],
     ["verify"],
     ["bench"],
     ["bench", "-"],

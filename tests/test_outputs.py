@@ -89,7 +89,7 @@ class TestFormats:
     @pytest.mark.parametrize("suffix", ["jpg", "bmp", "ppm"])
     def test_background(self, folder: Path, suffix: str) -> None:
         result = call("decode", "b.hpcm", "-o", f"x.{suffix}")
-        assert "no transparency: the image is put on white" in result.stderr
+        assert "no transparency: the image is placed on white" in result.stderr
         assert np.asarray(Image.open(f"x.{suffix}"))[20, 20].min() >= 254
         result = call("decode", "b.hpcm", "-o", f"y.{suffix}", "--background", "#0000ff")
         assert (result.exit_code, result.stderr) == (0, "")

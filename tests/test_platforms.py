@@ -442,3 +442,12 @@ def test_two_models_never_have_names_that_differ_in_case_only(tmp_path: Path, mo
         with pytest.raises(CheckpointError, match=r"There is a model mine already .* choose another with --name"):
             models.add(tmp_path / "other.safetensors", "Mine", force)
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["mine.safetensors"]
+
+
+def test_characters_that_a_code_page_lacks_are_escaped(tmp_path: Path) -> None:
+    (tmp_path / "\u5199.png").touch()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-m", "hpcmref", "encode", "--dry-run", "\u5199.png", "\u00e9.png", "-o", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    lines = done.stdout.decode("cp1252").splitlines()
+    assert lines == [f"{name}.png -> {Path('out', name)}.hpcm" for name in (r"\u5199", "\u00e9")], done.stderr

@@ -6,6 +6,7 @@ The browser is Chromium, driven through chromedriver's WebDriver interface; thes
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -197,6 +198,17 @@ class Browser:
             Path(folder, f"{time.time():.2f}.png").write_bytes(png)
         return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
+    @contextlib.contextmanager
+    def phone(self, width: int) -> Iterator[None]:
+        """A screen of this many CSS pixels, which is narrower than a window may be."""
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+        command = f"{self._session}/goog/cdp/execute"
+        self._send("POST", command, {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
+        try:
+            yield
+        finally:
+            self._send("POST", command, {"cmd": "Emulation.clearDeviceMetricsOverride", "params": {}})
+
     def complaints(self) -> list[str]:
         return [entry["message"] for entry in self._send("POST", f"{self._session}/se/log", {"type": "browser"})]
 
@@ -300,3 +312,36 @@ class TestBrowser:
         assert "bad.png" in page.run("return document.getElementById('failed').textContent")
         assert page.run("return document.querySelectorAll('#time-plot circle.dot').length") == 3
         assert "of 24 images, and not of 2" in page.run("return document.getElementById('notes').textContent")
+
+    def test_a_phone_shows_it_whole(self, browser: Browser, report: Path) -> None:
+        """Nothing but tables is wider than 300 pixels, and the picture is as wide as its frame, as the button says."""
+        with browser.phone(300):
+            browser.open(report / "index.html")
+            assert browser.run("return [innerWidth, document.documentElement.scrollWidth]") == [300, 300]
+            pressed = "return document.querySelector('#look-zoom [aria-pressed=true]').textContent"
+            assert browser.run(pressed) == "fit"
+            stage, frame = browser.run(
+                "const stage = document.getElementById('stage');"
+                "return [stage.getBoundingClientRect().width, stage.parentElement.clientWidth]"
+            )
+            assert stage == pytest.approx(frame, abs=1)
+            tags = browser.run(
+                "return [...document.querySelectorAll('.tag')].map((e) => e.getBoundingClientRect().right)"
+            )
+            assert max(tags) < 300
+            browser.screenshot()
+
+    def test_columns_without_a_figure_are_left_out(self, browser: Browser, report: Path, tmp_path: Path) -> None:
+        """Of single images there are none where the anchor is a fixed result."""
+        found = data_of((report / "index.html").read_text())
+        rows = "return [...document.querySelectorAll('#bd-table tr')].map((row) => row.children.length)"
+        every = set()
+        for name, images in (("with", True), ("without", False)):
+            if not images:
+                for each in found["comparison"]["curves"]:
+                    each["images"] = None
+            (tmp_path / f"{name}.html").write_text(html(found, []))
+            browser.open(tmp_path / f"{name}.html")
+            (columns,) = set(browser.run(rows))
+            every.add(columns)
+        assert max(every) - min(every) == 2

@@ -125,7 +125,7 @@ def test_masks_move_the_same_values_as_indices() -> None:
 @pytest.mark.parametrize("step", STEPS, ids=range(11))
 @pytest.mark.parametrize("size", [(4, 4), (6, 10), (1, 3)])
 def test_select_and_put_undo_each_other(step: Step, size: tuple[int, int]) -> None:
-    """At any size: attention windows and priors may see planes that do not fill a tile."""
+    """At any size: attention windows and priors may see planes that do not fill a pattern."""
     x = numbered(16, *size)
     values = step.select(x)
     assert values.shape == (2, 16 // step.groups, *size)
@@ -210,8 +210,8 @@ def test_the_order_is_that_of_format_md() -> None:
     table = text.split("## Model coding order")[1].split("| --- | --- | --- | --- | --- |\n")[1].split("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert len(rows) == len(STEPS)
-    for number, ((count, lattice, groups, array, tile), step) in enumerate(zip(rows, STEPS, strict=True), start=1):
+    for number, ((count, lattice, groups, array, pattern), step) in enumerate(zip(rows, STEPS, strict=True), start=1):
         side = {1: "h, w", 2: "2h, 2w", 3: "4h, 4w"}[step.scale]
         assert (count, lattice, groups) == (str(number), f"s{step.scale}", str(step.groups))
         assert array == f"(M/{step.groups}, {side})"
-        assert tile == " / ".join(" ".join(map(str, row)) for row in step.tile)
+        assert pattern == " / ".join(" ".join(map(str, row)) for row in step.pattern)

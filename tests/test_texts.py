@@ -80,9 +80,9 @@ def test_text_of_a_png() -> None:
     found = dict(made.text)  # type: ignore[attr-defined]
     assert found.pop(texts._IPTC_PROFILE)
     assert found == expected
-    with pytest.warns(UserWarning, match="no room for its text"):
+    with pytest.warns(UserWarning, match="cannot store its text"):
         again(png(), "JPEG")
-    with pytest.warns(UserWarning, match="no room for its text and IPTC data"):
+    with pytest.warns(UserWarning, match="cannot store its text and IPTC data"):
         again(png(), "WEBP")
 
 

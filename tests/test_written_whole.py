@@ -289,7 +289,8 @@ class TestResume:
         Path("a.hpcm").write_bytes(b"precious")
         result = self.encode("--lossless")
         assert result.exit_code == 1
-        assert result.stderr == ("hpcmref: a.png: a.hpcm exists already and is no hpcmref file (--force replaces it)\n")
+        sentence = "a.hpcm exists already and is not an hpcmref file (--force replaces it)"
+        assert result.stderr == f"hpcmref: a.png: {sentence}\n"
         assert Path("a.hpcm").read_bytes() == b"precious"
 
     @pytest.mark.parametrize("form", ["png", "jpg", "webp", "tif", "bmp", "ppm", "avif", "npy"])

@@ -38,7 +38,7 @@ MOST_BYTES = 20_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Another process in the same environment."""
+    """A variant of the process in an environment. read_only: make its home and its packages read-only."""
 
     name: str
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -113,23 +113,29 @@ def look_at(wheel: Path) -> None:
         raise CornerError(f"the wheel has {size} bytes, and {MOST_BYTES} are allowed")
 
 
-def install(corner: Corner, interpreter: str, wheel: Path, folder: Path) -> tuple[Path, dict[str, float]]:
-    """Make the environment of a corner. Returns its Python, the megabytes of torch with numpy, and those of all."""
+def install(corner: Corner, interpreter: str, wheel: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Make the environment of a corner. Returns its Python, what is in it.
+
+    That is the megabytes of torch with numpy ("torch and numpy") and those of everything ("everything"), and the names of the
+    packages that torch and numpy came with ("base").
+    """
     python = _environment(interpreter, folder)
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(corner.pins) + "\n")
     pip = [python, "-m", "pip", "install", "-q", "-c", constraints]
-    megabytes = {}
-    # numpy below 2 where compressai needs it: torch alone would bring another one first.
+    seen: dict[str, Any] = {}
+    # compressai needs numpy below 2, and torch alone would install a newer one first.
     _run([*pip, "torch", "numpy<2" if corner.compressai and corner.python < "3.13" else "numpy"])
-    megabytes["torch and numpy"] = _megabytes(folder)
+    seen["torch and numpy"] = _megabytes(folder)
+    listed = json.loads(_run([python, "-m", "pip", "list", "--format=json"]))
+    seen["base"] = [each["name"] for each in listed]
     if corner.compressai:
         _run([*pip, wheel])
     else:
         _run([*pip, "--no-deps", wheel])
         _run([*pip, *(each for each in _requirements(wheel) if not each.startswith("compressai"))])
-    megabytes["everything"] = _megabytes(folder)
-    return python, megabytes
+    seen["everything"] = _megabytes(folder)
+    return python, seen
 
 
 def check(python: Path, work: Path, name: str, others: Sequence[str], variant: Variant | None = None) -> dict[str, Any]:
@@ -161,7 +167,7 @@ def run(corners: Sequence[Corner], pictures: Path | None, interpreters: dict[str
             begun = time.monotonic()
             folder = work / f"environment-{number}"
             try:
-                python, megabytes = install(corner, _interpreter(corner.python, interpreters), wheel, folder)
+                python, seen = install(corner, _interpreter(corner.python, interpreters), wheel, folder)
             except CornerError as error:
                 python, failure = None, str(error)
             for variant in (None, *corner.variants):
@@ -171,7 +177,7 @@ def run(corners: Sequence[Corner], pictures: Path | None, interpreters: dict[str
                         raise CornerError(failure)
                     name = f"{number}-{len(rows)}" if first else FIRST
                     row |= check(python, work, name, [FIRST] if first else [], variant)
-                    row["seen"] = megabytes if variant is None else {}
+                    row["seen"] = seen if variant is None else {}
                     if first is None:
                         first, reader = row, python
                 except CornerError as error:
@@ -218,7 +224,7 @@ def _selftest(report: dict[str, Any]) -> str:
 def _sizes(row: dict[str, Any]) -> str:
     """Return the row of a corner in the table of sizes."""
     seen, packages = row["seen"], row["megabytes"]
-    ours = {name: size for name, size in packages.items() if name not in ("torch", "numpy", "pip", "setuptools")}
+    ours = {name: size for name, size in packages.items() if name not in seen["base"]}
     largest = sorted(ours.items(), key=lambda each: -each[1])[:6]
     added = seen["everything"] - seen["torch and numpy"]
     parts = ", ".join(f"{name} {size:.0f}" for name, size in largest)

@@ -49,10 +49,10 @@ class Delta:
 
 @dataclass(frozen=True)
 class Spread:
-    """BD-rates of single images in percent: their mean, and the 95 % bootstrap interval of the mean.
+    """The BD-rates of single images in percent, their mean, and the 95 % bootstrap interval of the mean.
 
-    values: image -> BD-rate, of the images that have one. total: how many images there are. low and high are NaN for
-    fewer than LEAST_IMAGES values.
+    values: image -> BD-rate, for the images that have one. total: the number of all images. low, high: the interval,
+    NaN for fewer than LEAST_IMAGES values.
     """
 
     values: Mapping[str, float]

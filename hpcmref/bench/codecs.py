@@ -309,7 +309,7 @@ def distinct(codecs: Sequence[Codec]) -> list[Codec]:
     """Return the codecs as a list. Raises ConfigError if two of them have the same name."""
     names = [codec.name for codec in codecs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"{twice[0]} is asked for twice")
+        raise ConfigError(f"{twice[0]} is given twice")
     return list(codecs)
 
 
@@ -323,7 +323,7 @@ def _hpcmref(text: str, device: str) -> HpcmrefCodec:
     if len(models) > 1:
         for model in models:
             if _network(model, device).model.config.qualities > 1:
-                raise ConfigError(f"{model} has many rates: it is a curve by itself, not a point of {label}")
+                raise ConfigError(f"{model} has many rates, so it cannot be one point of {label}")
     return codec
 
 
@@ -348,7 +348,7 @@ def _options(text: str) -> dict[str, str]:
         raise ConfigError(f"{text!r} are not options: write KEY=VALUE, joined by +")
     keys = [key for key, _, _ in pairs]
     if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ConfigError(f"{text!r}: {twice[0]} is there twice")
+        raise ConfigError(f"{text!r}: {twice[0]} is given twice")
     return {key: value for key, _, value in pairs}
 
 

@@ -135,7 +135,11 @@ def externals(templates: Sequence[str], qualities: Sequence[str], seconds: float
 
 
 def external(text: str, qualities: Sequence[int], seconds: float = LIMIT) -> ExternalCodec:
-    """Make the codec of a template "NAME=ENCODE|DECODE". Raises ConfigError for an invalid template."""
+    """Make the codec of a template.
+
+    text: "NAME=ENCODE|DECODE", see the top of this module. qualities: those that are measured. seconds: the time limit
+    of each command. Raises ConfigError for an invalid template, an unknown program, or if there are no qualities.
+    """
     name, equals, template = text.partition("=")
     if not equals or not name.strip():
         raise ConfigError(f"--encoder {text!r}: write NAME=ENCODE|DECODE")

@@ -63,7 +63,7 @@ class Measurement:
 
     @property
     def ms_ssim_db(self) -> float | None:
-        """MS-SSIM in dB."""
+        """The MS-SSIM in dB, or None if it was not measured."""
         return metrics.decibels(self.ms_ssim)
 
 

@@ -103,7 +103,11 @@ def _of_images(
 def settings(
     codecs: Sequence[Codec], metrics: Collection[str], repeat: int, jobs: int, ray: str | None
 ) -> dict[str, Any]:
-    """Return the settings of a run and the machine, for the JSON output."""
+    """Return the settings of a run and a description of the machine, for the JSON output.
+
+    metrics: the metrics besides PSNR. repeat: how often times were measured. jobs: the number of processes. ray: the
+    address of a Ray cluster, or None.
+    """
     return {
         "hpcmref": __version__,
         "codecs": {codec.name: codec.identity for codec in codecs},

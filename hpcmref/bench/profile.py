@@ -102,10 +102,11 @@ def profile(
 def plain(
     model: HPCM, device: torch.device, image: Image.Image, quality: int | None = None, repeat: int = 5
 ) -> tuple[float, float]:
-    """Measure the seconds of the networks of encoding and of decoding as plain PyTorch, the best of `repeat` runs.
+    """Measure the networks in plain PyTorch: (seconds of those that encode, seconds of those that decode).
 
-    The same modules run as in research code: in float32, in PyTorch's default memory format, on whole planes, and
-    without a range coder.
+    The networks are run as most research code runs them: in float32, in PyTorch's default memory format, on whole
+    images instead of strips, and without a range coder. Each time is the best of `repeat` runs. quality: None means 0.
+    `model` is copied and not changed.
     """
     model = copy.deepcopy(model).to(device)
     model.requires_grad_(False).train()  # in eval mode, modules save memory and time

@@ -23,9 +23,10 @@ _DATA = "/*DATA*/null"
 
 
 def write(results: Results, exhibits: Sequence[Exhibit], folder: Path) -> Path:
-    """Write index.html, results.json, results.csv, and rd-psnr.png and the like for every metric, to a folder.
+    """Write index.html, results.json, results.csv, and a figure for every metric (rd-psnr.png, ...) to a folder.
 
-    Returns the page. Raises HpcmrefError if the folder cannot be written to.
+    exhibits: crops to compare on the page. Returns the path of the page. Raises HpcmrefError if the folder cannot be
+    written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = as_json(results)

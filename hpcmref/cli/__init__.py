@@ -12,7 +12,7 @@ import typer
 
 from hpcmref._version import __version__
 from hpcmref.cli.failures import GuardedGroup
-from hpcmref.runtime.heap import keep_memory
+from hpcmref.runtime.heap import end_without_search, keep_memory
 from hpcmref.runtime.waiting import sleep_while_waiting
 
 __all__ = ["COMMANDS", "app", "load"]
@@ -25,11 +25,11 @@ COMMANDS = {
     "compare": "Compare two images of one size: PSNR, MS-SSIM and, where it is installed, SSIMULACRA2.",
     "bench": "Measure codecs side by side on your own images: size, quality, time, memory, BD-rate.",
     "train": "Train a model and export it: DIR/PRESET.safetensors, for use with -m.",
-    "selftest": "Check with known files whether this machine codes as it should.",
-    "thumbnail": "Write a small PNG of an encoded file, as file managers ask for it.",
+    "selftest": "Check with known files whether this machine codes correctly.",
+    "thumbnail": "Write a small PNG of an encoded file, for file managers.",
     "checkpoints": "List, add, remove and convert models.",
 }
-"""Name -> first line of its help. The module `hpcmref.cli.NAME` has a function NAME, or a Typer `app` of commands."""
+"""The first line of the help of each command. The module `hpcmref.cli.NAME` has a function NAME, or a Typer `app`."""
 
 
 def load(name: str) -> Any:
@@ -77,7 +77,7 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, help="Print the version and exit.")
     ] = False,
-    # Eager, so that it is known when --version prints.
+    # It is eager, so that its value is known when --version prints.
     verbose: Annotated[
         bool,
         typer.Option(
@@ -87,4 +87,5 @@ def main(
 ) -> None:
     """A learned image codec: small files that decode to the same pixels on every machine."""
     keep_memory()
+    end_without_search()
     sleep_while_waiting()

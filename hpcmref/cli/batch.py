@@ -83,7 +83,8 @@ class _Totals:
     def __str__(self) -> str:
         parts = [f"{self.done} file{'s' * (self.done != 1)}"]
         if self.written and self.read:
-            parts.append(f"{_bytes(self.read)} to {_bytes(self.written)} ({self.read / self.written:.1f}:1)")
+            ratio = f" ({self.read / self.written:.1f}:1)" if self.read > self.written else ""  # decoding has none
+            parts.append(f"{_bytes(self.read)} to {_bytes(self.written)}{ratio}")
         parts.append(f"{time.perf_counter() - self.started:.1f} s")
         if self.kept:
             parts.append(f"{self.kept} kept")

@@ -271,9 +271,9 @@ def _check_outputs(json_file: Path | None, csv_file: Path | None, report: Path |
         raise typer.BadParameter("only one of --json and --csv can go to standard output.", param_hint="--csv")
     for name, file in (("--json", json_file), ("--csv", csv_file)):
         if file is not None and str(file) != "-" and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise typer.BadParameter(f"{file} is a folder, or in a folder that is not there.", param_hint=name)
+            raise typer.BadParameter(f"{file} is a folder, or is in a folder that does not exist.", param_hint=name)
     if report is not None and generations is not None:
-        raise typer.BadParameter("--generations has no page; use --json or --csv.", param_hint="--report")
+        raise typer.BadParameter("there is no page for --generations; use --json or --csv.", param_hint="--report")
 
 
 def _codecs(
@@ -307,7 +307,7 @@ def _settings(qualities: Sequence[str], target: str | None, chosen: Sequence[Cod
 
 def _need_extra() -> None:
     if importlib.util.find_spec("bjontegaard") is None:
-        raise HpcmrefError("bench needs bjontegaard: pip install 'hpcmref[bench]'")
+        raise HpcmrefError("bench needs more packages: pip install 'hpcmref[bench]', or '.[bench]' in a checkout")
 
 
 def _default() -> str:

@@ -35,10 +35,10 @@ def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array with one object a model.")] = False,
     check: Annotated[
         bool,
-        typer.Option("--verify", help="Read every model completely and compare its SHA-256; exit 1 if one is damaged."),
+        typer.Option("--verify", help="Compare every model with its stored SHA-256; exit 1 if one is damaged."),
     ] = False,
 ) -> None:
-    """List the models that -m finds by name: those that ship with hpcmref, and those that were added."""
+    """List the models whose names the option -m accepts: those that ship with hpcmref, and those that were added."""
     from hpcmref.checkpoints import available, verify
     from hpcmref.models import unreadable
 

@@ -34,6 +34,9 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Compare two images of one size: PSNR, MS-SSIM and, where it is installed, SSIMULACRA2."""
+    for name in (first, second):
+        if Path(name).is_dir():
+            raise typer.BadParameter(f"{name} is a folder; name two images.")
     if first == second == STREAM:
         raise typer.BadParameter("only one of them can come from standard input.")
     use_threads(threads)

@@ -122,7 +122,7 @@ def decode(
 ) -> None:
     """Decode files back to images."""
     if force and resume:
-        raise typer.BadParameter("--force replaces what --resume keeps.")
+        raise typer.BadParameter("--force replaces existing outputs, and --resume keeps them: use one of them.")
     from hpcmref.picture.images import FORMATS, format_of
     from hpcmref.picture.render import check_writable
 

@@ -135,7 +135,7 @@ def encode(
 ) -> None:
     """Encode images to small files."""
     if force and resume:
-        raise typer.BadParameter("--force replaces what --resume keeps.")
+        raise typer.BadParameter("--force replaces existing outputs, and --resume keeps them: use one of them.")
     parts = parse_parts(strip_only) if strip_only is not None else ()
     target: dict[str, Any] = {"bpp": bpp, "size": None if size is None else parse_size(size), "psnr": psnr}
     target = {name: value for name, value in target.items() if value is not None}
@@ -264,7 +264,7 @@ class _Encoder:
         decoded = lossless.decode(file) if self.lossless else self._codec.decode(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the encoder has given them already
-            picture = picture_of(image, self.keep_invisible or self.lossless)  # as it was coded
+            picture = picture_of(image, self.keep_invisible or self.lossless)  # the pixels that were coded
             original = picture.pixels
             shown = picture_of(decoded, keep_invisible=True).pixels
             alpha = picture.extras.alpha

@@ -94,7 +94,7 @@ class GuardedGroup(TyperGroup):
                 try:
                     return super().main(*args, **kwargs)
                 finally:
-                    _flush()  # here, because at interpreter exit a failure could only be "ignored"
+                    _flush()  # at the exit of the interpreter, an error could no longer be reported
         except Stopped as stopped:
             tell(f"hpcmref: {stopped}", sys.stderr)
             _drop_stdout()

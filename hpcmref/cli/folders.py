@@ -68,6 +68,9 @@ def find(
         sorted by name.
     recursive: also search the folders below a folder.
     without: a folder that is not searched, because the command writes to it.
+
+    Returns the sources without duplicates, what was left out, and an error for each folder that cannot be listed or has
+    no suitable files.
     """
     found = Found()
     seen: dict[str, list[str]] = defaultdict(list)
@@ -151,7 +154,7 @@ def _name_rivals(group: list[Source], output: Path, suffix: str) -> dict[Source,
         if other is not source.path:
             where = output / source.folder
             named[source] = HpcmrefError(
-                f"{other} and {source.path} have one name, and would both be written to {where}"
+                f"{other} and {source.path} have the same name, and would both be written to {where}"
             )
         else:
             paths[source] = source.path

@@ -188,7 +188,7 @@ def plan(
     if STREAM in arguments and several:
         raise typer.BadParameter("standard input (-) must be the only input.")
     if several and (output is None or output == STREAM or (os.path.exists(output) and not os.path.isdir(output))):
-        raise typer.BadParameter("several inputs need a folder to write to.", param_hint="-o")
+        raise typer.BadParameter("several inputs need a folder to write to, as in -o DIR.", param_hint="-o")
     if arguments == [STREAM] and _is_folder(output):
         raise typer.BadParameter("standard input has no name, so the output must be a file.", param_hint="-o")
     if "" in arguments or output == "":

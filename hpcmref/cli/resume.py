@@ -33,7 +33,7 @@ class Wanted:
         """
         data = path.read_bytes()
         if data[: len(MAGIC)] != MAGIC[: len(data)]:
-            raise HpcmrefError(f"{path} exists already and is no hpcmref file (--force replaces it)")
+            raise HpcmrefError(f"{path} exists already and is not an hpcmref file (--force replaces it)")
         try:
             file = parse(data)
         except FormatError:
@@ -68,7 +68,7 @@ def is_decoded(path: Path, form: str, source: Path | None) -> bool:
 
     data = path.read_bytes()
     if data and not _begins_as(data, form):
-        raise HpcmrefError(f"{path} exists already and is no {form} file (--force replaces it)")
+        raise HpcmrefError(f"{path} exists already and is not in the format {form} (--force replaces it)")
     if not _is_complete(data, form):
         return False
     try:

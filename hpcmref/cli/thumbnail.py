@@ -20,7 +20,7 @@ def thumbnail(
         str | None, typer.Option("--uri", metavar="URI", help="The URI to store in the PNG. By default that of FILE.")
     ] = None,
 ) -> None:
-    """Write a small PNG of an encoded file, as file managers ask for it."""
+    """Write a small PNG of an encoded file, for file managers."""
     import hpcmref
     from hpcmref.picture import thumbnail as pictures
     from hpcmref.runtime.files import atomic_write

@@ -1,7 +1,7 @@
 """The range coder of this package: `librans/rans.c`, loaded with ctypes, or the same in Python, which is slow.
 
-It writes and reads the same bytes as CompressAI's coder. Both forms know the length of their buffer, and continue with
-words of 0 after the end of a payload.
+It writes and reads the same bytes as CompressAI's coder (rANS, as in FORMAT.md). C and Python check the length of their
+buffer before every access. When a payload ends too early, they continue with words of 0.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ class _CTables(ctypes.Structure):
 
 
 def encode(parts: Iterable[tuple[NDArray[Any], NDArray[Any]]], tables: Tables) -> bytes:
-    """The payload of symbols, int16 (n,), and table indexes, uint8 (n,), in the order of `parts`."""
+    """Return the payload of all symbols of `parts`, in their order.
+
+    Each part is a pair of arrays of one length: values of symbols, int16 (n,), as `Tables.offsets` counts them, and
+    table indexes, uint8 (n,). Appends nothing of its own. Raises HpcmrefError if a table does not have its symbol.
+    """
     columns = tuple(zip(*parts, strict=True))
     symbols = np.ascontiguousarray(np.concatenate(columns[0]), np.int16)
     indexes = np.ascontiguousarray(np.concatenate(columns[1]), np.uint8)

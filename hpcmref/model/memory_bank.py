@@ -61,14 +61,17 @@ class Pool(nn.Module):
 
 
 class CellMean(nn.Module):
-    """Divides a plane into at most side x side cells, and computes the mean of each."""
+    """Divides a plane into at most side x side rectangular cells, and computes the mean of each."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
         self.side = side
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C, h, w) -> (B, C, min(side, h), min(side, w)); summed in float64."""
+        """Return the mean of each cell, (B, C, min(side, h), min(side, w)), of x (B, C, h, w), in the type of x.
+
+        Where the number of cells does not divide a length, cells differ by one row or column. Sums are in float64.
+        """
         rows, columns = (_membership(length, self.side, x.device) for length in x.shape[2:])
         sums = rows.T @ x.double() @ columns
         return (sums / (rows.sum(0)[:, None] * columns.sum(0))).to(x.dtype)

@@ -78,25 +78,25 @@ S1 = Lattice(((0, 0), (0, 1), (1, 0), (1, 1)))
 class Step:
     """One coding step on the lattice of `scale` (1, 2 or 3).
 
-    At position (row, col) it codes the channel group tile[row][col]. The tile repeats over the lattice.
+    At position (row, col) it codes the channel group pattern[row][col]. The pattern repeats over the lattice.
     """
 
     scale: int
     groups: int
-    tile: tuple[tuple[int, ...], ...]
+    pattern: tuple[tuple[int, ...], ...]
 
     def table(self, height: int, width: int, device: torch.device) -> Tensor:
         """The coded group of every position: (height, width) int64.
 
-        Groups are below 8, so the up to 16 groups of a tile fit into one integer, with 3 bits each. An integer is
+        Groups are below 8, so the up to 16 groups of a pattern fit into one integer, with 3 bits each. An integer is
         passed to a GPU kernel as an argument. A tensor made from a list would have to be copied to the GPU, and the
         host would wait until the GPU has finished its earlier work.
         """
-        side = len(self.tile)
-        packed = sum(group << 3 * place for place, group in enumerate(chain.from_iterable(self.tile)))
+        side = len(self.pattern)
+        packed = sum(group << 3 * place for place, group in enumerate(chain.from_iterable(self.pattern)))
         places = torch.arange(side * side, device=device)
-        tile = (torch.full_like(places, packed) >> 3 * places).bitwise_and_(7).view(side, side)
-        return tile.repeat(-(-height // side), -(-width // side))[:height, :width]
+        pattern = (torch.full_like(places, packed) >> 3 * places).bitwise_and_(7).view(side, side)
+        return pattern.repeat(-(-height // side), -(-width // side))[:height, :width]
 
     def select(self, x: Tensor, masked: bool = False) -> Tensor:
         """Take the values of x (B, C, h, w) that this step codes: (B, C/G, h, w)."""
@@ -122,7 +122,7 @@ class Step:
 
     def _mask(self, groups: Tensor) -> Tensor:
         """Which of groups (B, h, w, G, C/G) are coded: (h, w, G, 1) bool."""
-        return _group_mask(self.tile, *groups.shape[1:4], groups.device)
+        return _group_mask(self.pattern, *groups.shape[1:4], groups.device)
 
     def _index(self, shape: torch.Size, device: torch.device) -> Tensor:
         batch, _, channels, height, width = shape
@@ -131,11 +131,11 @@ class Step:
 
 @lru_cache(maxsize=64)
 def _group_mask(
-    tile: tuple[tuple[int, ...], ...], height: int, width: int, groups: int, device: torch.device
+    pattern: tuple[tuple[int, ...], ...], height: int, width: int, groups: int, device: torch.device
 ) -> Tensor:
     """See `Step._mask`. The mask is cached, so that it is not made again at each training step; never write to it."""
     with torch.inference_mode(False):  # training could not use an inference tensor
-        table = Step(0, groups, tile).table(height, width, device)
+        table = Step(0, groups, pattern).table(height, width, device)
         return (table[:, :, None] == torch.arange(groups, device=device))[..., None]
 
 
@@ -174,12 +174,12 @@ def _zeros(like: Tensor, batch: int, channels: int, height: int, width: int) -> 
 
 
 def _step(scale: int, cells: Sequence[Sequence[tuple[int, int]]], order: Sequence[int], side: int) -> Step:
-    """The step in which group g codes the positions cells[order[g]] of each side x side tile."""
-    tile = [[-1] * side for _ in range(side)]
+    """The step in which group g codes the positions cells[order[g]] of each side x side pattern."""
+    pattern = [[-1] * side for _ in range(side)]
     for group, cell in enumerate(order):
         for row, col in cells[cell]:
-            tile[row][col] = group
-    return Step(scale, len(order), tuple(map(tuple, tile)))
+            pattern[row][col] = group
+    return Step(scale, len(order), tuple(map(tuple, pattern)))
 
 
 _TWO = (((0, 0), (1, 1)), ((0, 1), (1, 0)))
@@ -215,8 +215,8 @@ def displaced_source(channels: int, height: int, width: int, device: torch.devic
     masks of s1 do not describe what s1 really holds (base.py: get_mask_for_s1, get_s2_hyper_with_mask). Therefore most
     of these values are read next to the position at which they are used. The networks were trained with that.
     """
-    # According to the official masks, s1 took the position (row, col) of each 4x4 tile of y for channel group g. All
-    # these rows belong to the first s2 row of a tile.
+    # According to the official masks, s1 took the position (row, col) of each 4x4 block of y for channel group g. All
+    # these rows belong to the first s2 row of a block.
     claimed = ((0, 0), (1, 1), (0, 1), (1, 0), (0, 2), (1, 3), (0, 3), (1, 2))
     group = channels // 8
     plane = torch.arange(4 * height * width, device=device).view(2 * height, 2 * width)

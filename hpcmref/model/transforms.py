@@ -96,9 +96,9 @@ def start_as_dct(analysis: nn.Sequential, synthesis: nn.Sequential) -> None:
     )
     kept, haar = _haar_basis(frequencies, len(to_latents.weight))
     with torch.no_grad():
-        _set_leading(to_channels.weight[:, :, 0, 0], dct)
-        _set_leading(_bias(to_channels), -0.5 * dct.sum(1))
-        _set_leading(to_pixels.weight[:, :, 0, 0].T, dct)
+        _set_leading_(to_channels.weight[:, :, 0, 0], dct)
+        _set_leading_(_bias(to_channels), -0.5 * dct.sum(1))
+        _set_leading_(to_pixels.weight[:, :, 0, 0].T, dct)
         _bias(to_pixels).fill_(0.5)
         for convolution in (to_latents, from_latents):
             convolution.weight.zero_()
@@ -115,7 +115,7 @@ def _bias(convolution: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
     return convolution.bias
 
 
-def _set_leading(target: Tensor, values: Tensor) -> None:
+def _set_leading_(target: Tensor, values: Tensor) -> None:
     """Overwrite the first channels of `target`. The others, which the DCT does not need, start with small weights."""
     target.mul_(0.1)
     target[: len(values)] = values

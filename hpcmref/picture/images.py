@@ -140,7 +140,7 @@ def _reading(source: Path | BinaryIO, name: str) -> Iterator[BinaryIO]:
     except UnidentifiedImageError:
         if (form := _unknown_format(source)) is not None:
             raise ImageError(f"cannot read {name}: {plugins.missing(form)}") from None
-        raise ImageError(f"{name} is not an image of a kind that is read: {', '.join(_formats())}") from None
+        raise ImageError(f"{name} is not an image in one of the supported formats: {', '.join(_formats())}") from None
     except Exception as error:  # damaged bytes can make Pillow's plugins raise any exception
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(f"cannot read {name}: {reason}") from error
@@ -372,7 +372,7 @@ def _note_colour_space(image: Image.Image, file: BinaryIO) -> None:
     """
     if image.format != "PNG":
         if b"hdrgm:" in (image.info.get("xmp") or b""):
-            _warn("its gain map is not kept: the picture is that of a screen without HDR")
+            _warn("its gain map is not kept: the picture is the one for screens without HDR")
         return
     file.seek(8)
     while len(head := file.read(8)) == 8 and (length := int.from_bytes(head[:4], "big")) < 1 << 31:

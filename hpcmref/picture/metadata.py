@@ -118,7 +118,7 @@ def mode_of(file: Container) -> str:
             return mode
     if file.version > 1 and len(content) == 1 and content[0] not in RESTORED.values():
         return base  # a mode of a later version, which only concerns how the image is presented
-    raise FormatError(f"the file is damaged: its mode {content[:8].hex()} does not go with {base}")
+    raise FormatError(f"the file is damaged: its mode {content[:8].hex()} does not match {base}")
 
 
 def info_of(extras: Extras) -> dict[str, Any]:
@@ -141,7 +141,11 @@ def info_of(extras: Extras) -> dict[str, Any]:
 
 
 def pack_alpha(alpha: NDArray[np.uint8]) -> bytes:
-    """Compress alpha (H, W) uint8 to the content of a chunk. The kind with the fewest bytes in a sample is used."""
+    """Compress alpha (H, W) uint8 to the content of a chunk.
+
+    FORMAT.md lists the kinds. Equal values take one byte, and values of 0 and 255 become bits. For other values, the
+    kind of differences that needs the fewest bytes for a sample of rows is used, or lossless WebP if that is smaller.
+    """
     first = int(alpha.flat[0])
     if not (alpha != first).any():
         return bytes([first])
@@ -166,11 +170,11 @@ def unpack_alpha(content: bytes, height: int, width: int) -> NDArray[np.uint8]:
     if content and content[0] == _WEBP:
         return _unpack_webp(content[1:], height, width)
     if not content or content[0] > _BITS:
-        raise FormatError("the file is damaged: its alpha is of no known kind")
+        raise FormatError("the file is damaged: its alpha has an unknown kind")
     columns = (width + 7) // 8 if content[0] == _BITS else width
     data = _unpack(memoryview(content)[1:], height * columns, "alpha")
     if len(data) != height * columns:
-        raise FormatError(f"the file is damaged: its alpha is not one of {width} x {height} pixels")
+        raise FormatError(f"the file is damaged: its alpha does not have {width} x {height} pixels")
     plane = np.frombuffer(data, np.uint8).reshape(height, columns)
     if content[0] == _BITS:
         return np.unpackbits(plane, axis=1, count=width) * np.uint8(255)
@@ -188,7 +192,7 @@ def _unpack_webp(content: bytes, height: int, width: int) -> NDArray[np.uint8]:
                 return np.array(image.convert("RGB"))[..., 1]
     except Exception as error:  # damaged bytes can make Pillow's plugins raise any exception
         raise FormatError(f"the file is damaged: its alpha cannot be unpacked ({error})") from None
-    raise FormatError(f"the file is damaged: its alpha is not one of {width} x {height} pixels")
+    raise FormatError(f"the file is damaged: its alpha does not have {width} x {height} pixels")
 
 
 def _differences(axes: tuple[int, ...]) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:

@@ -120,7 +120,7 @@ def _fitting(image: Image.Image, form: str, background: tuple[int, int, int] | N
         image = image.convert("RGBA")
         if "RGBA" not in modes:
             if background is None and image.getchannel("A").getextrema() != (255, 255):
-                _warn(f"{form} has no transparency: the image is put on white")
+                _warn(f"{form} has no transparency: the image is placed on white")
             behind = Image.new("RGBA", image.size, (*(background or (255, 255, 255)), 255))
             image = Image.composite(image, behind, image.getchannel("A"))
     if image.mode not in modes:
@@ -148,9 +148,9 @@ def _items(image: Image.Image, form: str) -> dict[str, Any]:
         others = ", ".join(key for key in items["text"] if key != texts.COMMENT)
         items["text"] = {texts.COMMENT: items["text"][texts.COMMENT]}
         if others:
-            _warn(f"{form} has no room for its text {others}")
+            _warn(f"{form} cannot store its text {others}")
     if shown := [_NAMES[name] for name in lost if name != "dpi"]:
-        _warn(f"{form} of mode {image.mode} has no room for its {' and '.join(shown)}")
+        _warn(f"{form} of mode {image.mode} cannot store its {' and '.join(shown)}")
     return {name: content for name, content in items.items() if name not in lost}
 
 
@@ -166,7 +166,7 @@ def _has_room(form: str, mode: str, name: str, content: Any) -> bool:
 
 
 def _metadata_options(form: str, items: dict[str, Any]) -> dict[str, Any]:
-    """Options of Pillow's save that write the metadata."""
+    """Return the options of Pillow's `save` that write the metadata. items: see `_items`."""
     options: dict[str, Any] = {"icc_profile": items.get("icc_profile")}
     tags = items.get("exif")
     if "dpi" in items:
@@ -195,7 +195,7 @@ def _tiff_options(items: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if tags := items.get("exif"):
         directory = _writable(tags)
-        options["compression"] = None  # with any other, Pillow fails to write the directories of EXIF
+        options["compression"] = None  # with compression, Pillow cannot write the directories of EXIF
     if "xmp" in items:
         directory[ExifTags.Base.XMLPacket] = items["xmp"]
     if "iptc" in items:

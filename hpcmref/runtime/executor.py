@@ -19,7 +19,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 AHEAD = 2
-"""Items sent to a cluster for each worker: one in work and one waiting, so that few are in memory at a time."""
+"""How many items are sent to a cluster for each of its workers: one in work and one waiting. This limits memory."""
 
 
 def execute(

@@ -1,7 +1,7 @@
 """Write files so that they appear completely or not at all.
 
 `atomic_write` writes a temporary file in the same folder, flushes it to the disk, and renames it. Pipes, devices and
-open file descriptors cannot be replaced by a renamed file, so they are written to directly.
+open file descriptors must be written to and not be replaced by a new file, so they are opened directly.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def descriptor_of(path: Path) -> int | None:
 
 
 def is_special(path: Path) -> bool:
-    """Return whether a path is a pipe, a device or an open file descriptor, so that writing to it replaces no file."""
+    """Return whether a path, followed through links, names a pipe, a socket, a device or an open file descriptor.
+
+    Open file descriptors have paths such as /dev/fd/3 and /dev/stdout. A path that does not exist is not special.
+    """
     if descriptor_of(path) is not None:
         return True
     try:

@@ -18,7 +18,10 @@ _forked_with_torch = False
 
 
 def watch_forks() -> None:
-    """Make every child process that is forked from now on record whether its parent had imported torch."""
+    """Make every child process that is forked from now on record whether its parent had imported torch.
+
+    `safe_after_fork` uses this record. On systems without fork, nothing is done.
+    """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_remember)
 

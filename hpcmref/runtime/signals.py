@@ -1,4 +1,4 @@
-"""Turn signals that end a program into an exception, so that everything is tidied up before it ends."""
+"""Turn signals that end a program into an exception, so that files and processes are cleaned up before it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker processes on this machine that end when their parent does, however it ends.
+"""Worker processes on this machine. They end when their parent ends, for any reason.
 
 Workers are started afresh ("spawn"), because the threads of OpenMP and the state of CUDA do not survive a fork. Each
 has a pipe to the parent, over which it gets one item at a time, so that the parent knows what was in work when a worker
@@ -7,7 +7,7 @@ dies.
 | end of the parent | what ends its workers |
 | --- | --- |
 | the work is done, an exception, Ctrl-C, SIGTERM, SIGHUP | the parent, in `Workers.close` |
-| SIGKILL, a crash | Linux: a signal that the kernel sends; everywhere: a thread that sees the parent's pipe end |
+| SIGKILL, a crash | Linux: a signal that the kernel sends; everywhere: a thread that notices the closed pipe |
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Workers(Generic[T, R]):
 
     @property
     def are_busy(self) -> bool:
-        """Whether all workers have an item, so that no other can be given."""
+        """Whether all workers have an item. No further item can be given until one of them is done."""
         return self.at_work >= self._count
 
     def give(self, item: T) -> None:
@@ -87,7 +87,7 @@ class Workers(Generic[T, R]):
         if not self._started:
             self._started = True
             for _ in range(self._count):
-                self._start()  # all at once, because each takes a while to be ready
+                self._start()  # start all at once, because each needs some time to be ready
         worker = next((each for each in self._workers if not each.at_work), None) or self._start()
         worker.item, worker.at_work = item, True
         with contextlib.suppress(OSError):  # the worker has died; `wait` reports it
@@ -166,13 +166,13 @@ def _end(workers: list[_Worker]) -> None:
         worker.process.close()
 
 
-# In the worker
+# The following functions run in the worker process.
 
 
 def _serve(pipe: Connection, parent: int | None, threads: int) -> None:
     """Work on the items that come through the pipe, until it is closed."""
     _end_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for systems on which it could not be blocked
     keep_memory()
     compute_with(threads)
     try:

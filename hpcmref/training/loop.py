@@ -205,9 +205,12 @@ class Trainer:
         self.step, self.skipped, self.seconds = 0, 0, 0.0
 
     def load(self, folder: Path | None = None) -> None:
-        """Take over the state that `save` wrote to `output`, or to `folder`.
+        """Continue a run: read model, average, optimiser, and clock (step, skipped steps, seconds) from a folder.
 
-        Raises CheckpointError if it is damaged or of another preset.
+        folder: where `save` wrote them; by default `config.output`. Files are read with `weights_only=True`.
+
+        Raises CheckpointError if there is no such state, or if it is damaged or of another preset. The trainer may then
+        have taken over a part of the state.
         """
         folder = folder or self.config.output
         state = read_state(folder, self.device)

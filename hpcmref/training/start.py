@@ -16,13 +16,16 @@ GROUPS = 8
 
 
 def start_from(model: HPCM, trained: HPCM) -> None:
-    """Give `model` (initialised) the weights of `trained`, so that it begins as the same function.
+    """Copy the weights of `trained` into `model`, which `HPCM.initialise` has prepared and which may be larger.
 
-    `model` may have more latent channels (M): in each of the 8 channel groups of y, the new channels follow the trained
-    ones. The trained layers do not use the new channels at first, except that g_s adds them to the picture. `model` may
-    have a state although `trained` has none; at first no layer reads it. `model` may lack the attention of `trained`.
-    Only then it begins as another function: that of `without_attention`. Parts that only `model` has keep their
-    initialisation. Raises ConfigError when the two differ in anything else.
+    These differences are allowed; any other raises ConfigError:
+
+    - `model` has more latent channels (M). In each of the 8 channel groups of y, the new channels follow the trained
+      ones. At first only g_s uses the new channels, and adds what they mean to the picture.
+    - `model` has a state (a memory bank) and `trained` has none. At first no layer reads it.
+    - `model` lacks the attention of `trained`. It then predicts as `without_attention` describes, and not as `trained`.
+
+    Parts that only `model` has keep their initial weights.
     """
     ours, theirs = model.config, trained.config
     before, after = theirs.M // GROUPS, ours.M // GROUPS
