@@ -31,7 +31,7 @@ DOCUMENTS = sorted(
 LANGUAGES = {"sh", "console", "python", "mermaid", "bibtex"}
 
 PYTHON = {
-    "README.md": ("test_readme.py", "test_the_python_example"),
+    "README.md": ("test_readme.py", "test_the_python_example_runs"),
     "docs/python.md": ("test_api.py", "test_the_examples_of_the_documentation"),
     "docs/processes.md": ("test_workers.py", "test_the_example_of_the_document"),
 }
