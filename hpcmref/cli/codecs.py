@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hpcmref.runtime.heap import no_search
+
 if TYPE_CHECKING:
     from hpcmref.codec import Codec
     from hpcmref.format.container import Container
@@ -25,11 +27,12 @@ class Codecs:
         """The codec of a file, or None for one without a learned payload. Raises as `codec_for` does."""
         if file.learned is None:
             return None
-        from hpcmref.codec import codec_for  # torch takes a second: not for a file that turns out to be damaged
-
         fingerprint = file.learned.fingerprint
         if fingerprint not in self._loaded:
-            self._loaded[fingerprint] = codec_for(file, self.device, self.model)
+            with no_search():
+                from hpcmref.codec import codec_for  # torch takes a second: not for a file that turns out to be damaged
+
+                self._loaded[fingerprint] = codec_for(file, self.device, self.model)
         return self._loaded[fingerprint]
 
     @functools.cached_property
