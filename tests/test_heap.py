@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
 import pytest
+
+from hpcmref.runtime.heap import no_search
 
 USES = """
 import resource, sys
@@ -69,3 +72,15 @@ def test_a_command_ends_without_a_search_for_garbage() -> None:
     done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "True"
     assert done.stderr == "done\n"
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_searches_go_on_as_they_were(on: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if on else gc.disable)()
+        with no_search():
+            assert not gc.isenabled()
+        assert gc.isenabled() == on
+    finally:
+        (gc.enable if before else gc.disable)()

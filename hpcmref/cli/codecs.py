@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hpcmref.runtime.heap import no_search
+
 if TYPE_CHECKING:
     from hpcmref.codec import Codec
     from hpcmref.format.container import Container
@@ -25,11 +27,12 @@ class Codecs:
         """Return the codec of a file, or None for a lossless file. Raises the errors of `codec_for`."""
         if file.learned is None:
             return None
-        from hpcmref.codec import codec_for  # imports torch, which takes a second and is of no use for damaged files
-
         fingerprint = file.learned.fingerprint
         if fingerprint not in self._loaded:
-            self._loaded[fingerprint] = codec_for(file, self.device, self.model)
+            with no_search():
+                from hpcmref.codec import codec_for  # imports torch, which takes a second and is of no use for damaged files
+
+                self._loaded[fingerprint] = codec_for(file, self.device, self.model)
         return self._loaded[fingerprint]
 
     @functools.cached_property

@@ -37,6 +37,7 @@ from hpcmref.cli.options import (
 )
 from hpcmref.cli.resume import Wanted
 from hpcmref.errors import ImageError, near
+from hpcmref.runtime.heap import no_search
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -278,9 +279,10 @@ class _Encoder:
 
     @functools.cached_property
     def _codec(self) -> Codec:
-        from hpcmref.codec import load  # imports torch, which takes a second
+        with no_search():
+            from hpcmref.codec import load  # imports torch, which takes a second
 
-        return load(self.model, self.device)
+            return load(self.model, self.device)
 
 
 @contextlib.contextmanager

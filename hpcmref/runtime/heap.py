@@ -1,9 +1,11 @@
 """Control whether freed memory is kept or returned to the system, and measure the memory of the process."""
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # glibc's malloc.h
@@ -33,6 +35,18 @@ def end_without_search() -> None:
     """
     atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)
+
+
+@contextlib.contextmanager
+def no_search() -> Iterator[None]:
+    """Leave out Python's searches for garbage meanwhile: for importing torch and loading a model, which make none."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def give_back() -> None:
