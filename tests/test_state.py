@@ -87,6 +87,13 @@ def test_the_smallest_pictures(side: int, sample: Image.Image, tmp_path: Path) -
     assert codec.decode(codec.encode(sample.crop((0, 0, side, side)), 30, verify=True)).size == (side, side)
 
 
+def test_a_state_may_have_more_channels_than_a_context(sample: Image.Image, tmp_path: Path) -> None:
+    bank = dataclasses.replace(MEMORY_BANKS["state"], width=2 * STATE.M + 8)
+    checkpoints.save(model_of(dataclasses.replace(STATE, memory=bank)), tmp_path / "wide.safetensors", "wide", {})
+    codec = Codec(checkpoints.load(tmp_path / "wide.safetensors"), "wide", torch.device("cpu"))
+    assert codec.decode(codec.encode(sample.crop((0, 0, 70, 130)), 30, verify=True)).size == (70, 130)
+
+
 # --- one pass ------------------------------------------------------------------------------------------------------
 
 

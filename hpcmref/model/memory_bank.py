@@ -336,8 +336,9 @@ class StateBank(nn.Module):
         self.width = width
 
     def start(self, context: Tensor) -> Tensor:
-        """context: (B, 2M, h, w) -> zeros (B, width, h, w)."""
-        return torch.zeros_like(context[:, : self.width])
+        """Return a state of zeros, (B, width, h, w) in the layout channels-last, for a context (B, 2M, h, w)."""
+        batch, _, height, columns = context.shape
+        return context.new_zeros(batch, height, columns, self.width).permute(0, 3, 1, 2)
 
     def write(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Split the result `out` (B, 2M + width, h, w) of a prior, and add its second part to the state.
