@@ -185,7 +185,8 @@ def test_two_files_whose_names_differ_in_case_only_never_share_an_output(tmp_pat
     planned = plan([str(tmp_path)], str(tmp_path / "out"), (".jpg",), ".hpcm")
     assert [job.target_name for job in planned.jobs] == [str(tmp_path / "out" / name) for name in ("A.hpcm", "b.hpcm")]
     assert [str(each) for each in planned.problems] == [
-        f"{tmp_path / 'A.jpg'} and {tmp_path / 'a.jpg'} have the same name, and would both be written to {tmp_path / 'out'}"
+        f"{tmp_path / 'A.jpg'} and {tmp_path / 'a.jpg'} have the same name, "
+        f"and would both be written to {tmp_path / 'out'}"
     ]
 
 

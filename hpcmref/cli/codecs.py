@@ -30,7 +30,7 @@ class Codecs:
         fingerprint = file.learned.fingerprint
         if fingerprint not in self._loaded:
             with no_search():
-                from hpcmref.codec import codec_for  # imports torch, which takes a second and is of no use for damaged files
+                from hpcmref.codec import codec_for  # imports torch: a second, which is wasted on damaged files
 
                 self._loaded[fingerprint] = codec_for(file, self.device, self.model)
         return self._loaded[fingerprint]
