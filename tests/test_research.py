@@ -7,15 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from models import TINY, model_of
 from PIL import Image
 from typer.testing import CliRunner
 
 from hpcmref import checkpoints
 from hpcmref.search import efforts
-from research import (
-    codec_speed,
-    contention,
+from research import batches, contention,
     effort_curve,
     exactness_cost,
     growth,
@@ -42,6 +41,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     checkpoints.save(model_of(TINY), path, "tiny", {})
     return str(path)
+
+
+def test_batches_are_measured_beside_an_image_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        batches.main(height=64, width=64, repeat=1)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(re.findall(r"^(?:alone|of [248]) \d+\.\d ms", capsys.readouterr().out, re.MULTILINE)) == 4
 
 
 class TestGrowth:
