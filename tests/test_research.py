@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 
 from hpcmref import checkpoints
 from hpcmref.search import efforts
-from research import batches, contention,
+from research import (
+    batches,
+    codec_speed,
+    contention,
     effort_curve,
     exactness_cost,
     growth,
