@@ -109,8 +109,9 @@ def test_a_device_that_is_full(folder: Path) -> None:
 def test_no_permission(folder: Path, stand_in: None) -> None:
     """To read one input, and to write into one folder: each is one line, and nothing else changes."""
     folder.chmod(0o777)
-    for parent in folder.parents[:2]:
-        parent.chmod(parent.stat().st_mode | 0o011)
+    for parent in folder.parents:
+        if parent.name.startswith(("pytest-", "popen-")):  # the second are those of parallel runs
+            parent.chmod(parent.stat().st_mode | 0o011)
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(name)
     Path("b.png").chmod(0)
