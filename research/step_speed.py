@@ -2,9 +2,10 @@
 
     python -m research.step_speed train-000.tar --threads 1 --compile
 
-The network is nano-1 without its memory bank, which both know. The older trainer comes from the history of
-this repository. Time is the processor's, of one process, so that other work on the machine counts less; with more
-threads than one it is the clock's.
+The network is nano-1 without its memory bank, which both know. The older trainer comes from the history of this
+repository. Gradients are compared on one batch that the older version draws, from the same weights, summed over four
+draws of noise. Speed is measured on batches that each version draws itself. Time is the processor's with one thread, so
+that other work on the machine counts less; with more threads it is the clock's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from hpcmref.model import PRESETS
 from hpcmref.training import Phase, Trainer, TrainingConfig
 from hpcmref.training.data import Tiles
 
-data, threads, batch, crop, compiled, gradient = sys.argv[1:]
+data, threads, batch, crop, compiled, sample, gradient = sys.argv[1:]
 torch.set_num_threads(int(threads))
 PRESETS["nano"] = dataclasses.replace(
     PRESETS["nano"], heads=0, memory=None, stages=((192, 4),), synthesis=((192, 4),),
@@ -42,7 +43,11 @@ config = TrainingConfig(
 tiles = Tiles(config.data, int(crop), limit=60)
 trainer = Trainer(config)
 x, quality = trainer.sample(tiles)
-trainer.objective(x, quality)[0].backward()
+if Path(sample).exists():  # the other version has drawn it
+    x, quality = torch.load(sample)
+torch.save((x, quality), sample)
+for _ in range(4):  # with four draws of noise
+    trainer.objective(x, quality)[0].backward()
 torch.save([parameter.grad.clone() for parameter in trainer.model.parameters()], gradient)
 for _ in range(2):
     trainer.run_step(tiles)
@@ -71,7 +76,7 @@ def main(
         workers, gradients = {}, []
         for side in ("old", "new"):
             gradients.append(folders["empty"] / f"{side}.pt")
-            arguments = (data.resolve(), threads, batch, crop, compiled)
+            arguments = (data.resolve(), threads, batch, crop, compiled, folders["empty"] / "sample.pt")
             worker = Worker(WORKER, (*arguments, gradients[-1]), folders[side], threads, folders["empty"])
             workers[side] = stack.enter_context(worker)
         print(f"cosine of both gradients at the start: {cosine(*gradients):.8f}")
