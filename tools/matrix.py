@@ -127,8 +127,9 @@ def install(corner: Corner, interpreter: str, wheel: Path, folder: Path) -> tupl
     # compressai needs numpy below 2, and torch alone would install a newer one first.
     _run([*pip, "torch", "numpy<2" if corner.compressai and corner.python < "3.13" else "numpy"])
     seen["torch and numpy"] = _megabytes(folder)
-    listed = json.loads(_run([python, "-m", "pip", "list", "--format=json"]))
-    seen["base"] = [each["name"] for each in listed]
+    # Not by `pip list`, which prints nothing where PIP_QUIET is set.
+    listing = "import importlib.metadata as m, json; print(json.dumps([each.name for each in m.distributions()]))"
+    seen["base"] = json.loads(_run([python, "-c", listing]))
     if corner.compressai:
         _run([*pip, wheel])
     else:
