@@ -107,9 +107,9 @@ def run(jobs: Sequence[Job], work: Callable[[Job], str | None], quiet: bool = Fa
 
 def run_spread(
     planned: Plan,
-    prepare: Callable[[Job], bytes | None],
+    read_input: Callable[[Job], bytes | None],
     work: Callable[[Job, bytes], Made],
-    finish: Callable[[Job, Outcome], Done],
+    write_output: Callable[[Job, Outcome], Done],
     style: Style = Style(),
     processes: int = 1,
     ray: str | None = None,
@@ -118,10 +118,10 @@ def run_spread(
 ) -> None:
     """Do every job and report it. A failure is reported in one line on stderr, and the next job follows.
 
-    prepare: reads the input of a job in this process; returns None if nothing is to be done.
+    read_input: reads the input of a job in this process; returns None if nothing is to be done.
     work: gets a job and the content of its input. It runs in one of `processes` processes or on a Ray cluster (see
         `hpcmref.runtime.executor.execute`), and must be picklable for that.
-    finish: writes the output of a job in this process.
+    write_output: writes the output of a job in this process.
     totals: print a summary after several files.
 
     CheckpointError and ConfigError end the run, because a bad model or setting makes every job fail. A signal ends it
@@ -140,7 +140,7 @@ def run_spread(
             def contents() -> Iterator[tuple[Job, bytes]]:
                 for job in planned.jobs:
                     try:
-                        content = prepare(job)
+                        content = read_input(job)
                     except (CheckpointError, ConfigError):
                         raise
                     except Exception as error:
@@ -162,7 +162,7 @@ def run_spread(
                         if isinstance(result, Exception):
                             raise result
                         printer.warnings(job, result.warnings)
-                        done = finish(job, result)
+                        done = write_output(job, result)
                     except (CheckpointError, ConfigError):
                         raise
                     except Exception as error:

@@ -148,11 +148,11 @@ def decode(
         dry_run(planned, outputs, style)
         return
 
-    def prepare(job: Job) -> bytes | None:
+    def read_input(job: Job) -> bytes | None:
         check_writable(format_for(job), output_quality)  # fail before decoding rather than after it
-        return outputs.prepare(job)
+        return outputs.read_input(job)
 
-    def finish(job: Job, outcome: Outcome) -> Done:
+    def write_output(job: Job, outcome: Outcome) -> Done:
         job.write(outcome.made.data, preserve)
         facts = {"output": job.target_name, **outcome.made.facts, "size": len(outcome.made.data)}
         line = f"{job.name} -> {job.target_name}: {facts['width']}x{facts['height']} {facts['mode']}"
@@ -170,7 +170,7 @@ def decode(
         colour,
         thumbnail,
     )
-    run_spread(planned, prepare, decoder, finish, style, jobs, ray, threads)
+    run_spread(planned, read_input, decoder, write_output, style, jobs, ray, threads)
 
 
 @dataclass(frozen=True)

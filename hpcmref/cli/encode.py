@@ -161,13 +161,13 @@ def encode(
         dry_run(planned, outputs, style)
         return
 
-    def prepare(job: Job) -> bytes | None:
+    def read_input(job: Job) -> bytes | None:
         try:
-            return outputs.prepare(job)
+            return outputs.read_input(job)
         except OSError as error:
             raise ImageError(f"cannot read {job.name}: {error.strerror or error}") from error
 
-    def finish(job: Job, outcome: Outcome) -> Done:
+    def write_output(job: Job, outcome: Outcome) -> Done:
         job.write(outcome.made.data, preserve)
         facts = _facts(job, outcome)
         return Done(_summary(job, outcome, facts, alone=len(planned.jobs) == 1), facts, len(outcome.made.data))
@@ -183,7 +183,7 @@ def encode(
         model=model, device=device.value, quality=quality, target=target, strip=strip, lossless=lossless,
         keep_invisible=keep_invisible, frame=frame, strip_only=parts, verify=verify, measure=measure, effort=searching,
     )  # fmt: skip
-    run_spread(planned, prepare, encoder, finish, style, jobs, ray, threads)
+    run_spread(planned, read_input, encoder, write_output, style, jobs, ray, threads)
 
 
 @dataclass(frozen=True)
@@ -318,17 +318,17 @@ def _facts(job: Job, outcome: Outcome) -> dict[str, Any]:
     from hpcmref.format.container import parse
 
     data = outcome.made.data
-    container = parse(data)
-    pixels = container.width * container.height
+    file = parse(data)
+    pixels = file.width * file.height
     return {
         "output": job.target_name,
-        "width": container.width,
-        "height": container.height,
-        "channels": "grey" if container.grey else "colour",
+        "width": file.width,
+        "height": file.height,
+        "channels": "grey" if file.grey else "colour",
         "input_size": outcome.size,
         "size": len(data),
         "bits_per_pixel": 8 * len(data) / pixels,
-        "quality": None if container.learned is None else container.learned.quality,
+        "quality": None if file.learned is None else file.learned.quality,
         "seconds": sum(seconds for name, seconds in outcome.made.stages.items() if name.startswith("encode")),
         **{name: value if math.isfinite(value) else None for name, value in outcome.made.facts.items()},
     }

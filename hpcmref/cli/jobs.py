@@ -139,7 +139,7 @@ class Outputs:
             return True
         return not self.is_there(job)
 
-    def prepare(self, job: Job) -> bytes | None:
+    def read_input(self, job: Job) -> bytes | None:
         """Make the folder of the output and read the input, or return None if nothing is to be done.
 
         Raises the errors of `are_wanted`.

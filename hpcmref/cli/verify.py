@@ -47,13 +47,13 @@ def verify(
 ) -> None:
     """Check encoded files: decode them, compare all checksums, name the bad ones, and write nothing."""
 
-    def finish(job: Job, outcome: Outcome) -> Done:
+    def report(job: Job, outcome: Outcome) -> Done:
         return Done(f"{job.name}: {'intact' if quick else 'decodes'}", {**outcome.made.facts, "size": outcome.size})
 
     use_threads(threads)
     planned = inputs(files, ENCODED_SUFFIXES, recursive)
     run_spread(
-        planned, Job.read, _Verifier(Codecs(model, device.value), quick), finish, Style(quiet, as_json, verbose), jobs,
+        planned, Job.read, _Verifier(Codecs(model, device.value), quick), report, Style(quiet, as_json, verbose), jobs,
         threads=threads,
     )  # fmt: skip
 
