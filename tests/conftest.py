@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 # models of the parity tests twenty times slower (measured: 78 s instead of 3 s).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes beside each other share the cores
+    from hpcmref.runtime.cores import available_cores  # does not import torch
+
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // workers)))
 # Models that the person who runs the tests has added are none of their business.
 os.environ["HPCMREF_MODELS"] = str(Path(__file__).parent / "no models")
 
