@@ -14,7 +14,7 @@ import torch
 from coding import SYNCHRONISING
 from models import TINY, model_of, tensor_of
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -22,7 +22,7 @@ from hpcmref.errors import ConfigError
 from hpcmref.model import HPCM, PRESETS, HPCMConfig
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.entropy import LIKELIHOOD_BOUND, SCALE_BOUND, likelihood, lower_bound, quantise, scale_index
-from hpcmref.model.layers import PConvRB, QualityTable, anchor_weights
+from hpcmref.model.layers import PConvRB, QualityTable, anchor_weights, down, up
 from hpcmref.model.macs import macs_per_pixel
 
 KINDS = pytest.mark.parametrize(
@@ -221,6 +221,23 @@ def test_attention_sees_the_tokens_of_its_window_that_exist(size: tuple[int, int
         torch.testing.assert_close(cell(context, previous), expected)
 
 
+@pytest.mark.parametrize("layer", [down(6, 5), up(6, 5), down(3, 8, kernel=4), up(8, 3, kernel=4)])
+def test_training_computes_strided_convolutions_as_they_are(layer: nn.Module) -> None:
+    """As matrix products, where the kernel is as wide as the stride: the same values and gradients."""
+    layer = layer.double()
+    torch.manual_seed(0)
+    x = torch.randn(2, layer.in_channels, 8, 12, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    results = []
+    for mode in (True, False):
+        layer.train(mode).zero_grad()
+        inputs = x.clone().requires_grad_()
+        result = layer(inputs)
+        result.square().sum().backward()
+        results.append((result, inputs.grad, layer.weight.grad, layer.bias.grad))
+    for trained, coded in zip(*results, strict=True):
+        torch.testing.assert_close(trained, coded)
+
+
 # --- entropy -------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +250,18 @@ def test_the_likelihood_is_that_of_a_generalized_gaussian() -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
     assert (found == LIKELIHOOD_BOUND).any()
     torch.testing.assert_close(found.sum(0)[:4], torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_likelihoods_in_float32_are_accurate_to_a_ten_thousandth_of_a_bit() -> None:
+    """Over all scales and as far into the tails as a likelihood is above its bound."""
+    torch.manual_seed(0)
+    scales = torch.cat((torch.full((100,), SCALE_BOUND), torch.logspace(-0.9, 2.5, 4000)))[:, None]
+    residual = torch.linspace(-9, 9, 1001) * scales + torch.rand(4100, 1) - 0.5
+    exact = likelihood(residual.double(), scales.double().expand(4100, 1001))
+    found = likelihood(residual, scales.expand(4100, 1001))
+    assert (exact > LIKELIHOOD_BOUND).float().mean() > 0.5
+    error = (found.double().log2() - exact.log2()).abs()[scales[:, 0] < 64]
+    assert error.max() < 1e-4
 
 
 def test_scales_below_the_bound_cost_as_the_bound() -> None:

@@ -28,7 +28,7 @@ from hpcmref.model import PRESETS
 from hpcmref.model.config import MEMORY_BANKS
 from hpcmref.model.macs import macs_per_pixel
 from hpcmref.training import Phase, Report, Trainer, TrainingConfig, phases_of, profile, train
-from hpcmref.training.data import Tiles
+from hpcmref.training.data import Tiles, _cut_on_gpu
 from hpcmref.training.objective import LAMBDA_POWER
 from hpcmref.training.state import read_state, write_state
 
@@ -153,12 +153,20 @@ def test_transposed_crops_are_the_same_crops_with_rows_and_columns_swapped() -> 
         assert torch.equal(a.mT if swap else a, b)
 
 
-def test_crops_for_a_gpu_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("transpose", [False, True])
+def test_crops_for_a_gpu_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch, transpose: bool) -> None:
     """A GPU gathers all windows in one kernel; here the CPU does it in the same way."""
     tiles = Tiles(SMALL.data, 64)
-    expected = tiles.crops(40, 64, torch.Generator().manual_seed(3), rescale=0.5)
-    monkeypatch.setattr(tiles, "_copied", tiles._gathered)
-    assert torch.equal(tiles.crops(40, 64, torch.Generator().manual_seed(3), rescale=0.5), expected)
+    expected = tiles.crops(40, 64, torch.Generator().manual_seed(3), rescale=0.5, transpose=transpose)
+    on_gpu: list[Tensor] = []
+
+    def copied(table: Tensor, largest: int) -> Tensor:
+        on_gpu.append(_cut_on_gpu(tiles._pixels, table, 64, 128, transpose))
+        return torch.zeros(40, 3, largest, largest, dtype=torch.uint8)
+
+    monkeypatch.setattr(tiles, "_copied", copied)
+    tiles.crops(40, 64, torch.Generator().manual_seed(3), rescale=0.5, transpose=transpose)
+    assert torch.equal(on_gpu[0], expected)
 
 
 def test_a_large_crop_comes_from_an_image_that_has_room_for_it(tmp_path: Path) -> None:

@@ -45,6 +45,43 @@ def lower_bound(x: Tensor, bound: float) -> Tensor:
     return _LowerBound.apply(x, bound)  # type: ignore[no-untyped-call]
 
 
+_TAIL = (
+    -0.0272119913,
+    0.0759356207,
+    -0.0127920037,
+    -0.128610247,
+    0.0383355738,
+    0.164812558,
+    0.00336106483,
+    -0.197519715,
+    -0.141503436,
+    0.127202086,
+    0.370104298,
+    0.227886004,
+)
+_CENTRE = 1.5
+"""The polynomial of `upper_tail`, the highest power first, and the number in its argument."""
+
+
+def upper_tail(distance: Tensor) -> Tensor:
+    """Probability that a variable of the generalized Gaussian of scale 1 exceeds `distance`, which is not negative.
+
+    In float64 this is the incomplete gamma function. In other types it is exp(-distance^1.5) times a polynomial in
+    1 / (1.5 + sqrt(distance)), which is as accurate as PyTorch's incomplete gamma function in float32 (relative error
+    below 3e-6 up to a distance of 8), and consists of operations that a compiler can fuse. The polynomial was fitted to
+    values of the function in float64 (Chebyshev points, weights raised where the relative error was largest).
+    """
+    if distance.dtype == torch.float64:
+        exponent = torch.full((), 1 / BETA, dtype=distance.dtype, device=distance.device)
+        return torch.special.gammaincc(exponent, distance**BETA).mul_(0.5)
+    root = distance.sqrt()
+    position = 2 * _CENTRE / (root + _CENTRE) - 1
+    polynomial = torch.full_like(position, _TAIL[0])
+    for coefficient in _TAIL[1:]:
+        polynomial = polynomial.mul_(position).add_(coefficient)
+    return polynomial.mul_((root * distance).neg_().exp_())
+
+
 class _Likelihood(torch.autograd.Function):
     """See `likelihood`. The gradient uses that the derivative of the cumulative distribution is the density."""
 
@@ -52,8 +89,7 @@ class _Likelihood(torch.autograd.Function):
     def forward(ctx: FunctionCtx, residual: Tensor, scales: Tensor) -> Tensor:
         distance = residual.abs()
         ends = torch.stack((distance + 0.5, distance - 0.5)).div_(scales.clamp(min=SCALE_BOUND))
-        exponent = torch.full((), 1 / BETA, dtype=ends.dtype, device=ends.device)
-        beyond = torch.special.gammaincc(exponent, ends.abs().pow_(BETA)).mul_(0.5)
+        beyond = upper_tail(ends.abs())
         probability = torch.where(ends[1] < 0, 1 - beyond[1], beyond[1]).sub_(beyond[0])
         ctx.save_for_backward(residual, scales, ends, probability)
         return probability.clamp(min=LIKELIHOOD_BOUND)
@@ -63,7 +99,8 @@ class _Likelihood(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         residual, scales, ends, probability = ctx.saved_tensors  # type: ignore[attr-defined]
         grad = _passed(grad, probability, LIKELIHOOD_BOUND) / scales.clamp(min=SCALE_BOUND)
-        density = ends.abs().pow_(BETA).neg_().sub_(math.lgamma(1 / BETA)).exp_().mul_(BETA / 2)
+        distance = ends.abs()
+        density = (distance * distance.sqrt()).neg_().sub_(math.lgamma(1 / BETA)).exp_().mul_(BETA / 2)
         of_residual = (density[0] - density[1]) * grad * residual.sign()
         upper, lower = density.mul_(ends)
         return of_residual, _passed((lower - upper) * grad, scales, SCALE_BOUND)

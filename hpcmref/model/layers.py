@@ -46,14 +46,45 @@ def conv1x1(inputs: int, outputs: int) -> Pointwise:
     return Pointwise(inputs, outputs, 1)
 
 
-def down(inputs: int, outputs: int, kernel: int = 2) -> nn.Conv2d:
+class Down(nn.Conv2d):
     """Convolution that halves the resolution: kernel 2, or kernel 4 with padding 1."""
-    return nn.Conv2d(inputs, outputs, kernel, stride=2, padding=kernel // 2 - 1)
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__(inputs, outputs, kernel, stride=2, padding=kernel // 2 - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, 2h, 2w) -> (B, C', h, w)."""
+        if not self.training or self.kernel_size != (2, 2):
+            return super().forward(x)
+        # As a matrix product, as in `Pointwise`: the four pixels of a cell are the input.
+        cells = x.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)
+        return F.linear(cells.flatten(3), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-def up(inputs: int, outputs: int, kernel: int = 2) -> nn.ConvTranspose2d:
+class Up(nn.ConvTranspose2d):
     """Transposed convolution that doubles the resolution: kernel 2, or kernel 4 with padding 1."""
-    return nn.ConvTranspose2d(inputs, outputs, kernel, stride=2, padding=kernel // 2 - 1)
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__(inputs, outputs, kernel, stride=2, padding=kernel // 2 - 1)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """x: (B, C, h, w) -> (B, C', 2h, 2w)."""
+        if not self.training or self.kernel_size != (2, 2):
+            return super().forward(x, output_size)
+        # As a matrix product: the four pixels of a cell are the output.
+        cells = F.linear(x.permute(0, 2, 3, 1), self.weight.permute(2, 3, 1, 0).flatten(0, 2))
+        cells = cells.unflatten(3, (2, 2, -1)).transpose(2, 3) + self.bias
+        return cells.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def down(inputs: int, outputs: int, kernel: int = 2) -> Down:
+    """See `Down`."""
+    return Down(inputs, outputs, kernel)
+
+
+def up(inputs: int, outputs: int, kernel: int = 2) -> Up:
+    """See `Up`."""
+    return Up(inputs, outputs, kernel)
 
 
 class PartialConv(nn.Module):

@@ -16,13 +16,16 @@ faster one. The other (`masked`) multiplies whole planes by 0 and 1. Its backwar
 training uses it. `put` returns a new tensor, and `put_` overwrites its first argument.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -86,16 +89,9 @@ class Step:
     pattern: tuple[tuple[int, ...], ...]
 
     def table(self, height: int, width: int, device: torch.device) -> Tensor:
-        """The coded group of every position: (height, width) int64.
-
-        Groups are below 8, so the up to 16 groups of a pattern fit into one integer, with 3 bits each. An integer is
-        passed to a GPU kernel as an argument. A tensor made from a list would have to be copied to the GPU, and the
-        host would wait until the GPU has finished its earlier work.
-        """
+        """The coded group of every position: (height, width) int64."""
         side = len(self.pattern)
-        packed = sum(group << 3 * place for place, group in enumerate(chain.from_iterable(self.pattern)))
-        places = torch.arange(side * side, device=device)
-        pattern = (torch.full_like(places, packed) >> 3 * places).bitwise_and_(7).view(side, side)
+        pattern = _lookup(chain.from_iterable(self.pattern), torch.arange(side * side, device=device)).view(side, side)
         return pattern.repeat(-(-height // side), -(-width // side))[:height, :width]
 
     def select(self, x: Tensor, masked: bool = False) -> Tensor:
@@ -122,30 +118,56 @@ class Step:
 
     def _mask(self, groups: Tensor) -> Tensor:
         """Which of groups (B, h, w, G, C/G) are coded: (h, w, G, 1) bool."""
-        return _group_mask(self.pattern, *groups.shape[1:4], groups.device)
+        _, height, width, count, _ = groups.shape
+        return _group_mask(self.pattern, height, width, count, groups.device)
 
     def _index(self, shape: torch.Size, device: torch.device) -> Tensor:
         batch, _, channels, height, width = shape
         return self.table(height, width, device).expand(batch, 1, channels, height, width)
 
 
-@lru_cache(maxsize=64)
+def _kept(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Keep the last results of a function, so that a mask is not made again at each training step; never write to one.
+
+    A compiler gets the function itself: it makes constants or a part of a kernel of it.
+    """
+    cached = lru_cache(maxsize=64)(function)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False):  # training could not use an inference tensor
+            return cached(*args, **kwargs)  # type: ignore[arg-type]
+
+    return call
+
+
+@_kept
 def _group_mask(
     pattern: tuple[tuple[int, ...], ...], height: int, width: int, groups: int, device: torch.device
 ) -> Tensor:
-    """See `Step._mask`. The mask is cached, so that it is not made again at each training step; never write to it."""
-    with torch.inference_mode(False):  # training could not use an inference tensor
-        table = Step(0, groups, pattern).table(height, width, device)
-        return (table[:, :, None] == torch.arange(groups, device=device))[..., None]
+    """See `Step._mask`."""
+    table = Step(0, groups, pattern).table(height, width, device)
+    return (table[:, :, None] == torch.arange(groups, device=device))[..., None]
 
 
-@lru_cache(maxsize=64)
+@_kept
 def _phase_mask(phases: tuple[tuple[int, int], ...], channels: int, device: torch.device) -> Tensor:
-    """See `Lattice._taken`. The mask is cached, as that of `_group_mask` is."""
-    with torch.inference_mode(False):
-        rows, columns = torch.tensor(phases, device=device).repeat_interleave(channels // len(phases), 0).T
-        side = torch.arange(2, device=device)
-        return (side[:, None, None, None] == rows) & (side[:, None] == columns)
+    """See `Lattice._taken`."""
+    group = torch.arange(channels, device=device) // (channels // len(phases))
+    rows, columns = (_lookup((phase[axis] for phase in phases), group) for axis in range(2))
+    side = torch.arange(2, device=device)
+    return (side[:, None, None, None] == rows) & (side[:, None] == columns)
+
+
+def _lookup(numbers: Iterable[int], places: Tensor) -> Tensor:
+    """numbers[places], for up to 16 numbers below 8, which fit into one integer with 3 bits each.
+
+    An integer is passed to a GPU kernel as an argument. A tensor made from a list would have to be copied to the GPU,
+    and the host would wait until the GPU has finished its earlier work.
+    """
+    packed = sum(number << 3 * place for place, number in enumerate(numbers))
+    return (torch.full_like(places, packed) >> 3 * places).bitwise_and_(7)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import re
 import tarfile
 import zlib
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -57,6 +57,7 @@ class Tiles:
         for offset in reversed(self._offsets):
             tile = train.pop()  # not kept: the tensor and the list together would need twice the memory
             self._pixels[offset : offset + tile.numel()] = tile.flatten()
+        self._cut_on_gpu: Callable[[Tensor, Tensor, int, int, bool], Tensor] = _cut_on_gpu
         if self.device.type == "cuda" and total < torch.cuda.mem_get_info(self.device)[0] // 2:
             self._pixels = self._pixels.to(self.device)
 
@@ -85,32 +86,47 @@ class Tiles:
         size = (side / (1 - (1 - rescale) * (2 * shrink - 1).clamp_(min=0))).round_().long()
         size = size.minimum(height).minimum(width)
         corner = (top * (height - size + 1)).long() * width + (left * (width - size + 1)).long()
-        largest = int(size.max())
-        fetch = self._gathered if self._pixels.is_cuda else self._copied
-        pixels = fetch(offset + corner, size, height * width, width, largest).to(self.device).float()
-        rows = _resampling(size.to(self.device), side, largest)
-        columns = torch.where((mirrored < 0.5).to(self.device)[:, None, None], rows.flip(1), rows)
-        crops = rows[:, None] @ (pixels @ columns[:, None].mT)
-        if transpose:
-            crops = torch.where((transposed < 0.5).to(self.device)[:, None, None, None], crops.mT, crops)
-        return crops.round_().clamp_(0, 255).to(torch.uint8)
+        table = torch.stack((offset + corner, size, height * width, width, mirrored < 0.5, transposed < 0.5))
+        if self._pixels.is_cuda:
+            largest = min(round(side / rescale), int(self._places[:, 1:].max()))
+            return self._cut_on_gpu(self._pixels, table.to(self.device, non_blocking=True), side, largest, transpose)
+        windows = self._copied(table, int(size.max()))
+        return _cut(windows.to(self.device), table.to(self.device), side, transpose)
 
-    def _copied(self, start: Tensor, size: Tensor, plane: Tensor, width: Tensor, largest: int) -> Tensor:
-        """Windows of size x size pixels that begin at `start`, zero beyond: (B, 3, largest, largest) uint8."""
-        windows = self._pixels.new_zeros(len(start), 3, largest, largest)
-        table = torch.stack((start, size, plane, width), dim=1).tolist()
-        for window, (first, side, channel, row) in zip(windows, table, strict=True):
+    def compile(self) -> None:
+        """Compile what cuts the crops on a GPU to a few kernels."""
+        self._cut_on_gpu = torch.compile(_cut_on_gpu, dynamic=False)
+
+    def _copied(self, table: Tensor, largest: int) -> Tensor:
+        """The windows of `table` (see `_cut`), zero beyond their sizes: (B, 3, largest, largest) uint8."""
+        windows = self._pixels.new_zeros(table.shape[1], 3, largest, largest)
+        for window, (first, side, channel, row) in zip(windows, table[:4].T.tolist(), strict=True):
             window[:, :side, :side] = self._pixels.as_strided((3, side, side), (channel, row, 1), first)
         return windows
 
-    def _gathered(self, start: Tensor, size: Tensor, plane: Tensor, width: Tensor, largest: int) -> Tensor:
-        """As `_copied`, for pixels on a GPU: one kernel, and nothing waits for it. Repeats the last pixel beyond."""
-        device = self._pixels.device
-        start, size, plane, width = torch.stack((start, size, plane, width)).to(device, non_blocking=True)[..., None]
-        inside = torch.arange(largest, device=device).minimum(size - 1)
-        channels = torch.arange(3, device=device) * plane
-        first = start[:, :, None] + channels[:, :, None] + (inside * width)[:, None]
-        return self._pixels[first[..., None] + inside[:, None, None]]
+
+def _cut(windows: Tensor, table: Tensor, side: int, transpose: bool) -> Tensor:
+    """Crops (B, 3, side, side) uint8 from windows (B, 3, w, w) uint8, of which a part of at most w x w counts.
+
+    table: (6, B) int64: where the part begins in the flat pixels, its side, the pixels of a channel and of a row of the
+    image, and whether the crop is mirrored and, with `transpose`, transposed.
+    """
+    _, size, _, _, mirrored, transposed = table
+    rows = _resampling(size, side, windows.shape[3])
+    columns = torch.where(mirrored[:, None, None] > 0, rows.flip(1), rows)
+    crops = rows[:, None] @ (windows.float() @ columns[:, None].mT)
+    if transpose:
+        crops = torch.where(transposed[:, None, None, None] > 0, crops.mT, crops)
+    return crops.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _cut_on_gpu(pixels: Tensor, table: Tensor, side: int, largest: int, transpose: bool) -> Tensor:
+    """As `_cut`, from the flat pixels of all images, without a loop; what lies beyond a part repeats its last pixel."""
+    start, size, plane, width = table[:4, :, None]
+    inside = torch.arange(largest, device=pixels.device).minimum(size - 1)
+    channels = torch.arange(3, device=pixels.device) * plane
+    first = start[:, :, None] + channels[:, :, None] + (inside * width)[:, None]
+    return _cut(pixels[first[..., None] + inside[:, None, None]], table, side, transpose)
 
 
 def _resampling(sizes: Tensor, side: int, largest: int) -> Tensor:

@@ -72,7 +72,7 @@ class Trainer:
             _blocks_in_bfloat16(self.model, self.device.type)
         self.objective: nn.Module = Objective(self.model, config.metric).to(self.device)
         if config.compile:
-            _compile_blocks(self.model)
+            self.objective.compile(dynamic=False)  # each shape of a batch by itself
         if self.ranks.count > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.objective = DistributedDataParallel(self.objective, device_ids=devices)
@@ -235,6 +235,8 @@ def train(config: TrainingConfig, report: Callable[[Report], None] = lambda _: N
     with joined(config.device) as ranks:
         trainer = Trainer(config, ranks)
         tiles = Tiles(config.data, min(phase.crop for phase in config.phases), config.limit, trainer.device)
+        if config.compile:
+            tiles.compile()
         config.output.mkdir(parents=True, exist_ok=True)
         if has_state(config.output):
             trainer.load()
@@ -310,16 +312,6 @@ def _blocks_in_bfloat16(model: HPCM, device: str) -> None:
     for module in model.modules():
         if isinstance(module, ResidualBlock | CrossAttentionCell):
             module.forward = _in_bfloat16(module.forward, device)  # type: ignore[method-assign]
-
-
-def _compile_blocks(model: HPCM) -> None:
-    """Compile the residual blocks, where most of the time goes; a step as a whole takes many minutes to compile."""
-    from torch._dynamo import config
-
-    config.cache_size_limit = 256  # each width, plane and type of gradient is compiled once
-    for module in model.modules():
-        if isinstance(module, ResidualBlock):
-            module.compile(dynamic=False)
 
 
 def _in_bfloat16(forward: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:

@@ -42,6 +42,8 @@ class Profile:
 def profile(config: TrainingConfig, steps: int = 5) -> list[Profile]:
     """Measure some steps of every phase of a run. Nothing is written."""
     tiles = Tiles(config.data, min(phase.crop for phase in config.phases), config.limit, config.device)
+    if config.compile:
+        tiles.compile()
     return [_profile(config, phase, tiles, steps) for phase in config.phases]
 
 
