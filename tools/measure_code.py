@@ -1,8 +1,8 @@
 """Measure the package: files, lines, lengths of functions, docstrings, layers and size.
 
-    python tools/measure_house.py [FOLDER]
+    python tools/measure_code.py [FOLDER]
 
-FOLDER is a checkout of this repository, by default this one. `docs/decisions/house.md` has a table of such figures.
+FOLDER is a checkout of this repository, by default this one. `docs/decisions/code.md` has a table of such figures.
 Public are the modules, classes, functions and methods of which no part of the dotted name begins with an underscore.
 (The docstring of a class says how to make one, so `__init__` needs none.) Functions inside functions are not public. An
 overload needs no docstring.
@@ -23,7 +23,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
-class House:
+class Figures:
     """The figures of one checkout. Lengths are in lines, size in bytes, coverage in percent."""
 
     files: int
@@ -54,7 +54,7 @@ class House:
         yield "size without models", f"{self.size / 1e6:.2f} MB"
 
 
-def measured(folder: Path) -> House:
+def measured(folder: Path) -> Figures:
     """The figures of the package `hpcmref` in a checkout."""
     package = folder / "hpcmref"
     sources = {path: path.read_text() for path in sorted(package.rglob("*.py"))}
@@ -65,7 +65,7 @@ def measured(folder: Path) -> House:
         name = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
         lengths += [(_length(node), f"{name}.{node.name}") for node in ast.walk(tree) if isinstance(node, Function)]
         public |= _public(tree, name)
-    return House(
+    return Figures(
         files=len(sources),
         lines=sum(len(text.splitlines()) for text in sources.values()),
         functions=len(lengths),
@@ -131,8 +131,8 @@ def _counts(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    house = measured(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)
-    for title, value in house.rows():
+    figures = measured(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)
+    for title, value in figures.rows():
         print(f"{title:32} {value}")
-    for missing in house.undocumented:
+    for missing in figures.undocumented:
         print(f"no docstring: {missing}")
