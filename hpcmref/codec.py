@@ -390,7 +390,9 @@ class Codec:
             The small image.
 
         Raises:
-            HpcmrefError: The errors are those of `decode`.
+            ConfigError: `side` is not a whole number above 0, or another argument has a wrong value or type.
+            ImageError: The picture has more than `max_pixels` pixels.
+            HpcmrefError: All other errors are those of `decode`.
         """
         arguments.integer("side", side, 1)
         file = data if isinstance(data, Container) else container.parse(data, partial, damaged)

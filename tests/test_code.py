@@ -73,6 +73,62 @@ def test_public_names_have_docstrings() -> None:
     assert found.coverage >= 97, found.undocumented
 
 
+def test_docstrings_name_the_errors_that_a_function_raises() -> None:
+    found = measure_code.measured(ROOT).unnamed
+    assert [each for each in found if not each.startswith("hpcmref.training.")] == []
+
+
+ERRORS = '''
+class HpcmrefError(Exception):
+    """Base class."""
+
+class FormatError(HpcmrefError):
+    """A bad file."""
+
+class TruncatedError(FormatError):
+    """A short file."""
+'''
+
+RAISING = '''
+class Reader:
+    """Raises FormatError, of which TruncatedError is one."""
+
+    def __init__(self):
+        raise errors.TruncatedError("named by the class")
+
+    def read(self):
+        """Read, if there is something."""
+        if True:
+            raise FormatError("not named")
+
+    def _hidden(self):
+        raise FormatError("not public")
+
+def vague():
+    """Raises HpcmrefError."""
+    raise TruncatedError("named too vaguely")
+
+def outer():
+    """Return a function."""
+    def inner():
+        raise FormatError("not raised by the outer function")
+    return inner
+
+def other():
+    """Say nothing of Python's errors."""
+    raise ValueError("not of the package")
+'''
+
+
+def test_an_error_that_no_docstring_names_is_found(tmp_path: Path) -> None:
+    package = tmp_path / "hpcmref"
+    package.mkdir()
+    (package / "errors.py").write_text(ERRORS)
+    (package / "part.py").write_text(RAISING)
+    found = measure_code.measured(tmp_path).unnamed
+    assert found == ("hpcmref.part.Reader.read: FormatError", "hpcmref.part.vague: TruncatedError")
+
+
 def test_the_code_can_be_measured(tmp_path: Path) -> None:
     """Of a package of two files; what is private, nested or an overload needs no docstring."""
     package = tmp_path / "hpcmref"

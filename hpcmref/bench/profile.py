@@ -85,7 +85,8 @@ def profile(
 ) -> Profile:
     """Encode and decode an image, from a PNG file to a PNG file in memory, and return the profiles of all stages.
 
-    quality: None means the default. repeat: the number of runs, of which the best time of each stage is used.
+    checkpoint: the model. device: where its networks run. quality: None means the default. repeat: the number of runs,
+    of which the best time of each stage is used.
     """
     # A new process returns freed memory to the system, as research code does (see `hpcmref.runtime.heap`).
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:

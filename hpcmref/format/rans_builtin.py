@@ -78,7 +78,10 @@ class Decoder:
         self._place = ctypes.c_int64(8)
 
     def take(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The next symbols, int32 (n,), for table indexes that have been checked, (n,)."""
+        """The next symbols, int32 (n,), for table indexes that have been checked, (n,).
+
+        Raises HpcmrefError if the compiled coder finds that there is no table of an index after all.
+        """
         library = _library()
         if library is None:
             return self._take_in_python(indexes)
