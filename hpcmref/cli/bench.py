@@ -392,7 +392,7 @@ def _report(results: Results, plan: _Plan, folder: Path, tables: Console | None)
     files = {name: path for path, name in names_of(plan.images).items() if name in results.images}
     complete = {curve.name for curve in results.curves if curve.source is None}
     shown = [codec for codec in plan.codecs if codec.name in complete]
-    page = write(results, viewer.exhibits(files, shown, results.outcome.measurements) if shown else [], folder)
+    page = write(results, viewer.crop_sets(files, shown, results.outcome.measurements) if shown else [], folder)
     if tables is not None:
         print(f"The report is {page}", file=tables.file)
 
