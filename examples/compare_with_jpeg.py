@@ -1,6 +1,6 @@
 """Which PSNR do JPEG and hpcmref reach with files of the same size?
 
-    python examples/compare_with_jpeg.py IMAGE
+Run it with `python examples/compare_with_jpeg.py IMAGE`.
 """
 
 import io

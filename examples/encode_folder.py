@@ -1,6 +1,6 @@
 """Encode all PNG files of a folder, two at a time, and say how much smaller they became.
 
-    python examples/encode_folder.py FOLDER OUTPUT
+Run it with `python examples/encode_folder.py FOLDER OUTPUT`.
 """
 
 import sys

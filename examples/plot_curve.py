@@ -1,6 +1,6 @@
 """Plot bits per pixel against PSNR of one image (needs matplotlib, which `hpcmref[bench]` brings).
 
-    python examples/plot_curve.py IMAGE curve.png
+Run it with `python examples/plot_curve.py IMAGE curve.png`.
 """
 
 import sys

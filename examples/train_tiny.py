@@ -1,6 +1,6 @@
 """Train a model for a few steps, and encode with it. It is far too few steps for a good model.
 
-    python examples/train_tiny.py IMAGE FOLDER
+Run it with `python examples/train_tiny.py IMAGE FOLDER`.
 """
 
 import sys

@@ -1,7 +1,8 @@
 """Check the arguments of public functions.
 
-Each function returns the checked value. It raises ArgumentTypeError for a wrong type and ConfigError for a wrong value.
-The message names the argument, its value, and the values that are permitted.
+Each function returns the checked value. It raises ArgumentTypeError for a wrong type and ConfigError for a wrong value,
+as each docstring says. (An ArgumentTypeError is a ConfigError and a TypeError.) The message names the argument, its
+value, and the values that are permitted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def wrong_type(name: str, value: object, wanted: str) -> ArgumentTypeError:
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    """Check that an argument is a whole number from `low` to `high` (None: without an upper limit), and not a bool."""
+    """Check that an argument is a whole number from `low` to `high` (None: without an upper limit), and not a bool.
+
+    Raises ArgumentTypeError if it is no whole number, and ConfigError if it is outside of the limits.
+    """
     wanted = f"a whole number, {low} to {high}" if high is not None else f"a whole number, {low} or more"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise wrong_type(name, value, wanted)
@@ -41,7 +45,10 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
 
 
 def positive(name: str, value: object) -> float:
-    """Check that an argument is a finite number above 0, and return it as a float."""
+    """Check that an argument is a finite number above 0, and return it as a float.
+
+    Raises ArgumentTypeError if it is no number, and ConfigError if it is not finite or not above 0.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise wrong_type(name, value, "a number above 0")
     number = float(value)
@@ -51,7 +58,11 @@ def positive(name: str, value: object) -> float:
 
 
 def effort(value: object, max_seconds: object) -> int:
-    """Check an effort (0 to 9) and the time limit of its search (seconds, or None), and return the effort."""
+    """Check an effort (0 to 9) and the time limit of its search (seconds, or None), and return the effort.
+
+    Raises ArgumentTypeError if one is no number, and ConfigError if one is outside of its limits, or if there is a time
+    limit and no search.
+    """
     number = integer("effort", value, 0, 9)
     if max_seconds is not None:
         positive("max_seconds", max_seconds)
@@ -64,7 +75,10 @@ METRICS = ("mse", "ms-ssim")
 
 
 def metric(value: object, effort: int) -> str:
-    """Check the error that a search minimises: one of METRICS. All but the first need an effort above 0."""
+    """Check the error that a search minimises: one of METRICS. All but the first need an effort above 0.
+
+    Raises ArgumentTypeError if it is no text, and ConfigError if it is not in METRICS, or needs an effort.
+    """
     if not isinstance(value, str):
         raise wrong_type("metric", value, " or ".join(METRICS))
     if value not in METRICS:
@@ -75,21 +89,21 @@ def metric(value: object, effort: int) -> str:
 
 
 def flag(name: str, value: object) -> bool:
-    """Check that an argument is True or False."""
+    """Check that an argument is True or False. Raises ArgumentTypeError."""
     if not isinstance(value, bool):
         raise wrong_type(name, value, "True or False")
     return value
 
 
 def model(value: object) -> str | os.PathLike[str] | None:
-    """Check that an argument can be a model: a name, a path, or None."""
+    """Check that an argument can be a model: a name, a path, or None. Raises ArgumentTypeError."""
     if value is not None and not isinstance(value, (str, os.PathLike)):
         raise wrong_type("model", value, "a name, the path of a .safetensors file, or None")
     return value
 
 
 def device(value: object) -> str:
-    """Check that an argument is one of DEVICES."""
+    """Check that an argument is one of DEVICES. Raises ArgumentTypeError if it is no text, and else ConfigError."""
     if not isinstance(value, str):
         raise wrong_type("device", value, _DEVICES)
     if value.partition(":")[0] == "mps":
@@ -100,7 +114,7 @@ def device(value: object) -> str:
 
 
 def bytes_like(name: str, value: object) -> bytes:
-    """Return bytes as they are, and a bytearray or memoryview as a copy."""
+    """Return bytes as they are, and a bytearray or memoryview as a copy. Raises ArgumentTypeError for other types."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, (bytearray, memoryview)):
@@ -111,7 +125,8 @@ def bytes_like(name: str, value: object) -> bytes:
 def contents(name: str, source: Any, wanted: str) -> bytes:
     """Return all bytes of a source: bytes, the path of a file, or a file opened in binary mode.
 
-    wanted: the permitted types, in words. Raises HpcmrefError if the source cannot be read.
+    wanted: the permitted types, in words. Raises ArgumentTypeError if the source has another type or returns text, and
+    HpcmrefError if it cannot be read.
     """
     try:
         if isinstance(source, (bytes, bytearray, memoryview)):

@@ -194,15 +194,7 @@ class Codec:
             ConfigError: There is not exactly one target, or an argument has a wrong value or type.
             HpcmrefError: No quality reaches the target. All other errors are those of `encode`.
         """
-        if sum(target is not None for target in (size, bpp, psnr)) != 1:
-            raise ConfigError("exactly one of size, bits per pixel and PSNR can be the target")
-        if size is not None:
-            arguments.integer("size", size, 1)
-        for name, value in (("bpp", bpp), ("psnr", psnr)):
-            if value is not None:
-                arguments.positive(name, value)
-        if psnr is not None and metric != "mse":
-            raise ConfigError("a target in PSNR goes with the metric mse alone")
+        _check_target(size, bpp, psnr, metric)
         arguments.flag("verify", verify)
         options = Options(effort, metric, max_seconds, watch)
         self._check_search(options)
@@ -213,23 +205,9 @@ class Codec:
             data = _without_loss(picture, verify)
             if limit is None or len(data) <= limit:
                 return data
-        low, high = 0, self.model.config.qualities - 1
-        best: bytes | None = None
-        chosen = 0
         with self._inference():
             features = self.model.features(_padded(picture.pixels, self.device), _to_unit)
-            while low <= high:
-                quality = (low + high) // 2
-                y, z = self.model.latents(features, self._quality(quality))
-                data, y_hat = self._encoded(header, y, z, quality, verify)
-                if limit is not None:  # the largest file within the limit
-                    reached = len(data) <= limit
-                    low, high = (quality + 1, high) if reached else (low, quality - 1)
-                else:  # the smallest file that is good enough
-                    assert psnr is not None
-                    reached = psnr_of(self._error(y_hat, quality, picture), 3 * visible_pixels(picture)) >= psnr
-                    low, high = (low, quality - 1) if reached else (quality + 1, high)
-                best, chosen = (data, quality) if reached else (best, chosen)
+            best, chosen = self._bisected(features, picture, header, limit, psnr, verify)
         if choose and limit is None and (best is None or min_size(picture) <= len(best)):
             data = _without_loss(picture, verify)
             if best is None or len(data) <= len(best):
@@ -250,6 +228,39 @@ class Codec:
             del features
             compressed = self._searched(picture, goal, y, chosen, options)
             return self._written(header, compressed, chosen, verify, effort)
+
+    def _bisected(
+        self,
+        features: Tensor,
+        picture: Picture,
+        header: _Header,
+        limit: float | None,
+        psnr: float | None,
+        verify: bool,
+    ) -> tuple[bytes | None, int]:
+        """Find the quality of a target by bisection: (bytes of the file, its quality), or (None, 0) if there is none.
+
+        features: the output of g_a. limit: the most bytes; the largest file within it is returned. psnr: the smallest
+        PSNR in dB, if limit is None; the smallest file that reaches it is returned.
+        """
+        best, chosen = None, 0
+        low, high = 0, self.model.config.qualities - 1
+        while low <= high:
+            quality = (low + high) // 2
+            y, z = self.model.latents(features, self._quality(quality))
+            data, y_hat = self._encoded(header, y, z, quality, verify)
+            if limit is not None:
+                reached = len(data) <= limit
+            else:
+                assert psnr is not None
+                reached = psnr_of(self._error(y_hat, quality, picture), 3 * visible_pixels(picture)) >= psnr
+            if reached:
+                best, chosen = data, quality
+            if reached == (limit is not None):
+                low = quality + 1
+            else:
+                high = quality - 1
+        return best, chosen
 
     def _searched(self, picture: Picture, goal: Goal, y: Tensor, quality: int, options: Options) -> Compressed:
         """The best result of a search that starts from y. Invisible pixels do not count towards the error."""
@@ -379,7 +390,9 @@ class Codec:
             The small image.
 
         Raises:
-            HpcmrefError: The errors are those of `decode`.
+            ConfigError: `side` is not a whole number above 0, or another argument has a wrong value or type.
+            ImageError: The picture has more than `max_pixels` pixels.
+            HpcmrefError: All other errors are those of `decode`.
         """
         arguments.integer("side", side, 1)
         file = data if isinstance(data, Container) else container.parse(data, partial, damaged)
@@ -607,6 +620,19 @@ def _to_unit(x: Tensor) -> Tensor:
 def _cropped(x: Tensor, header: _Header | Container) -> Tensor:
     """Cut planes (1, 3, H', W') to the size of the image: (H, W, 3)."""
     return x[0, :, : header.height, : header.width].permute(1, 2, 0)
+
+
+def _check_target(size: int | None, bpp: float | None, psnr: float | None, metric: str) -> None:
+    """Raise ConfigError unless exactly one target is given, with a value that it can have."""
+    if sum(target is not None for target in (size, bpp, psnr)) != 1:
+        raise ConfigError("exactly one of size, bits per pixel and PSNR can be the target")
+    if size is not None:
+        arguments.integer("size", size, 1)
+    for name, value in (("bpp", bpp), ("psnr", psnr)):
+        if value is not None:
+            arguments.positive(name, value)
+    if psnr is not None and metric != "mse":
+        raise ConfigError("a target in PSNR goes with the metric mse alone")
 
 
 def _check_sides(header: _Header, metric: str) -> None:

@@ -58,7 +58,10 @@ class LatentCodec:
         return self._compress(y, z, quality, keep=False)[0]
 
     def compress_and_predict(self, y: Tensor, z: Tensor, quality: int) -> tuple[Compressed, list[Part]]:
-        """As `compress`, but also return the symbols of every step and the tables they were coded with."""
+        """As `compress`, but also return the symbols of every step and the tables they were coded with.
+
+        y: (B, M, 4h, 4w) and z: (B, N, h, w) as in `compress`. Returns what it returns, and the parts in coding order.
+        """
         return self._compress(y, z, quality, keep=True)
 
     def _compress(self, y: Tensor, z: Tensor, quality: int, keep: bool) -> tuple[Compressed, list[Part]]:
@@ -81,7 +84,8 @@ class LatentCodec:
     ) -> Tensor:
         """y_hat (B, M, 4h, 4w) of a batch.
 
-        size: (h, w) of z. upto: the last scale (1, 2 or 3) whose latents are read; later ones are set to their means.
+        payloads, checksums: one of each for every image. size: (h, w) of z. quality: the one that was encoded. upto:
+        the last scale (1, 2 or 3) whose latents are read; later ones are set to their means.
 
         Raises DecodeError if the latents are not those that were encoded, FormatError if a payload is damaged
         (TruncatedError if it is too short), and ModelChangedError as `compress` does.
@@ -97,6 +101,8 @@ class LatentCodec:
         self, payload: bytes, checksums: Checksums, size: tuple[int, int], quality: int, upto: int = SCALES
     ) -> tuple[Tensor, int]:
         """y_hat (1, M, 4h, 4w) of a truncated or damaged payload, and the last scale (at most `upto`) that is intact.
+
+        size: (h, w) of z. quality: the one that was encoded.
 
         A scale is intact if its checksum matches. Files of version 1 have no checksums of s1 and s2. There, these
         scales are intact if all their symbols certainly came from before the end of the payload. Raises DecodeError if
@@ -117,7 +123,8 @@ class LatentCodec:
     def preview(self, payload: bytes, checksums: Checksums, size: tuple[int, int], quality: int) -> Tensor:
         """y_hat (1, M, 4h, 4w), read up to the first steps of s3 and interpolated elsewhere (see `hpcmref.preview`).
 
-        Raises DecodeError if the latents up to s2 are not those that were encoded, and as `decompress` does.
+        size: (h, w) of z. quality: the one that was encoded. Raises DecodeError if the latents up to s2 are not those
+        that were encoded, and as `decompress` does.
         """
         symbols = size[0] * size[1] * self.entropy.symbols_per_position
         reader = PreviewReader(self.thresholds, [SymbolDecoder(payload, symbols)])
@@ -131,7 +138,8 @@ class LatentCodec:
     def verify(self, compressed: Compressed, size: tuple[int, int], quality: int) -> None:
         """Decode what `compress` returned with a copy of the entropy path that no earlier call has used, on the CPU.
 
-        Raises ModelChangedError if the copy, this object or the latents differ.
+        size: (h, w) of z. quality: the one that was encoded. Raises ModelChangedError if the copy, this object or the
+        latents differ.
         """
         self.unchanged.check_all()
         with torch.inference_mode(False):  # for the version counters of the copy

@@ -97,7 +97,10 @@ def decode(file: Container, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
 
 
 def verify(data: bytes, image: Image.Image | NDArray[Any]) -> None:
-    """Decode a file that `encode` returned and compare all pixels with the image. Raises DecodeError if one differs."""
+    """Decode a file that `encode` returned and compare all pixels with the image that it was given.
+
+    image: as in `encode`. Raises DecodeError if a pixel differs.
+    """
     compare(data, images.picture_of(image, keep_invisible=True))
 
 

@@ -27,7 +27,8 @@ def each_of(
 ) -> Iterator[R]:
     """Return a generator of the results of `work` for every source, in order; see `hpcmref.encode_many`.
 
-    name: the name of the argument `sources`, for messages. portable: converts a source to what is sent to a worker
+    name: the name of the argument `sources`, for messages. jobs: the number of processes. progress: a function that is
+    called after each source, or None. portable: converts a source to what is sent to a worker
     process. Raises ConfigError at once, not at the first result, if an argument is wrong.
     """
     arguments.integer("jobs", jobs, 1)

@@ -53,7 +53,7 @@ class PreviewReader(SymbolReader):
         raise AssertionError  # there are steps after _LAST, so the loop cannot end
 
     def code(self, step: Step | None, scales: Tensor, means: Tensor) -> Tensor:
-        """Read the latents of a step and store them, see `Coder.code`."""
+        """Read the latents of a step and store them. Arguments and result are those of `Coder.code`."""
         values = super().code(step, scales, means)
         if step is not None:
             self._keep(step, values)

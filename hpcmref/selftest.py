@@ -171,7 +171,10 @@ def latents_of(codec: Codec, file: Container, upto: int = 3) -> str:
 
 
 def difference(one: Image.Image, other: Image.Image) -> NDArray[Any]:
-    """Return the absolute differences of two pictures, int16. Raises HpcmrefError if their size or mode differs."""
+    """Return the absolute differences of the samples of two pictures: (H, W) or (H, W, C) int16.
+
+    Raises HpcmrefError if their size or mode differs.
+    """
     if (one.size, one.mode) != (other.size, other.mode):
         raise HpcmrefError(f"the picture is {one.size} {one.mode}, and should be {other.size} {other.mode}")
     found: NDArray[Any] = np.abs(np.asarray(one).astype(np.int16) - np.asarray(other).astype(np.int16))

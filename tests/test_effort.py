@@ -47,7 +47,7 @@ def crop(sample: Image.Image) -> Image.Image:
     return sample.crop((200, 20, 300, 90))
 
 
-def cost(codec: Codec, data: bytes, image: Image.Image) -> float:
+def objective(codec: Codec, data: bytes, image: Image.Image) -> float:
     """Bits + lambda * squared error of a file, as a user would measure it."""
     shown, wanted = (np.asarray(each.convert("RGB"), float) for each in (codec.decode(data), image))
     error = float(np.square(shown - wanted).mean()) * image.width * image.height
@@ -164,20 +164,20 @@ class TestSimilarity:
 
     @pytest.mark.parametrize("mode", ["RGB", "L"])
     @pytest.mark.usefixtures("short")
-    def test_a_search_lowers_the_cost(self, codec: Codec, image: Image.Image, mode: str) -> None:
+    def test_a_search_lowers_the_objective(self, codec: Codec, image: Image.Image, mode: str) -> None:
         image = image.convert(mode)
         files = [
             codec.encode(image, QUALITY, effort=effort, metric="ms-ssim" if effort else "mse") for effort in (0, 3)
         ]
         worth = codec.weight(QUALITY, "ms-ssim") * image.width * image.height
-        costs = []
+        objectives = []
         for data in files:
             seen, wanted = (
                 torch.from_numpy(np.atleast_3d(np.array(each))).permute(2, 0, 1)[None] / 255
                 for each in (codec.decode(data), image)
             )
-            costs.append(8 * len(data) + worth * (1 - float(ms_ssim(seen, wanted))))
-        assert costs[1] < 0.99 * costs[0]
+            objectives.append(8 * len(data) + worth * (1 - float(ms_ssim(seen, wanted))))
+        assert objectives[1] < 0.99 * objectives[0]
 
     @pytest.mark.parametrize("grey", [False, True])
     def test_the_gradient_of_ms_ssim_is_that_of_autograd(self, grey: bool) -> None:
@@ -211,9 +211,9 @@ class TestSimilarity:
 class TestPromises:
     def test_more_effort_is_never_worse(self, codec: Codec, crop: Image.Image) -> None:
         files = [codec.encode(crop, QUALITY, effort=effort) for effort in range(6)]
-        costs = [cost(codec, data, crop) for data in files]
-        assert all(more <= less for less, more in pairwise(costs))
-        assert costs[-1] < 0.98 * costs[0]
+        objectives = [objective(codec, data, crop) for data in files]
+        assert all(more <= less for less, more in pairwise(objectives))
+        assert objectives[-1] < 0.98 * objectives[0]
         assert [parse(data).encoder.effort for data in files] == list(range(6))
 
     def test_no_effort_is_the_file_of_before(self, codec: Codec, crop: Image.Image) -> None:
@@ -237,7 +237,7 @@ class TestPromises:
         image = sample.crop((200, 20, 200 + size[0], 20 + size[1]))
         plain, better = (codec.encode(image, QUALITY, effort=effort) for effort in (0, 2))
         assert codec.decode(better).size == size
-        assert cost(codec, better, image) <= cost(codec, plain, image)
+        assert objective(codec, better, image) <= objective(codec, plain, image)
 
     @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "1"])
     def test_every_mode_is_searched(self, codec: Codec, crop: Image.Image, mode: str) -> None:
@@ -250,7 +250,7 @@ class TestPromises:
         if "A" in mode:
             assert decoded.getchannel("A").tobytes() == image.getchannel("A").tobytes()
         if mode != "1":
-            assert cost(codec, better, image) < cost(codec, plain, image)
+            assert objective(codec, better, image) < objective(codec, plain, image)
 
     @pytest.mark.parametrize("target", [{"size": 1500}, {"bpp": 1.0}, {"psnr": 33.0}])
     def test_targets_are_kept(self, codec: Codec, crop: Image.Image, target: dict[str, float]) -> None:
@@ -291,7 +291,7 @@ class TestPromises:
         start = time.monotonic()
         data = codec.encode(crop, QUALITY, effort=9, max_seconds=0.5)
         assert time.monotonic() - start < 10
-        assert cost(codec, data, crop) <= cost(codec, codec.encode(crop, QUALITY), crop)
+        assert objective(codec, data, crop) <= objective(codec, codec.encode(crop, QUALITY), crop)
 
     def test_threads_share_a_codec(self, codec: Codec, crop: Image.Image) -> None:
         from concurrent.futures import ThreadPoolExecutor

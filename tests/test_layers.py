@@ -1,4 +1,4 @@
-"""Does every room of the package import from lower layers alone, and does ARCHITECTURE.md show what is so?"""
+"""Does every part of the package import from lower layers alone, and does ARCHITECTURE.md show what is so?"""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ ROOT = Path(__file__).parent.parent
 
 def test_no_import_runs_upward() -> None:
     upward = [
-        f"{room} imports {target}"
-        for room, targets in draw_layers.imports().items()
+        f"{part} imports {target}"
+        for part, targets in draw_layers.imports().items()
         for target in sorted(targets)
-        if draw_layers.layer_of(target) >= draw_layers.layer_of(room)
+        if draw_layers.layer_of(target) >= draw_layers.layer_of(part)
     ]
     assert upward == []
 
 
-def test_every_room_has_a_layer() -> None:
-    rooms = {path.stem for path in draw_layers.PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    rooms |= {path.name for path in draw_layers.PACKAGE.iterdir() if (path / "__init__.py").is_file()}
-    assert rooms == {room for layer in draw_layers.LAYERS for room in layer}
+def test_every_part_has_a_layer() -> None:
+    parts = {path.stem for path in draw_layers.PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    parts |= {path.name for path in draw_layers.PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert parts == {part for layer in draw_layers.LAYERS for part in layer}
 
 
 def test_the_drawing_is_up_to_date() -> None:

@@ -119,11 +119,13 @@ def test_a_library_for_macos_is_for_its_processor_and_signed(name: str, machine:
     data = (LIBRARIES / name).read_bytes()
     magic, processor, _, kind, count = struct.unpack_from("<IIIII", data)
     assert (magic, processor, kind) == (0xFEEDFACF, machine, 6)  # 64 bits, MH_DYLIB
-    place, commands = 32, []
+    place, commands = 32, {}
     for _ in range(count):
         command, size = struct.unpack_from("<II", data, place)
-        commands.append(command)
+        commands[command] = data[place : place + size]
         place += size
+    install_name = commands[0x0D][24:].rstrip(b"\0")  # LC_ID_DYLIB: 24 bytes, then the name
+    assert install_name == b"@rpath/" + name.encode(), "a library must not name the folder that it was built in"
     if "arm64" in name:  # macOS loads nothing on ARM that is not signed, be it by nobody
         assert 0x1D in commands  # LC_CODE_SIGNATURE
 

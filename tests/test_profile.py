@@ -1,4 +1,4 @@
-"""Does the profile count what is computed, book it where it belongs, and leave everything as it was?"""
+"""Does the profile count what is computed, assign it to the right stage, and leave everything as it was?"""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def found(tiny: Checkpoint) -> Profile:
 def test_multiplications_are_those_of_the_networks(tiny: Checkpoint, found: Profile) -> None:
     """Counted by hand: every weight of a 1x1 or full convolution works once for every position of its output."""
     positions = {"h_a": SIDE**2 // 256, "g_a": SIDE**2 // 64, "g_s": SIDE**2 // 64}
-    for name, costs in (("g_a", found.encode), ("g_s", found.decode)):
+    for name, stages in (("g_a", found.encode), ("g_s", found.decode)):
         expected = 0
         for module in getattr(tiny.model, name).modules():
             if isinstance(module, nn.Conv2d):
                 expected += module.weight.numel() * positions[name] // (module.stride[0] * module.stride[1])
             elif isinstance(module, nn.ConvTranspose2d):  # each input position works with all taps
                 expected += module.weight.numel() * positions[name] // 4
-        assert costs[name].macs == expected
-    context = {stage: cost.macs for stage, cost in found.encode.items() if stage[:2] in ("s1", "s2", "s3")}
-    assert context == {stage: cost.macs for stage, cost in found.decode.items() if stage in context}
+        assert stages[name].macs == expected
+    context = {name: stage.macs for name, stage in found.encode.items() if name[:2] in ("s1", "s2", "s3")}
+    assert context == {name: stage.macs for name, stage in found.decode.items() if name in context}
     assert min(context[f"s{scale} {part}"] for scale in (1, 2, 3) for part in ("adaptor", "prior", "attention")) > 0
 
 
@@ -50,7 +50,7 @@ def test_every_stage_has_its_time(found: Profile) -> None:
     stages = {"pixels", "rest", "h_s", "range coder", "file", "context_net", "s1 rest", "s3 prior"}
     assert stages | {"g_a", "h_a"} <= set(found.encode)
     assert stages | {"g_s"} <= set(found.decode)
-    assert all(cost.seconds > 0 for costs in (found.encode, found.decode) for cost in costs.values())
+    assert all(stage.seconds > 0 for stages in (found.encode, found.decode) for stage in stages.values())
     assert found.encode["range coder"].macs == 0
     assert found.plain_encode > 0 < found.plain_decode
 

@@ -251,7 +251,7 @@ def test_nothing_but_escapes_is_refused_before_their_values_are_read() -> None:
     tables = rangecoder._tables()
     count = 1000
     encoder = SymbolEncoder()
-    encoder._append(np.full(count, tables.escapes[58]), np.full(count, 58))
+    encoder._append(np.full(count, tables.escapes[58] - tables.lowest[58]), np.full(count, 58))
     with pytest.raises(FormatError, match="escapes"):
         SymbolDecoder(encoder.payload(), count).get(np.full(count, 58))
 

@@ -92,13 +92,13 @@ class TestPage:
         assert json.loads((report / "results.json").read_text())["images"] == 2
 
     def test_the_viewer_shows_the_very_pixels(self, report: Path) -> None:
-        exhibits = data_of((report / "index.html").read_text())["exhibits"]
-        assert {each["image"] for each in exhibits} == {"0.png", "1.png"}
-        for exhibit in exhibits:
-            original = pixels_of(exhibit["original"])
-            assert np.array_equal(original, np.asarray(picture(int(exhibit["image"][0]))))  # smaller than a crop
-            for view in exhibit["views"]:
-                assert 0.5 < view["bpp"] / exhibit["bpp"] < 2
+        crop_sets = data_of((report / "index.html").read_text())["crop_sets"]
+        assert {each["image"] for each in crop_sets} == {"0.png", "1.png"}
+        for crop_set in crop_sets:
+            original = pixels_of(crop_set["original"])
+            assert np.array_equal(original, np.asarray(picture(int(crop_set["image"][0]))))  # smaller than a crop
+            for view in crop_set["views"]:
+                assert 0.5 < view["bpp"] / crop_set["bpp"] < 2
                 codec = next(each for each in CODECS if each.name == view["codec"])
                 data = codec.encode(Image.fromarray(original), view["quality"])
                 assert np.array_equal(pixels_of(view["src"]), np.asarray(codec.decode(data).convert("RGB")))
@@ -107,7 +107,7 @@ class TestPage:
         page = html({"dataset": "</script><!--"}, [])
         assert page.count("</script>") == 1  # names in the data cannot end it
         assert data_of(page)["dataset"] == "</script><!--"
-        assert data_of(page)["exhibits"] == []
+        assert data_of(page)["crop_sets"] == []
 
 
 PLOTS = ("rd-psnr.png", "rd-ms-ssim.png", "rd-ssimulacra2.png")
@@ -138,10 +138,10 @@ class TestViewer:
         codec = codecs.PILLOW_CODECS["jpeg"]
         data = (tmp_path / "4.png").read_bytes()
         measured, _ = measure.measure(measure.Task("4.png", data, [(codec, [20, 50])]))
-        exhibits = viewer.exhibits({"4.png": tmp_path / "4.png"}, [codec], measured)
+        crop_sets = viewer.crop_sets({"4.png": tmp_path / "4.png"}, [codec], measured)
         crop = np.asarray(picture(4))[120:, 160:]
-        assert np.array_equal(pixels_of(exhibits[0].original), crop)
-        assert viewer.exhibits({}, [codec], []) == []
+        assert np.array_equal(pixels_of(crop_sets[0].original), crop)
+        assert viewer.crop_sets({}, [codec], []) == []
 
 
 # --- in a browser --------------------------------------------------------------------------------------------------
@@ -296,15 +296,15 @@ class TestBrowser:
         assert difference[80:140].mean() > 2  # between the places: now the codec's
 
     def test_the_slider_shows_both_images_exactly(self, page: Browser) -> None:
-        exhibit = page.run("return data.exhibits[0]")
+        crop_set = page.run("return data.crop_sets[0]")
         page.drag("#slider", 0.5, 0.5)
         shown = page.screenshot()
         left, top = page.run(
             "const box = document.getElementById('stage').getBoundingClientRect(); return [box.left, box.top]"
         )
         crop = shown[round(top) : round(top) + 100, round(left) : round(left) + 320]
-        assert np.array_equal(crop[:, 20:120], pixels_of(exhibit["original"])[:100, 20:120])
-        assert np.array_equal(crop[:, 200:300], pixels_of(exhibit["views"][0]["src"])[:100, 200:300])
+        assert np.array_equal(crop[:, 20:120], pixels_of(crop_set["original"])[:100, 20:120])
+        assert np.array_equal(crop[:, 200:300], pixels_of(crop_set["views"][0]["src"])[:100, 200:300])
 
     def test_tables_and_words(self, page: Browser) -> None:
         assert page.run("return document.querySelectorAll('#numbers-table tbody tr').length") == 7 + 7 + 6

@@ -29,7 +29,9 @@ def main() -> None:
     for name, target in TARGETS.items():
         command = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-O2", "-s", "-shared", "-fPIC"]
         command += ["-ffreestanding", "-fvisibility=hidden", "-fno-sanitize=all", "-fno-stack-protector", "-Wall"]
-        if "macos" not in target:  # every library of macOS needs libSystem
+        if "macos" in target:  # without an install name, the library would contain the path of this folder
+            command.append(f"-Wl,-install_name,@rpath/{name}")
+        else:  # every library of macOS needs libSystem
             command.append("-nostdlib")
         library = FOLDER / name
         subprocess.run([*command, "-o", str(library), str(source)], check=True)

@@ -2,7 +2,7 @@
 
     python tools/draw_layers.py
 
-A room is a folder or a file directly in hpcmref. A room imports from rooms of lower layers alone;
+The parts of the package are the folders and files directly in hpcmref. A part imports only from parts of lower layers.
 `tests/test_layers.py` checks that, and that the drawing is up to date.
 """
 
@@ -32,17 +32,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bench",),
     ("cli",),
 )
-"""Rooms from the bottom to the top. Rooms of one layer do not import each other."""
+"""The parts from the bottom to the top. Parts of one layer do not import each other."""
 
 
 def imports() -> dict[str, set[str]]:
-    """Return the rooms that each room imports, anywhere in its files, also only for types."""
+    """Return the parts that each part imports, anywhere in its files, also only for types."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        if parts[0] in ("__init__", "__main__"):
+        location = path.relative_to(PACKAGE).with_suffix("").parts
+        if location[0] in ("__init__", "__main__"):
             continue
-        room = parts[0]
+        part = location[0]
         for node in ast.walk(ast.parse(path.read_text())):
             names: list[str] = []
             if isinstance(node, ast.ImportFrom) and node.module is not None:
@@ -51,35 +51,35 @@ def imports() -> dict[str, set[str]]:
                 names = [alias.name for alias in node.names]
             for name in names:
                 package, *rest = name.split(".")
-                if package == "hpcmref" and rest and rest[0] != room:
-                    found[room].add(rest[0])
-        found[room] |= set()
+                if package == "hpcmref" and rest and rest[0] != part:
+                    found[part].add(rest[0])
+        found[part] |= set()
     return dict(found)
 
 
-def layer_of(room: str) -> int:
-    """The number of a room's layer, from 0 at the bottom, or -1 for an unknown room."""
-    return next((number for number, rooms in enumerate(LAYERS) if room in rooms), -1)
+def layer_of(part: str) -> int:
+    """The number of a part's layer, from 0 at the bottom, or -1 for an unknown part."""
+    return next((number for number, parts in enumerate(LAYERS) if part in parts), -1)
 
 
 def drawing() -> str:
-    """The imports between rooms as a Mermaid diagram, which GitHub renders.
+    """The imports between parts as a Mermaid diagram, which GitHub renders.
 
-    An arrow means that a room imports another. It is left out if the other can be reached through other arrows.
+    An arrow means that a part imports another. It is left out if the other can be reached through other arrows.
     """
     skipped = {"errors", "_version", "arguments"}  # everything imports them
-    rooms = {room for layer in LAYERS for room in layer} - skipped
-    direct = {room: targets & rooms for room, targets in imports().items() if room in rooms}
+    parts = {part for layer in LAYERS for part in layer} - skipped
+    direct = {part: targets & parts for part, targets in imports().items() if part in parts}
     lines = ["```mermaid", "flowchart TD"]
-    for room in sorted(direct, key=lambda each: (-layer_of(each), each)):
-        implied = {far for near in direct[room] for far in _reachable(near, direct)}
-        lines += [f"    {room} --> {target}" for target in sorted(direct[room] - implied)]
+    for part in sorted(direct, key=lambda each: (-layer_of(each), each)):
+        implied = {far for near in direct[part] for far in _reachable(near, direct)}
+        lines += [f"    {part} --> {target}" for target in sorted(direct[part] - implied)]
     return "\n".join([*lines, "```"])
 
 
-def _reachable(room: str, direct: dict[str, set[str]]) -> set[str]:
-    """Return all rooms that a room imports, directly or through others."""
-    return direct[room] | {far for near in direct[room] for far in _reachable(near, direct)}
+def _reachable(part: str, direct: dict[str, set[str]]) -> set[str]:
+    """Return all parts that a part imports, directly or through others."""
+    return direct[part] | {far for near in direct[part] for far in _reachable(near, direct)}
 
 
 def with_drawing(text: str) -> str:

@@ -20,7 +20,7 @@ from PIL import Image
 from hpcmref.bench import metrics
 from hpcmref.bench.codecs import Codec
 from hpcmref.bench.measure import Failure, Setting, Target, Task, describe, name_of, reference
-from hpcmref.bench.run import names_of
+from hpcmref.bench.run import checked, names_of, read_each
 from hpcmref.bench.search import nearest
 from hpcmref.errors import CheckpointError, ConfigError, HpcmrefError
 from hpcmref.picture import images
@@ -83,29 +83,21 @@ def run(
     `hpcmref.runtime.executor.execute`. listener: a function that is called after each image with its name and failures.
     Raises ConfigError and CheckpointError, which concern all images. Any other error is a Failure.
     """
-    names = names_of(paths)
     losses = Losses()
     points = [(codec, settings[codec.name]) for codec in codecs]
 
+    def note(name: str, found: Sequence[Generation], failed: Sequence[Failure]) -> None:
+        losses.found += found
+        losses.failures += failed
+        listener(name, failed)
+
     def tasks() -> Iterator[_Work]:
-        for path in paths:
-            try:
-                data = path.read_bytes()
-            except OSError as error:
-                losses.failures.append(Failure(names[path], None, None, error.strerror or describe(error)))
-                listener(names[path], losses.failures[-1:])
-                continue
-            yield _Work(Task(names[path], data, points, metrics=optional), generations)
+        for name, data in read_each(paths, lambda failure: note(failure.image, [], [failure])):
+            yield _Work(Task(name, data, points, metrics=optional), generations)
 
     for work, result in execute(_generations, tasks(), jobs, ray, threads):
-        if isinstance(result, CheckpointError | ConfigError):
-            raise result
-        if isinstance(result, Exception):
-            result = [], [Failure(work.task.image, None, None, describe(result))]
-        losses.found += result[0]
-        losses.failures += result[1]
-        listener(work.task.image, result[1])
-    place = {name: index for index, name in enumerate(names.values())}
+        note(work.task.image, *checked(result, work.task.image))
+    place = {name: index for index, name in enumerate(names_of(paths).values())}
     losses.found.sort(key=lambda each: place[each.image])
     losses.failures.sort(key=lambda each: place[each.image])
     return losses

@@ -47,8 +47,8 @@ REST = "rest"
 
 
 @dataclass
-class Cost:
-    """What a stage takes.
+class StageProfile:
+    """The time, the arithmetic and the memory traffic of one stage.
 
     seconds: its time. macs: multiplications, each with an addition. least: the seconds that these would take at the
     best rates of their types. moved: bytes read and written.
@@ -72,8 +72,8 @@ class Profile:
     measures.
     """
 
-    encode: dict[str, Cost]
-    decode: dict[str, Cost]
+    encode: dict[str, StageProfile]
+    decode: dict[str, StageProfile]
     rates: Rates
     bytes_per_second: float
     plain_encode: float
@@ -83,9 +83,10 @@ class Profile:
 def profile(
     checkpoint: Checkpoint, device: torch.device, image: Image.Image, quality: int | None = None, repeat: int = 5
 ) -> Profile:
-    """Encode and decode an image, from a PNG file to a PNG file in memory, and return the costs of all stages.
+    """Encode and decode an image, from a PNG file to a PNG file in memory, and return the profiles of all stages.
 
-    quality: None means the default. repeat: the number of runs, of which the best time of each stage is used.
+    checkpoint: the model. device: where its networks run. quality: None means the default. repeat: the number of runs,
+    of which the best time of each stage is used.
     """
     # A new process returns freed memory to the system, as research code does (see `hpcmref.runtime.heap`).
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
@@ -146,31 +147,31 @@ def photograph(width: int = 768, height: int = 512) -> Image.Image:
 
 
 class _Stages:
-    """Adds seconds, and whatever is added to `current`, to the costs of the innermost stage that has begun."""
+    """Adds seconds, and whatever is added to `current`, to the profile of the innermost stage that has begun."""
 
     def __init__(self, device: torch.device) -> None:
-        self.costs: dict[str, Cost] = defaultdict(Cost)
+        self.profiles: dict[str, StageProfile] = defaultdict(StageProfile)
         self._device = device
         self._names = [REST]
         self._since = time.perf_counter()
 
     @property
-    def current(self) -> Cost:
-        return self.costs[self._names[-1]]
+    def current(self) -> StageProfile:
+        return self.profiles[self._names[-1]]
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Begin a stage for this context. If its name begins with a space, that of the outer stage is prepended."""
-        self._book()
+        self._add_time()
         around = self._names[-1].removesuffix(f" {REST}")
         self._names.append(around + name if name.startswith(" ") else name)
         try:
             yield
         finally:
-            self._book()
+            self._add_time()
             self._names.pop()
 
-    def _book(self) -> None:
+    def _add_time(self) -> None:
         moment = now(self._device.type)
         self.current.seconds += moment - self._since
         self._since = moment
@@ -188,20 +189,20 @@ def _decode(codec: Codec, data: bytes, stages: _Stages) -> None:
         render(image, "PNG")
 
 
-def _measured(codec: Codec, run: Callable[[_Stages], None], repeat: int, rates: Rates) -> dict[str, Cost]:
+def _measured(codec: Codec, run: Callable[[_Stages], None], repeat: int, rates: Rates) -> dict[str, StageProfile]:
     run(_Stages(codec.device))  # the first run is slower
-    clocked = [_costs(codec, run) for _ in range(repeat)]
-    counted = _costs(codec, run, rates)
-    for name, cost in counted.items():
-        cost.seconds = min(costs[name].seconds for costs in clocked)
+    clocked = [_run_once(codec, run) for _ in range(repeat)]
+    counted = _run_once(codec, run, rates)
+    for name, stage in counted.items():
+        stage.seconds = min(profiles[name].seconds for profiles in clocked)
     return counted
 
 
-def _costs(codec: Codec, run: Callable[[_Stages], None], count: Rates | None = None) -> dict[str, Cost]:
+def _run_once(codec: Codec, run: Callable[[_Stages], None], count: Rates | None = None) -> dict[str, StageProfile]:
     stages = _Stages(codec.device)
     with _watched(codec, stages), _Counter(stages, count) if count else contextlib.nullcontext(), stages.stage(REST):
         run(stages)
-    return stages.costs
+    return stages.profiles
 
 
 class _Counter(TorchDispatchMode):
@@ -220,15 +221,15 @@ class _Counter(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = operation(*args, **(kwargs or {}))
-        cost = self._stages.current
+        stage = self._stages.current
         if multiplies:
             counted = flop_registry[_MM if operation.overloadpacket is _INT_MM else operation.overloadpacket]
             macs = counted(*args, **(kwargs or {}), out_val=result) // 2
-            cost.macs += macs
-            cost.least += macs / self._rates[args[0].dtype]
+            stage.macs += macs
+            stage.least += macs / self._rates[args[0].dtype]
         if not operation.is_view and not operation.name().startswith("aten::empty"):
             tensors = [x for x in pytree.tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
-            cost.moved += sum(x.numel() * x.element_size() for x in tensors)
+            stage.moved += sum(x.numel() * x.element_size() for x in tensors)
         return result
 
 

@@ -15,17 +15,17 @@ from typing import Any
 
 from hpcmref.bench.metrics import METRICS, Metric
 from hpcmref.bench.output import Results, as_csv, as_json
-from hpcmref.bench.viewer import Exhibit
+from hpcmref.bench.viewer import CropSet
 from hpcmref.runtime.files import atomic_write
 
 _TEMPLATE = Path(__file__).parent / "report.html"
 _DATA = "/*DATA*/null"
 
 
-def write(results: Results, exhibits: Sequence[Exhibit], folder: Path) -> Path:
+def write(results: Results, crop_sets: Sequence[CropSet], folder: Path) -> Path:
     """Write index.html, results.json, results.csv, and a figure for every metric (rd-psnr.png, ...) to a folder.
 
-    exhibits: crops to compare on the page. Returns the path of the page. Raises HpcmrefError if the folder cannot be
+    crop_sets: crops to compare on the page. Returns the path of the page. Raises HpcmrefError if the folder cannot be
     written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,15 +36,15 @@ def write(results: Results, exhibits: Sequence[Exhibit], folder: Path) -> Path:
         if any(getattr(point, metric.field) is not None for curve in results.curves for point in curve.points):
             atomic_write(folder / f"rd-{metric.option}.png", _png(results, metric))
     page = folder / "index.html"
-    atomic_write(page, html(content, exhibits).encode())
+    atomic_write(page, html(content, crop_sets).encode())
     return page
 
 
-def html(content: dict[str, Any], exhibits: Sequence[Exhibit]) -> str:
-    """Return the page. content: the result of `output.as_json`. exhibits: crops to compare."""
+def html(content: dict[str, Any], crop_sets: Sequence[CropSet]) -> str:
+    """Return the page. content: the result of `output.as_json`. crop_sets: crops to compare."""
     shown = {key: value for key, value in content.items() if key != "measurements"}
     metrics = [{"field": each.field, "title": each.title, "unit": each.unit} for each in METRICS]
-    data = json.dumps({**shown, "metrics": metrics, "exhibits": [asdict(each) for each in exhibits]})
+    data = json.dumps({**shown, "metrics": metrics, "crop_sets": [asdict(each) for each in crop_sets]})
     # Inside a script element only "<" could end the data early.
     return _TEMPLATE.read_text(encoding="utf-8").replace(_DATA, data.replace("<", "\\u003c"))
 

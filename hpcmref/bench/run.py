@@ -14,12 +14,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from hpcmref.bench.codecs import Codec
 from hpcmref.bench.measure import Failure, Measurement, Setting, Target, Task, describe, measure, name_of
 from hpcmref.errors import CheckpointError, ConfigError, HpcmrefError
 from hpcmref.runtime.executor import execute
+
+R = TypeVar("R")
 
 
 @dataclass
@@ -53,53 +55,59 @@ def run(
 
     Raises ConfigError and CheckpointError, which concern all images. Any other error is a Failure.
     """
-    names = names_of(images)
     outcome = Outcome()
+    by_name = {codec.name: codec for codec in codecs}
+    keys = _Keys(codecs, repeat, metrics, alone=jobs == 1 and ray is None)
+
+    def note(measured: Sequence[Measurement], failed: Sequence[Failure]) -> None:
+        outcome.measurements += measured
+        outcome.failures += failed
+        listener(measured, failed)
+
     with _Journal(journal) as known:
-        keys = _Keys(codecs, repeat, metrics, alone=jobs == 1 and ray is None)
 
         def tasks() -> Iterator[Task]:
-            for path in images:
-                try:
-                    data = path.read_bytes()
-                except OSError as error:
-                    outcome.failures.append(Failure(names[path], None, None, error.strerror or describe(error)))
-                    listener([], outcome.failures[-1:])
-                    continue
-                missing = []
-                found = []
-                for codec in codecs:
-                    points = {each: known.get(keys.of(data, codec, each)) for each in settings[codec.name]}
-                    found += [replace(old, image=names[path], codec=codec.name) for old in points.values() if old]
-                    if left := [each for each, old in points.items() if old is None]:
-                        missing.append((codec, left))
-                outcome.measurements += found
+            for name, data in read_each(images, lambda failure: note([], [failure])):
+                found, missing = known.split(keys, name, data, [(codec, settings[codec.name]) for codec in codecs])
+                if found or not missing:
+                    note(found, [])
                 if missing:
-                    if found:
-                        listener(found, [])
-                    yield Task(names[path], data, missing, repeat, metrics)
-                else:
-                    listener(found, [])
+                    yield Task(name, data, missing, repeat, metrics)
 
-        by_name = {codec.name: codec for codec in codecs}
         with contextlib.closing(execute(measure, tasks(), jobs, ray, threads)) as results:
             for task, result in results:
-                if isinstance(result, CheckpointError | ConfigError):
-                    raise result
-                if isinstance(result, Exception):
-                    result = [], [Failure(task.image, None, None, describe(result))]
-                measured, failed = result
+                measured, failed = checked(result, task.image)
                 for each in measured:
                     setting = each.quality if each.target is None else Target(each.target)
                     known.add(keys.of(task.data, by_name[each.codec], setting), each)
-                outcome.measurements += measured
-                outcome.failures += failed
-                listener(measured, failed)
-    place = {name: index for index, name in enumerate([*names.values()])}
+                note(measured, failed)
+    place = {name: index for index, name in enumerate(names_of(images).values())}
     order = {codec.name: index for index, codec in enumerate(codecs)}
     outcome.measurements.sort(key=lambda each: (place[each.image], order[each.codec], each.target or 0, each.quality))
     outcome.failures.sort(key=lambda each: place[each.image])
     return outcome
+
+
+def read_each(images: Sequence[Path], fail: Callable[[Failure], None]) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the bytes of each image file. `fail` is called for each that cannot be read."""
+    names = names_of(images)
+    for path in images:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            fail(Failure(names[path], None, None, error.strerror or describe(error)))
+        else:
+            yield names[path], data
+
+
+def checked(result: tuple[list[R], list[Failure]] | Exception, image: str) -> tuple[list[R], list[Failure]]:
+    """Return what a worker has measured of an image, and its failures. An exception becomes a failure.
+
+    Raises ConfigError and CheckpointError, which concern all images.
+    """
+    if isinstance(result, CheckpointError | ConfigError):
+        raise result
+    return ([], [Failure(image, None, None, describe(result))]) if isinstance(result, Exception) else result
 
 
 def names_of(images: Sequence[Path]) -> dict[Path, str]:
@@ -160,8 +168,21 @@ class _Journal:
         if "\n" in text and not self._known:  # not even one valid line
             raise HpcmrefError(f"{self._path} is not a file that --resume wrote")
 
-    def get(self, key: str) -> Measurement | None:
-        return self._known.get(key)
+    def split(
+        self, keys: _Keys, name: str, data: bytes, points: Sequence[tuple[Codec, Sequence[Setting]]]
+    ) -> tuple[list[Measurement], list[tuple[Codec, list[Setting]]]]:
+        """Return the known measurements of an image, and the points that are still to be measured.
+
+        name, data: the name and the bytes of the image. points: codecs with their settings.
+        """
+        found: list[Measurement] = []
+        missing: list[tuple[Codec, list[Setting]]] = []
+        for codec, settings in points:
+            known = {each: self._known.get(keys.of(data, codec, each)) for each in settings}
+            found += [replace(old, image=name, codec=codec.name) for old in known.values() if old]
+            if left := [each for each, old in known.items() if old is None]:
+                missing.append((codec, left))
+        return found, missing
 
     def add(self, key: str, measurement: Measurement) -> None:
         if self._file is not None:

@@ -34,7 +34,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class CropSet:
     """One image at one rate: the crop of the original, and that of every codec. bpp: the wanted rate."""
 
     image: str
@@ -45,10 +45,10 @@ class Exhibit:
     views: Sequence[View]
 
 
-def exhibits(
+def crop_sets(
     images: Mapping[str, Path], codecs: Sequence[Codec], measurements: Sequence[Measurement], count: int = IMAGES
-) -> list[Exhibit]:
-    """Make exhibits of `count` images, evenly spread over all images, at a few rates each.
+) -> list[CropSet]:
+    """Make sets of crops of `count` images, evenly spread over all images, at a few rates each.
 
     images: name -> file, all of them measured with every codec. The rates are the targets of the run. Without targets,
     they are those of two points of the first codec, a sixth and three eighths up its curve, where differences are
@@ -57,15 +57,15 @@ def exhibits(
     names = list(images)
     spread = sorted({round(index * (len(names) - 1) / max(1, count - 1)) for index in range(count)}) if names else []
     return [
-        exhibit
+        crop_set
         for index in spread
-        for exhibit in _of_image(
+        for crop_set in _of_image(
             names[index], images[names[index]], codecs, [each for each in measurements if each.image == names[index]]
         )
     ]
 
 
-def _of_image(name: str, path: Path, codecs: Sequence[Codec], measurements: Sequence[Measurement]) -> list[Exhibit]:
+def _of_image(name: str, path: Path, codecs: Sequence[Codec], measurements: Sequence[Measurement]) -> list[CropSet]:
     pixels, grey = images.pixels_of(images.open_image(path))
     image = images.image_of(pixels, grey)
     box = _busiest(pixels)
@@ -82,12 +82,12 @@ def _of_image(name: str, path: Path, codecs: Sequence[Codec], measurements: Sequ
             decoded, _ = images.pixels_of(codec.decode(data))
             bpp = 8 * len(data) / (image.width * image.height)
             views.append(View(codec.name, quality, bpp, metrics.psnr(pixels, decoded), _uri(decoded, box)))
-        shown.append(Exhibit(name, rate, box[2] - box[0], box[3] - box[1], original, views))
+        shown.append(CropSet(name, rate, box[2] - box[0], box[3] - box[1], original, views))
     return shown
 
 
 def _rates(codec: str, measurements: Sequence[Measurement]) -> list[float]:
-    """Return the rates at which an image is shown, in bits per pixel (see `exhibits`)."""
+    """Return the rates at which an image is shown, in bits per pixel (see `crop_sets`)."""
     if targets := {each.target for each in measurements if each.target is not None}:
         return sorted(targets)
     rates = sorted(each.bpp for each in measurements if each.codec == codec)

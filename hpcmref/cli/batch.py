@@ -129,50 +129,17 @@ def run_spread(
     """
     from hpcmref.runtime.executor import execute
 
-    printer = _Printer(style, planned.to_stdout)
     count = _Totals(len(planned.jobs) + len(planned.problems))
+    batch = _Batch(read_input, write_output, _Printer(style, planned.to_stdout), count)
     for problem in planned.problems:
-        printer.failure(problem, None)
-        count.failed += 1
+        batch.fail(problem, None)
+    processes = max(1, min(processes, len(planned.jobs)))
     try:
         with _progress(len(planned.jobs), style) as advance:
-
-            def contents() -> Iterator[tuple[Job, bytes]]:
-                for job in planned.jobs:
-                    try:
-                        content = read_input(job)
-                    except (CheckpointError, ConfigError):
-                        raise
-                    except Exception as error:
-                        printer.failure(error, job)
-                        count.failed += 1
-                        advance()
-                        continue
-                    if content is not None:
-                        yield job, content
-                    else:
-                        count.kept += 1
-                        advance()
-
-            processes = max(1, min(processes, len(planned.jobs)))
-            results = execute(_Worker(work), contents(), processes, ray, threads)
+            results = execute(_Worker(work), batch.contents(planned.jobs, advance), processes, ray, threads)
             with contextlib.closing(results):
                 for (job, _), result in results:
-                    try:
-                        if isinstance(result, Exception):
-                            raise result
-                        printer.warnings(job, result.warnings)
-                        done = write_output(job, result)
-                    except (CheckpointError, ConfigError):
-                        raise
-                    except Exception as error:
-                        printer.failure(error, job)
-                        count.failed += 1
-                    else:
-                        printer.done(job, done, result)
-                        count.done += 1
-                        count.read += result.size
-                        count.written += done.size
+                    batch.finish(job, result)
                     advance()
     except (KeyboardInterrupt, Stopped) as error:
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
@@ -180,9 +147,57 @@ def run_spread(
     if planned.skipped and not style.quiet:
         tell(f"hpcmref: {planned.skipped}", sys.stderr)
     if totals and count.files > 1:
-        printer.say(str(count))
+        batch.printer.say(str(count))
     if count.failed:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The reading and writing of a run, in this process. It reports and counts every job."""
+
+    read_input: Callable[[Job], bytes | None]
+    write_output: Callable[[Job, Outcome], Done]
+    printer: _Printer
+    count: _Totals
+
+    def contents(self, jobs: Sequence[Job], advance: Callable[[], None]) -> Iterator[tuple[Job, bytes]]:
+        """Read the inputs of the jobs. Those that fail, or of which nothing is to be done, are left out."""
+        for job in jobs:
+            try:
+                content = self.read_input(job)
+            except (CheckpointError, ConfigError):
+                raise
+            except Exception as error:
+                self.fail(error, job)
+            else:
+                if content is not None:
+                    yield job, content
+                    continue
+                self.count.kept += 1
+            advance()
+
+    def finish(self, job: Job, result: Outcome | Exception) -> None:
+        """Write the output of a job, or report why there is none."""
+        try:
+            if isinstance(result, Exception):
+                raise result
+            self.printer.warnings(job, result.warnings)
+            done = self.write_output(job, result)
+        except (CheckpointError, ConfigError):
+            raise
+        except Exception as error:
+            self.fail(error, job)
+        else:
+            self.printer.done(job, done, result)
+            self.count.done += 1
+            self.count.read += result.size
+            self.count.written += done.size
+
+    def fail(self, error: Exception, job: Job | None) -> None:
+        """Report that a job failed, or an input that cannot be a job."""
+        self.printer.failure(error, job)
+        self.count.failed += 1
 
 
 def dry_run(planned: Plan, outputs: Outputs, style: Style) -> None:

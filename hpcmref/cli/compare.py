@@ -43,10 +43,7 @@ def compare(
     from hpcmref.bench import metrics as quality
 
     chosen = quality.chosen(metrics)
-    original, other = _picture(first), _picture(second)
-    if original.pixels.shape != other.pixels.shape:
-        sizes = " and ".join("{1}x{0}".format(*each.pixels.shape) for each in (original, other))
-        raise ImageError(f"{first} and {second} have different sizes, {sizes}")
+    original, other = _pictures(first, second)
     found = quality.measured(original.pixels, other.pixels, chosen)
     found["ms_ssim_db"] = quality.decibels(found["ms_ssim"])
     if as_json:
@@ -59,6 +56,15 @@ def compare(
         if value is not None:
             shown = "infinite: the pixels are equal" if math.isinf(value) else f"{value:.2f} {metric.unit}".rstrip()
             print(f"{metric.title + ':':14} {shown}")
+
+
+def _pictures(first: str, second: str) -> tuple[Picture, Picture]:
+    """Read both images. Raises ImageError if their sizes are different."""
+    pictures = _picture(first), _picture(second)
+    if pictures[0].pixels.shape != pictures[1].pixels.shape:
+        sizes = " and ".join("{1}x{0}".format(*each.pixels.shape) for each in pictures)
+        raise ImageError(f"{first} and {second} have different sizes, {sizes}")
+    return pictures
 
 
 def _picture(name: str) -> Picture:

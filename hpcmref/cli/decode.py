@@ -5,30 +5,15 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from hpcmref import DEFAULT_MAX_PIXELS
+from hpcmref.cli import decode_options, options
 from hpcmref.cli.batch import Done, Made, Outcome, Style, dry_run, run_spread
 from hpcmref.cli.codecs import Codecs
 from hpcmref.cli.jobs import ENCODED_SUFFIXES, Job, Outputs, plan
-from hpcmref.cli.options import (
-    Device,
-    DeviceOption,
-    DryRunOption,
-    ForceOption,
-    JobsOption,
-    JsonOption,
-    ModelOption,
-    PreserveOption,
-    QuietOption,
-    RayOption,
-    RecursiveOption,
-    ThreadsOption,
-    VerboseOption,
-    use_threads,
-)
 from hpcmref.cli.resume import is_decoded
 
 if TYPE_CHECKING:
@@ -37,88 +22,31 @@ if TYPE_CHECKING:
     from hpcmref.codec import Codec
     from hpcmref.format.container import Container
 
-Colour = tuple[int, int, int]
-
 
 def decode(
-    files: Annotated[
-        list[str],
-        typer.Argument(metavar="FILE", help="Encoded files, folders of .hpcm and .bin files, or - for standard input."),
-    ],
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="IMAGE|DIR|-",
-            help="An image for one file (the suffix says the format), a folder for several (made if needed), - for "
-            "standard output. By default a single file is written next to the input as PNG.",
-        ),
-    ] = None,
-    form: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            metavar="NAME",
-            help="The format of the image: png, jpeg, webp, avif, jxl, tiff, bmp, ppm or npy. By default that of the "
-            "suffix of -o, or else PNG.",
-        ),
-    ] = None,
-    output_quality: Annotated[
-        int | None,
-        typer.Option(
-            "--output-quality",
-            min=1,
-            max=100,
-            metavar="1..100",
-            help="The quality of JPEG, WebP, AVIF and JPEG XL outputs.",
-        ),
-    ] = None,
-    background: Annotated[
-        str | None,
-        typer.Option(
-            "--background",
-            metavar="COLOUR",
-            help="The colour behind transparent pixels in formats without transparency: a name, or #rrggbb.",
-        ),
-    ] = None,
-    upto: Annotated[
-        int,
-        typer.Option(
-            "--upto", metavar="1|2|3", min=1, max=3, help="Decode a preview: read only scales 1 to N, predict the rest."
-        ),
-    ] = 3,
-    thumbnail: Annotated[
-        int | None,
-        typer.Option(
-            "--thumbnail",
-            metavar="N",
-            min=1,
-            help="Decode a small picture of N pixels on its longer side. It is faster, and not exact.",
-        ),
-    ] = None,
-    allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Decode a truncated file as far as it goes.")
-    ] = False,
-    allow_damaged: Annotated[
-        bool, typer.Option("--allow-damaged", help="Decode a damaged file as far as its checksums match.")
-    ] = False,
-    max_pixels: Annotated[
-        int, typer.Option("--max-pixels", metavar="N", min=1, help="Refuse larger images.")
-    ] = DEFAULT_MAX_PIXELS,
-    model: ModelOption = None,
-    device: DeviceOption = Device.auto,
-    force: ForceOption = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip files whose image exists and is complete.")] = False,
-    preserve: PreserveOption = False,
-    recursive: RecursiveOption = True,
-    jobs: JobsOption = 1,
-    threads: ThreadsOption = None,
-    ray: RayOption = None,
-    dry: DryRunOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
+    files: decode_options.FilesArgument,
+    output: decode_options.OutputOption = None,
+    form: decode_options.FormatOption = None,
+    output_quality: decode_options.OutputQualityOption = None,
+    background: decode_options.BackgroundOption = None,
+    upto: decode_options.UptoOption = 3,
+    thumbnail: decode_options.ThumbnailOption = None,
+    allow_partial: decode_options.AllowPartialOption = False,
+    allow_damaged: decode_options.AllowDamagedOption = False,
+    max_pixels: decode_options.MaxPixelsOption = DEFAULT_MAX_PIXELS,
+    model: options.ModelOption = None,
+    device: options.DeviceOption = options.Device.auto,
+    force: options.ForceOption = False,
+    resume: decode_options.ResumeOption = False,
+    preserve: options.PreserveOption = False,
+    recursive: options.RecursiveOption = True,
+    jobs: options.JobsOption = 1,
+    threads: options.ThreadsOption = None,
+    ray: options.RayOption = None,
+    dry: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
+    verbose: options.VerboseOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Decode files back to images."""
     if force and resume:
@@ -126,8 +54,8 @@ def decode(
     from hpcmref.picture.images import FORMATS, format_of
     from hpcmref.picture.render import check_writable
 
-    asked = None if form is None else parse_format(form)
-    colour = None if background is None else parse_colour(background)
+    asked = None if form is None else decode_options.parse_format(form)
+    colour = None if background is None else decode_options.parse_colour(background)
     planned = plan(files, output, ENCODED_SUFFIXES, FORMATS[asked or "PNG"][0], recursive)
     if as_json and planned.to_stdout:
         raise typer.BadParameter("the image goes to standard output already; name a file with -o.", param_hint="--json")
@@ -158,7 +86,7 @@ def decode(
         line = f"{job.name} -> {job.target_name}: {facts['width']}x{facts['height']} {facts['mode']}"
         return Done(line, facts, len(outcome.made.data))
 
-    use_threads(threads)
+    options.use_threads(threads)
     decoder = _Decoder(
         Codecs(model, device.value),
         upto,
@@ -184,7 +112,7 @@ class _Decoder:
     max_pixels: int
     form: str | None
     quality: int | None
-    background: Colour | None
+    background: tuple[int, int, int] | None
     thumbnail: int | None
 
     def __call__(self, job: Job, content: bytes) -> Made:
@@ -225,32 +153,3 @@ class _Decoder:
         if job.target is None or job.is_stream:
             return render(image, self.form or "PNG", self.quality, self.background)
         return rendered(image, job.target, self.form, self.quality, self.background)
-
-
-def parse_format(text: str) -> str:
-    """Return the format of a name or a suffix, such as "jpeg", "jpg" or "TIFF". Raises typer.BadParameter."""
-    from hpcmref.errors import near
-    from hpcmref.picture.images import FORMATS
-
-    names = {suffix[1:]: form for form, suffixes in FORMATS.items() for suffix in suffixes}
-    names |= {form.lower(): form for form in FORMATS}
-    if (form := names.get(text.strip().lower().lstrip("."))) is None:
-        hint = near(text, names)
-        raise typer.BadParameter(f"{text!r} is not one of {', '.join(FORMATS).lower()}{hint}.", param_hint="--format")
-    return form
-
-
-def parse_colour(text: str) -> Colour:
-    """Return red, green and blue of a colour's name or of #rrggbb. Raises typer.BadParameter."""
-    from PIL import ImageColor
-
-    from hpcmref.errors import near
-
-    try:
-        red, green, blue = ImageColor.getrgb(text)[:3]
-    except ValueError:
-        hint = near(text, ImageColor.colormap)
-        raise typer.BadParameter(
-            f"{text!r} is not a colour; write it as in #ffffff{hint}.", param_hint="--background"
-        ) from None
-    return red, green, blue

@@ -6,37 +6,21 @@ import contextlib
 import functools
 import io
 import math
-import re
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from hpcmref.cli import encode_options, options
 from hpcmref.cli.batch import Done, Made, Outcome, Style, dry_run, run_spread
 from hpcmref.cli.effort import Effort, EffortOption, MaxSecondsOption, MetricOption, OnInterrupt, OnInterruptOption
 from hpcmref.cli.frames import each_frame, frame_of
 from hpcmref.cli.jobs import ENCODED_SUFFIX, Job, Outputs, plan
-from hpcmref.cli.options import (
-    Device,
-    DeviceOption,
-    DryRunOption,
-    ForceOption,
-    JobsOption,
-    JsonOption,
-    ModelOption,
-    PreserveOption,
-    QuietOption,
-    RayOption,
-    RecursiveOption,
-    ThreadsOption,
-    VerboseOption,
-    use_threads,
-)
 from hpcmref.cli.resume import Wanted
-from hpcmref.errors import ImageError, near
+from hpcmref.errors import ImageError
 from hpcmref.runtime.heap import no_search
 
 if TYPE_CHECKING:
@@ -55,96 +39,43 @@ IMAGE_SUFFIXES = frozenset(
 
 
 def encode(
-    images: Annotated[
-        list[str],
-        typer.Argument(metavar="IMAGE", help="Images, folders of images, or - for standard input."),
-    ],
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE|DIR|-",
-            help="A file for one image, a folder for several (made if needed), - for standard output. "
-            "By default a single image is written next to the input with the suffix .hpcm.",
-        ),
-    ] = None,
-    quality: Annotated[
-        int | None,
-        typer.Option(
-            "-q", "--quality", min=0, max=63, help="0 is the smallest file, 63 the best image.", show_default="32"
-        ),
-    ] = None,
-    bpp: Annotated[
-        float | None, typer.Option("--bpp", help="Instead of -q: the best image of at most this many bits per pixel.")
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option("--size", metavar="BYTES", help="Instead of -q: the best image of at most this size (40kB)."),
-    ] = None,
-    psnr: Annotated[
-        float | None, typer.Option("--psnr", help="Instead of -q: the smallest file with at least this PSNR in dB.")
-    ] = None,
-    frame: Annotated[
-        int | None, typer.Option("--frame", metavar="N", min=1, help="Encode this frame or page, counted from 1.")
-    ] = None,
-    all_frames: Annotated[
-        bool, typer.Option("--all-frames", help="Encode every frame or page to a file of its own: name-0001.hpcm.")
-    ] = False,
+    images: encode_options.ImagesArgument,
+    output: encode_options.OutputOption = None,
+    quality: encode_options.QualityOption = None,
+    bpp: encode_options.BppOption = None,
+    size: encode_options.SizeOption = None,
+    psnr: encode_options.PsnrOption = None,
+    frame: encode_options.FrameOption = None,
+    all_frames: encode_options.AllFramesOption = False,
     effort: EffortOption = 0,
     metric: MetricOption = "mse",
     max_seconds: MaxSecondsOption = None,
     on_interrupt: OnInterruptOption = OnInterrupt.drop,
-    lossless: Annotated[
-        bool, typer.Option("--lossless", help="Instead of -q: keep every pixel exactly, also transparent ones.")
-    ] = False,
-    keep_invisible: Annotated[
-        bool,
-        typer.Option(
-            "--keep-invisible", help="Keep the colours of fully transparent pixels, which are replaced otherwise."
-        ),
-    ] = False,
-    strip: Annotated[
-        bool, typer.Option("--strip", help="Leave out all metadata: ICC profile, EXIF, text and others.")
-    ] = False,
-    strip_only: Annotated[
-        str | None,
-        typer.Option("--strip-only", metavar="PARTS", help="Leave out some of: location,exif,xmp,icc,iptc,text."),
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Decode each file with a second decoder before it is written, and compare.")
-    ] = False,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Decode each file, and show its PSNR and, if installed, SSIMULACRA2.")
-    ] = False,
-    model: ModelOption = None,
-    device: DeviceOption = Device.auto,
-    force: ForceOption = False,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Skip images whose output exists, is complete, and has this model and quality."),
-    ] = False,
-    preserve: PreserveOption = False,
-    recursive: RecursiveOption = True,
-    jobs: JobsOption = 1,
-    threads: ThreadsOption = None,
-    ray: RayOption = None,
-    dry: DryRunOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
+    lossless: encode_options.LosslessOption = False,
+    keep_invisible: encode_options.KeepInvisibleOption = False,
+    strip: encode_options.StripOption = False,
+    strip_only: encode_options.StripOnlyOption = None,
+    verify: encode_options.VerifyOption = False,
+    measure: encode_options.MeasureOption = False,
+    model: options.ModelOption = None,
+    device: options.DeviceOption = options.Device.auto,
+    force: options.ForceOption = False,
+    resume: encode_options.ResumeOption = False,
+    preserve: options.PreserveOption = False,
+    recursive: options.RecursiveOption = True,
+    jobs: options.JobsOption = 1,
+    threads: options.ThreadsOption = None,
+    ray: options.RayOption = None,
+    dry: options.DryRunOption = False,
+    as_json: options.JsonOption = False,
+    verbose: options.VerboseOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Encode images to small files."""
     if force and resume:
         raise typer.BadParameter("--force replaces existing outputs, and --resume keeps them: use one of them.")
-    parts = parse_parts(strip_only) if strip_only is not None else ()
-    target: dict[str, Any] = {"bpp": bpp, "size": None if size is None else parse_size(size), "psnr": psnr}
-    target = {name: value for name, value in target.items() if value is not None}
-    for name, value in target.items():
-        if not 0 < value < math.inf:
-            raise typer.BadParameter("it must be a number above 0.", param_hint=f"--{name}")
-    if len(target) + (quality is not None) + lossless > 1:
-        raise typer.BadParameter("only one of -q, --bpp, --size, --psnr and --lossless can decide the quality.")
+    parts = encode_options.parse_parts(strip_only) if strip_only is not None else ()
+    target = encode_options.target_of(quality, bpp, size, psnr, lossless)
     planned = plan(images, output, IMAGE_SUFFIXES, ENCODED_SUFFIX, recursive)
     if as_json and planned.to_stdout:
         raise typer.BadParameter("the file goes to standard output already; name another with -o.", param_hint="--json")
@@ -172,7 +103,7 @@ def encode(
         facts = _facts(job, outcome)
         return Done(_summary(job, outcome, facts, alone=len(planned.jobs) == 1), facts, len(outcome.made.data))
 
-    use_threads(threads)
+    options.use_threads(threads)
     if lossless and effort:
         raise typer.BadParameter("a lossless file cannot be improved: leave out --effort.", param_hint="--effort")
     searching = Effort.of(
@@ -240,13 +171,13 @@ class _Encoder:
             if self.verify:
                 lossless.verify(data, image)
             return data
-        options: dict[str, Any] = {"keep_invisible": self.keep_invisible, "choose": True}
+        choices: dict[str, Any] = {"keep_invisible": self.keep_invisible, "choose": True}
         if self.verify:
-            options["verify"] = True
+            choices["verify"] = True
         with self.effort.options() as searching:
             if self.target:
-                return self._codec.encode_to(image, **self.target, **options, **searching)
-            return self._codec.encode(image, self.quality, **options, **searching)
+                return self._codec.encode_to(image, **self.target, **choices, **searching)
+            return self._codec.encode(image, self.quality, **choices, **searching)
 
     def _measured(self, image: Image.Image, data: bytes) -> dict[str, float | None]:
         """Decode the file and compare it with the image.
@@ -290,27 +221,6 @@ def _timed(stages: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     stages[name] = time.perf_counter() - started
-
-
-def parse_parts(text: str) -> tuple[str, ...]:
-    """Return the parts of metadata in a list such as "location,xmp". Raises typer.BadParameter."""
-    from hpcmref.picture.privacy import PARTS
-
-    parts = tuple(part.strip() for part in text.split(","))
-    if wrong := sorted(set(parts) - set(PARTS)):
-        hint = near(wrong[0], PARTS)
-        raise typer.BadParameter(
-            f"it takes {', '.join(PARTS)}, not {', '.join(map(repr, wrong))}{hint}.", param_hint="--strip-only"
-        )
-    return parts
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "40000", "40kB" or "1.5MB" (decimal units). Raises typer.BadParameter."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is not a size; write it as in 40000, 40kB or 1.5MB.", param_hint="--size")
-    return int(float(match[1]) * 1000 ** " kmg".index(match[2].lower() or " "))
 
 
 def _facts(job: Job, outcome: Outcome) -> dict[str, Any]:

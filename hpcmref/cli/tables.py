@@ -149,28 +149,28 @@ def print_profile(model: str, size: tuple[int, int], repeat: int, found: Profile
     import torch
     from rich.table import Table
 
-    from hpcmref.bench.profile import Cost
+    from hpcmref.bench.profile import StageProfile
 
     rates = ", ".join(f"{2e-9 * rate:.0f} ({str(dtype)[6:]})" for dtype, rate in found.rates.items())
     console.print(
         f"{model}, {size[0]}x{size[1]}, {torch.get_num_threads()} threads, best of {repeat}. The best here: "
         f"10^9 operations a second {rates}, {1e-9 * found.bytes_per_second:.1f} GB/s (copy)."
     )
-    for name, costs in (("encode", found.encode), ("decode", found.decode)):
-        total = sum(cost.seconds for cost in costs.values())
+    for name, stages in (("encode", found.encode), ("decode", found.decode)):
+        total = sum(stage.seconds for stage in stages.values())
         table = Table(name, "ms", "share", "MMAC", "GOP/s", "of the best", "MB moved", "GB/s", "of the best")
         for column in table.columns[1:]:
             column.justify = "right"
-        whole: Any = Cost(*(sum(values) for values in zip(*map(astuple, costs.values()), strict=True)))
-        for stage, cost in (*costs.items(), ("all", whole)):
-            macs, least, moved = (each / max(cost.seconds, 1e-9) for each in (cost.macs, cost.least, cost.moved))
+        whole: Any = StageProfile(*(sum(values) for values in zip(*map(astuple, stages.values()), strict=True)))
+        for title, stage in (*stages.items(), ("all", whole)):
+            macs, least, moved = (each / max(stage.seconds, 1e-9) for each in (stage.macs, stage.least, stage.moved))
             table.add_row(
-                stage, f"{1e3 * cost.seconds:.1f}", f"{cost.seconds / total:.1%}", f"{1e-6 * cost.macs:.0f}",
-                f"{2e-9 * macs:.0f}", f"{least:.0%}", f"{1e-6 * cost.moved:.0f}",
+                title, f"{1e3 * stage.seconds:.1f}", f"{stage.seconds / total:.1%}", f"{1e-6 * stage.macs:.0f}",
+                f"{2e-9 * macs:.0f}", f"{least:.0%}", f"{1e-6 * stage.moved:.0f}",
                 f"{1e-9 * moved:.1f}", f"{moved / found.bytes_per_second:.0%}",
             )  # fmt: skip
         console.print(table)
-        networks = total - costs["pixels"].seconds
+        networks = total - stages["pixels"].seconds
         seconds = found.plain_encode if name == "encode" else found.plain_decode
         console.print(
             f"The networks alone as plain PyTorch in float32, in another process: {1e3 * seconds:.1f} ms, "

@@ -44,7 +44,10 @@ def fits(weight: Tensor, bias: Tensor, limit: int) -> Tensor:
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and the low half, both int8, of integers of any type and of magnitude up to LIMIT."""
+    """The high and the low half of x, both int8 and in the shape of x.
+
+    x: integers of any type and shape, of magnitude up to LIMIT.
+    """
     x = x.to(torch.int16)
     # The conversion of int16 to int8 keeps the lowest 8 bits, which are x - 256 high in two's complement.
     return (x + 128).bitwise_right_shift_(8).to(torch.int8), x.to(torch.int8)

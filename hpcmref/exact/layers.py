@@ -43,7 +43,7 @@ EXP_TABLE = bytes.fromhex(
 
 
 def power_of_two(exponents: Tensor) -> Tensor:
-    """2^exponents, float32, for integers within -126..127.
+    """2^exponents, float32, for integers within -126..127; exponents may have any shape, which the result has too.
 
     The numbers are made from their bits, as pow and ldexp are not guaranteed to be exact.
     """
@@ -61,7 +61,8 @@ def float_type(magnitude: float, name: str) -> torch.dtype:
 def grid(grids: Mapping[str, Tensor], key: str, shape: tuple[int, ...], low: int, high: int, owner: str) -> Tensor:
     """The integers of one grid of a checkpoint, as int32.
 
-    Raises CheckpointError if the grid is missing, or if its shape or range is wrong. owner: the layer, for the message.
+    grids: the grids of one layer by key. low, high: the smallest and the largest permitted integer. owner: the layer,
+    for the message. Raises CheckpointError if the grid is missing, or if its shape or range is wrong.
     """
     if key not in grids:
         raise CheckpointError(f"The checkpoint lacks the grid {key} of {owner}.")
@@ -217,7 +218,11 @@ def integer_weights(layer: nn.Conv2d | nn.ConvTranspose2d, inputs: Tensor, outpu
 def float_weights(
     layer: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor, bias: Tensor, inputs: Tensor, outputs: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The exact inverse of `integer_weights`: the weight and bias, float64, from which it makes these integers."""
+    """The exact inverse of `integer_weights`: the weight and bias, float64, from which it makes these integers.
+
+    layer: only its type and groups are used. weight, bias: the integers, in the shapes of those of `layer`. inputs:
+    (C_in,) and outputs: (C_out,) exponents.
+    """
     scale, scale_out = _weight_scales(layer, inputs, outputs)
     return weight.double() / scale, bias.double() / scale_out
 

@@ -104,7 +104,10 @@ class ExactRecall(_WithTable):
         self.steps = EXP_STEPS / (recall.temperature * SIMILARITY)
 
     def forward(self, query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """query and every key: (B, d, h, w) or (B, d, 1, 1); values: (B, C, H, W); all float32, also the result."""
+        """query and every key: (B, d, h, w) or (B, d, 1, 1); values: (B, C, H, W); all float32, also the result.
+
+        Raises CheckpointError if d is above 1024, where the sums would not be exact.
+        """
         if query.shape[1] > 2**10:
             raise CheckpointError(f"keys of {query.shape[1]} channels cannot be compared exactly: 1024 is the most")
         asked = _whole(query, KEY_LIMIT)
@@ -143,7 +146,11 @@ class ExactLinearAttend(_WithTable):
         self.attend = attend
 
     def summary(self, key: Tensor, value: Tensor, sharpness: Tensor) -> tuple[Tensor, Tensor]:
-        """As LinearAttend.summary. The arguments are float32, and the results are integers."""
+        """As LinearAttend.summary: key (B, d, h, w), value (B, e, h, w) and sharpness (B, heads, 1, 1), all float32.
+
+        Returns integers held as float64: phi(key)^T value (B, heads, d/heads, e/heads), and the sum of phi(key)
+        (B, heads, d/heads, 1).
+        """
         key, value = self.attend.tokens(key) * sharpness, _whole(self.attend.tokens(value))
         if self.attend.feature_map != "softmax":
             phi = self._phi(key)
@@ -153,7 +160,11 @@ class ExactLinearAttend(_WithTable):
         return means, torch.ones_like(means[..., :1])
 
     def forward(self, query: Tensor, values: Tensor, weights: Tensor, sharpness: Tensor) -> Tensor:
-        """As LinearAttend.forward. query and the result are float32."""
+        """As LinearAttend.forward: query (B, d, h, w) and sharpness (B, heads, 1, 1) are float32.
+
+        values, weights: the integers that `summary` returns, or sums of them. Returns (B, e, h, w) float32. Raises
+        CheckpointError if d/heads is above 256, where the sums would not be exact.
+        """
         query_tokens = self.attend.tokens(query) * sharpness
         if self.attend.feature_map == "elu":  # the factor cancels; it keeps exponentials from all rounding to 0
             query_tokens = query_tokens - query_tokens.amax(3, keepdim=True).clamp_(max=0)

@@ -20,7 +20,11 @@ Shapes = dict[str, dict[str, tuple[int, ...]]]
 
 
 def stored(entropy: EntropyPath, grids: Grids) -> dict[str, Tensor]:
-    """The tensors of `entropy` as a file holds them, under their names in its state_dict."""
+    """The tensors of `entropy` as a file holds them, under their names in its state_dict and in their shapes there.
+
+    Weights and biases of convolutions are integers, in the narrowest of int8, int16 and int32 that holds them. All
+    other tensors are float32. grids: as `calibrate` makes them. Raises CheckpointError if they lack a convolution.
+    """
     tensors = {name: tensor.detach().cpu().float() for name, tensor in entropy.state_dict().items()}
     for name, layer in _convolutions(entropy).items():
         inputs, outputs = _grids_of(layer, grids.get(name, {}), name)
@@ -30,7 +34,7 @@ def stored(entropy: EntropyPath, grids: Grids) -> dict[str, Tensor]:
 
 
 def restored(entropy: EntropyPath, tensors: dict[str, Tensor], grids: Grids) -> dict[str, Tensor]:
-    """The inverse of `stored`: float32 tensors.
+    """The inverse of `stored`: float32 tensors by their names in the state_dict.
 
     entropy: only its layers' types and sizes are used, so it may be on the meta device. Raises CheckpointError if a
     grid is damaged, or an integer has more bits than float32 holds.

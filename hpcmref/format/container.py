@@ -270,7 +270,7 @@ def _parse_truncated(body: bytes) -> Container | None:
 def peek(file: IO[bytes]) -> Container:
     """The container at the start of an open file. Payload and alpha may be long, so they are not read, but left empty.
 
-    No checksum is compared. Raises as `parse` does.
+    No checksum is compared. Raises FormatError and UnsupportedError as `parse` does.
     """
     if file.read(len(MAGIC)) != MAGIC:
         raise FormatError("this is not an hpcmref file")

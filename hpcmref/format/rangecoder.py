@@ -67,13 +67,12 @@ class Tables(NamedTuple):
 
     cdfs: cumulative frequencies from 0 to 65536, then 65536 again (see the top of the file).
     lengths: number of entries of each.
-    offsets: symbol that entry 0 of each stands for.
-    lowest, escapes: int32 (61,). Table i codes lowest[i] <= symbol < escapes[i]; escapes[i] itself is the escape.
+    lowest, escapes: int32 (61,). Table i codes lowest[i] <= symbol < escapes[i]; escapes[i] itself is the escape. The
+        coders get and return entries of tables instead of symbols: entry = symbol - lowest[i].
     """
 
     cdfs: list[list[int]]
     lengths: list[int]
-    offsets: list[int]
     lowest: NDArray[np.int32]
     escapes: NDArray[np.int32]
 
@@ -112,9 +111,9 @@ class SymbolEncoder:
         values = []
         for i in range(0, symbols.size, _BLOCK):
             block, rows = symbols[i : i + _BLOCK], indexes[i : i + _BLOCK]
-            escapes = tables.escapes[rows]
-            escaped = (block < tables.lowest[rows]) | (block >= escapes)
-            self._append(np.where(escaped, escapes, block), rows)
+            lowest, escapes = tables.lowest[rows], tables.escapes[rows]
+            escaped = (block < lowest) | (block >= escapes)
+            self._append(np.where(escaped, escapes, block) - lowest, rows)
             values.append(block[escaped].astype("<i2").view(np.uint8))
         escaped_bytes = np.concatenate(values)
         if escaped_bytes.size:
@@ -130,13 +129,14 @@ class SymbolEncoder:
         # CompressAI allocates one word per symbol. It writes up to one word per two symbols, and two words for the
         # state, which is more than it allocates for one or two symbols. So two symbols are added. The decoder never
         # asks for them. As they are the likeliest symbol of table 0, they take 0.0002 bits.
-        self._append(np.zeros(2, np.int32), np.zeros(2, np.int32))
+        tables = _tables()
+        self._append(np.full(2, -tables.lowest[0]), np.zeros(2, np.int32))
         parts, self._parts = self._parts, []
-        return bytes(_coder().encode(parts, _tables()))
+        return bytes(_coder().encode(parts, tables))
 
-    def _append(self, symbols: NDArray[np.int32], indexes: NDArray[np.int32]) -> None:
-        """Append symbols that are in their tables, or are the escape of their table."""
-        self._parts.append((symbols.astype(np.int16), indexes.astype(np.uint8)))
+    def _append(self, entries: NDArray[np.int32], indexes: NDArray[np.int32]) -> None:
+        """Append entries of tables, (n,), and the indexes of these tables, (n,)."""
+        self._parts.append((entries.astype(np.int16), indexes.astype(np.uint8)))
 
 
 class SymbolDecoder:
@@ -190,7 +190,7 @@ class SymbolDecoder:
         if indexes.size == 0:
             return np.empty(0, np.int32)
         self._symbols_left -= indexes.size
-        symbols = self._take(indexes)
+        symbols: NDArray[np.int32] = self._take(indexes) + tables.lowest[indexes]
         escaped = symbols == tables.escapes[indexes]
         escapes = np.count_nonzero(escaped)
         if escapes:
@@ -201,19 +201,19 @@ class SymbolDecoder:
             symbols[escaped] = values.astype(np.uint8).view("<i2")
         return symbols
 
-    def _take(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
+    def _take(self, indexes: NDArray[np.int32]) -> NDArray[Any]:
+        """The next entries of the tables with these indexes."""
         blocks = [self._take_block(indexes[i : i + _BLOCK]) for i in range(0, indexes.size, _BLOCK)]
         return np.concatenate(blocks)
 
-    def _take_block(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
-        tables = _tables()
-        symbols: NDArray[np.int32] = self._coder.take(indexes)
-        bits = _bits()[indexes, symbols - tables.lowest[indexes]]
+    def _take_block(self, indexes: NDArray[np.int32]) -> NDArray[Any]:
+        entries: NDArray[Any] = self._coder.take(indexes)
+        bits = _bits()[indexes, entries]
         self._bits_left -= float(bits.sum(dtype=np.float64))
         self._rounding += _ROUNDING * indexes.size
         if self._bits_left + self._rounding < 31:
             raise TruncatedError("the payload is damaged: it ends before its symbols do")
-        return symbols
+        return entries
 
 
 def scale_table() -> NDArray[np.float32]:
@@ -247,7 +247,6 @@ def _tables() -> Tables:
     return Tables(
         cdfs=[[*cdf, _TOTAL] for cdf in cdfs],
         lengths=[len(cdf) + 1 for cdf in cdfs],
-        offsets=offset.tolist(),
         lowest=offset,
         escapes=offset + symbols - 1,
     )

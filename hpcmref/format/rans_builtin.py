@@ -31,7 +31,7 @@ _MACHINES = {("linux", "amd64"): "x86_64", ("linux", "arm64"): "aarch64", ("darw
 
 
 class _CTables(ctypes.Structure):
-    """`Tables` of rans.c."""
+    """`Tables` of rans.c. Its offsets are 0, so that its symbols are entries of tables."""
 
     _fields_ = (
         ("cdfs", ctypes.c_void_p),
@@ -45,19 +45,19 @@ class _CTables(ctypes.Structure):
 def encode(parts: Iterable[tuple[NDArray[Any], NDArray[Any]]], tables: Tables) -> bytes:
     """Return the payload of all symbols of `parts`, in their order.
 
-    Each part is a pair of arrays of one length: values of symbols, int16 (n,), as `Tables.offsets` counts them, and
-    table indexes, uint8 (n,). Appends nothing of its own. Raises HpcmrefError if a table does not have its symbol.
+    Each part is a pair of arrays of one length: entries of tables, int16 (n,), and the indexes of these tables, uint8
+    (n,). Appends nothing of its own. Raises HpcmrefError if a table does not have its entry.
     """
     columns = tuple(zip(*parts, strict=True))
-    symbols = np.ascontiguousarray(np.concatenate(columns[0]), np.int16)
+    entries = np.ascontiguousarray(np.concatenate(columns[0]), np.int16)
     indexes = np.ascontiguousarray(np.concatenate(columns[1]), np.uint8)
     library = _library()
     if library is None:
-        return _encode_in_python(symbols.tolist(), indexes.tolist(), tables)
-    out = np.empty(4 * symbols.size + 8, np.uint8)  # a symbol takes 16 bits at most
+        return _encode_in_python(entries.tolist(), indexes.tolist(), tables)
+    out = np.empty(4 * entries.size + 8, np.uint8)  # a symbol takes 16 bits at most
     packed, _ = _packed(tables)
     size = library.rans_encode(
-        symbols.ctypes.data, indexes.ctypes.data, symbols.size, ctypes.byref(packed), out.ctypes.data, out.size
+        entries.ctypes.data, indexes.ctypes.data, entries.size, ctypes.byref(packed), out.ctypes.data, out.size
     )
     if size < 0:
         raise HpcmrefError("the range coder was given a symbol that its table does not have")
@@ -78,12 +78,15 @@ class Decoder:
         self._place = ctypes.c_int64(8)
 
     def take(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The next symbols, int32 (n,), for table indexes that have been checked, (n,)."""
+        """The next entries, int32 (n,), of the tables with these indexes, (n,), which have been checked.
+
+        Raises HpcmrefError if the compiled coder finds that there is no table of an index after all.
+        """
         library = _library()
         if library is None:
             return self._take_in_python(indexes)
         rows = np.ascontiguousarray(indexes, np.uint8)
-        symbols = np.empty(rows.size, np.int32)
+        entries = np.empty(rows.size, np.int32)
         packed, _ = _packed(self._tables)
         failed = library.rans_decode(
             self._payload,
@@ -93,15 +96,15 @@ class Decoder:
             rows.ctypes.data,
             rows.size,
             ctypes.byref(packed),
-            symbols.ctypes.data,
+            entries.ctypes.data,
         )
         if failed:
             raise HpcmrefError("the range coder was given the index of a table that it does not have")
-        return symbols
+        return entries
 
     def _take_in_python(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
         x, place, tables = self._state.value, self._place.value, self._tables
-        symbols = []
+        entries = []
         for index in indexes.tolist():
             cdf, m = tables.cdfs[index], x & 0xFFFF
             entry = bisect_right(cdf, m) - 1
@@ -109,9 +112,9 @@ class Decoder:
             if x < _LOWEST:
                 x = x << 32 | int.from_bytes(self._payload[place : place + 4], "little")
                 place += 4
-            symbols.append(entry + tables.offsets[index])
+            entries.append(entry)
         self._state.value, self._place.value = x, place
-        return np.array(symbols, np.int32)
+        return np.array(entries, np.int32)
 
 
 def name() -> str:
@@ -128,10 +131,10 @@ def library_path() -> Path:
     return Path(__file__).parent / "librans" / f"{system}-{machine}{_SUFFIXES.get(system, '.so')}"
 
 
-def _encode_in_python(symbols: list[int], indexes: list[int], tables: Tables) -> bytes:
+def _encode_in_python(entries: list[int], indexes: list[int], tables: Tables) -> bytes:
     x, words = _LOWEST, []
-    for symbol, index in zip(reversed(symbols), reversed(indexes), strict=True):
-        cdf, entry = tables.cdfs[index], symbol - tables.offsets[index]
+    for entry, index in zip(reversed(entries), reversed(indexes), strict=True):
+        cdf = tables.cdfs[index]
         if not 0 <= entry < len(cdf) - 1 or cdf[entry] == cdf[entry + 1]:
             raise HpcmrefError("the range coder was given a symbol that its table does not have")
         frequency = cdf[entry + 1] - cdf[entry]
@@ -167,7 +170,7 @@ def _packed(tables: Tables) -> tuple[_CTables, tuple[NDArray[Any], ...]]:
         cdfs = np.zeros((len(tables.cdfs), max(tables.lengths)), np.uint32)
         for row, cdf in zip(cdfs, tables.cdfs, strict=True):
             row[: len(cdf)] = cdf
-        lengths, offsets = np.array(tables.lengths, np.int32), np.array(tables.offsets, np.int32)
+        lengths, offsets = np.array(tables.lengths, np.int32), np.zeros(len(tables.lengths), np.int32)
         addresses = (array.ctypes.data for array in (cdfs, lengths, offsets))
         kept = _cached_pack["tables"] = tables, (_CTables(*addresses, *cdfs.shape), (cdfs, lengths, offsets))
     return kept[1]

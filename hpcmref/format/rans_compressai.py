@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 def encode(parts: Iterable[tuple[NDArray[Any], NDArray[Any]]], tables: Tables) -> bytes:
     """Return the payload of all symbols of `parts`, in their order.
 
-    Each part is a pair of arrays of one length: values of symbols, int16 (n,), as `Tables.offsets` counts them, and
-    table indexes, uint8 (n,).
+    Each part is a pair of arrays of one length: entries of tables, int16 (n,), and the indexes of these tables, uint8
+    (n,).
     """
-    coder = ans().BufferedRansEncoder()
-    for symbols, indexes in parts:
+    coder, no_offsets = ans().BufferedRansEncoder(), [0] * len(tables.cdfs)
+    for entries, indexes in parts:
         # As lists: the extension converts arrays element by element, which is three times slower.
-        coder.encode_with_indexes(symbols.tolist(), indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
+        coder.encode_with_indexes(entries.tolist(), indexes.tolist(), tables.cdfs, tables.lengths, no_offsets)
     return bytes(coder.flush())
 
 
@@ -45,21 +45,18 @@ class Decoder:
         most_words: the largest number of words that can be read; the payload is padded with zeros to that number.
         """
         self._tables = tables
-        self._no_offsets = [0] * len(tables.offsets)
+        self._no_offsets = [0] * len(tables.cdfs)
         self._coder = ans().RansDecoder()
         self._coder.set_stream(payload.ljust(8 + 4 * most_words, b"\0"))
 
-    def take(self, indexes: NDArray[np.int32]) -> NDArray[np.int32]:
-        """The next symbols, int32 (n,), for table indexes that have been checked, (n,)."""
+    def take(self, indexes: NDArray[np.int32]) -> NDArray[Any]:
+        """The next entries, (n,), of the tables with these indexes, (n,), which have been checked."""
         tables = self._tables
-        # Without their offsets, symbols count from 0. Nearly all are below 256, and bytes() converts those ten times
-        # faster than NumPy converts a list.
         entries = self._coder.decode_stream(indexes.tolist(), tables.cdfs, tables.lengths, self._no_offsets)
-        try:
-            symbols = np.frombuffer(bytes(entries), np.uint8)
+        try:  # nearly all are below 256, and bytes() converts those ten times faster than NumPy converts a list
+            return np.frombuffer(bytes(entries), np.uint8)
         except ValueError:
-            symbols = np.array(entries, np.int32)
-        return symbols + tables.lowest[indexes]
+            return np.array(entries, np.int32)
 
 
 def name() -> str:

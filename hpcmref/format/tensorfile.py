@@ -63,7 +63,10 @@ class TensorFile:
     _data: int
 
     def read(self) -> dict[str, NDArray[Any]]:
-        """Read all tensors, in the byte order of this machine. Raises CheckpointError if the file got shorter."""
+        """Read all tensors by name, in their shapes and in the byte order of this machine.
+
+        Raises CheckpointError if the file got shorter.
+        """
         import numpy as np
 
         data = bytearray(self.size - self._data)

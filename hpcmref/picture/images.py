@@ -282,9 +282,10 @@ def rendered(
     quality: int | None = None,
     background: tuple[int, int, int] | None = None,
 ) -> bytes:
-    """Return the bytes of an image file. See `render` for the other arguments.
+    """Return the bytes of an image file.
 
     path: names the file in messages, and its suffix gives the format. form: another format than that of the suffix.
+    quality, background: as in `render`.
     Raises ImageError if the suffix is unknown or the format cannot hold the image, and ConfigError as `render` does.
     """
     form = form or format_of(path)

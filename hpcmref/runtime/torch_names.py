@@ -38,7 +38,7 @@ def int_mm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def lerp_all_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
-    """Interpolate in place: target = target + weight (source - target), for each pair of tensors.
+    """Interpolate in place: target = target + weight (source - target), for each pair of tensors of one shape.
 
     Uses torch._foreach_lerp_. Without it, the tensors are processed one after the other.
     """

@@ -170,7 +170,8 @@ def search(
 ) -> Compressed:
     """The best file found from y (1, M, h, w) on, in real bytes and pixels; that of y at worst.
 
-    z_of: h_a, which gives z anew whenever y is coded.
+    target: the picture, and its error for given latents. goal: what is minimised, and within which limits. z_of: h_a,
+    which gives z anew whenever y is coded. quality: the one that is written into the file.
     """
     started = time.monotonic()
     found = _Search(latents, target, goal, y, z_of, quality)
