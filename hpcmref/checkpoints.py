@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hpcmref.exact.convert import Grids
     from hpcmref.model import HPCM
 
-DEFAULT_MODEL = "nano-1"
+DEFAULT_MODEL = "nano-2"
 """The name of the model that is used if none is given."""
 
 _WEIGHTS = Path(__file__).parent / "weights"

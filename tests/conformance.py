@@ -1,11 +1,11 @@
 """Golden files of exact arithmetic: for every preset a file, and what its y_hat is, for ever.
 
-    python tests/conformance.py nano        writes the golden file of the shipped model again, after it has changed
+    python tests/conformance.py nano-2      writes the golden file of a new shipped model
     python tests/conformance.py light ...   writes others again, which is a break of the format
 
-`nano` is a picture coded with the shipped weights. The other presets have the weights of `weights_of`, which follow
-from their names alone, and stored grids; their files hold made-up latents. So nothing in them depends on the floating
-point of the machine that wrote them.
+The files of shipped models are pictures, coded with their weights. The other presets have the weights of `weights_of`,
+which follow from their names alone, and stored grids; their files hold made-up latents. So nothing in them depends on
+the floating point of the machine that wrote them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from containers import learned_of
 from PIL import Image
 from torch import Tensor
 
+from hpcmref import checkpoints
 from hpcmref.codec import load
 from hpcmref.exact import attach, calibrate
 from hpcmref.exact.convert import Grids
@@ -39,6 +40,7 @@ EXPECTED = FOLDER / "expected.json"
 _LIGHT = dataclasses.replace(
     PRESETS["light"], M=192, context_width=384, prior_s1_s2=(2, 1), prior_s3=(2, 1), heads=16, memory=None
 )
+SHIPPED = tuple(info.name for info in checkpoints.shipped())
 CONFIGS = {**PRESETS, "light": _LIGHT}
 """The shapes that the golden files were written with; the preset light has another one now."""
 SIZES = {"light": (2, 3), "base": (1, 2), "large": (1, 2), "phi": (1, 2)}
@@ -46,10 +48,10 @@ SIZES = {"light": (2, 3), "base": (1, 2), "large": (1, 2), "phi": (1, 2)}
 
 
 def decoded(preset: str) -> dict[str, str]:
-    """What the golden file of a preset decodes to: CRC-32 of symbols and of the bits of y_hat."""
+    """What the golden file of a shipped model or a preset decodes to: CRC-32 of symbols and of the bits of y_hat."""
     file = (FOLDER / f"{preset}.bin").read_bytes()
-    if preset == "nano":
-        codec = load("nano", "cpu").latents
+    if preset in SHIPPED:
+        codec = load(preset, "cpu").latents
     else:
         codec, made = made_up_codec(preset)
         assert learned_of(container.parse(file)).fingerprint == made, "weights_of has changed"
@@ -67,15 +69,6 @@ def made_up_codec(preset: str) -> tuple[LatentCodec, bytes]:
 def exact_codec(preset: str, path: EntropyPath) -> LatentCodec:
     """The latent codec of made-up weights with their stored grids."""
     return LatentCodec(attach(path, stored_grids(preset, path)), torch.device("cpu"))
-
-
-def shipped_fingerprint() -> bytes:
-    return load("nano", "cpu").fingerprint
-
-
-def golden_fingerprint() -> bytes:
-    """Of the model that wrote nano.bin."""
-    return learned_of(container.parse((FOLDER / "nano.bin").read_bytes())).fingerprint
 
 
 def noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -164,11 +157,11 @@ def _sizes(path: EntropyPath) -> dict[str, dict[str, int]]:
 
 
 def write(preset: str) -> None:
-    """Write the golden file of a preset, and what it decodes to."""
+    """Write the golden file of a shipped model or a preset, and what it decodes to."""
     FOLDER.mkdir(exist_ok=True)
-    if preset == "nano":
+    if preset in SHIPPED:
         with Image.open(FOLDER.parent / "sample.png") as sample:
-            data = load("nano", "cpu").encode(sample.convert("RGB").crop((120, 40, 216, 104)), 40)
+            data = load(preset, "cpu").encode(sample.convert("RGB").crop((120, 40, 216, 104)), 40)
     else:
         data = _made_up(preset)
     (FOLDER / f"{preset}.bin").write_bytes(data)

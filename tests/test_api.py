@@ -198,7 +198,7 @@ class TestDecode:
 def test_info(data: bytes, small: Image.Image, tmp_path: Path) -> None:
     found = hpcmref.info(data)
     assert (found.width, found.height, found.grey, found.alpha, found.metadata) == (90, 70, False, False, ())
-    assert (found.version, found.coding, found.quality, found.model) == (2, "learned", 20, "nano-1")
+    assert (found.version, found.coding, found.quality, found.model) == (2, "learned", 20, "nano-2")
     assert found.encoder == ".".join(hpcmref.__version__.split(".")[:2])
     assert found.size == len(data) == sum(found.parts.values())
     assert found.bits_per_pixel == 8 * len(data) / (90 * 70)

@@ -228,7 +228,7 @@ class TestMeasure:
         assert measured[0].size < measured[1].size
         assert measured[0].psnr < measured[1].psnr
         assert measured[0].ms_ssim is None
-        assert codec.name == "hpcmref nano-1"
+        assert codec.name == "hpcmref nano-2"
 
     def test_an_effort_is_another_curve(self) -> None:
         plain, effort = codecs.codecs_of(["hpcmref", "hpcmref:effort=1"], ["nano"], "cpu")

@@ -159,7 +159,7 @@ def run(command: str) -> None:
         result = CliRunner().invoke(app, shlex.split(command)[1:])
         assert result.exit_code == 0, (command, result.output)
     else:
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+        done = subprocess.run(["bash", "-c", f"{command}; exit $?"], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
 
 

@@ -92,8 +92,8 @@ def test_the_usual_folder_is_the_user_s(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("mine")
 def test_names_that_are_taken(made: Path) -> None:
     one, other = made / "one.safetensors", made / "other.safetensors"
-    with pytest.raises(CheckpointError, match=r"nano-1 already.*another with --name"):
-        models.add(one, "nano-1", force=True)
+    with pytest.raises(CheckpointError, match=r"nano-2 already.*another with --name"):
+        models.add(one, "nano-2", force=True)
     models.add(one, "mine")
     with pytest.raises(CheckpointError, match=r"mine already.*--force"):
         models.add(other, "mine")
@@ -154,22 +154,22 @@ def test_verify_reads_every_model(made: Path, mine: Path) -> None:
 
 @pytest.mark.usefixtures("mine")
 def test_a_name_without_a_version_is_the_newest(made: Path) -> None:
-    assert checkpoints.find("nano") == checkpoints.find("nano-1")
+    assert checkpoints.find("nano") == checkpoints.find("nano-2")
     models.add(made / "one.safetensors", "nano-10")
     models.add(made / "other.safetensors", "nano-9")
     assert checkpoints.find("nano") == checkpoints.find("nano-10")
-    assert checkpoints.info(checkpoints.find(None)).name == "nano-1"
+    assert checkpoints.info(checkpoints.find(None)).name == "nano-2"
 
 
 def test_a_model_that_ships_stays_and_keeps_its_name(made: Path, mine: Path) -> None:
-    assert "ships with hpcmref" in call("remove", "nano-1").stderr
+    assert "ships with hpcmref" in call("remove", "nano-2").stderr
     result = call("remove", "nowhere")
     assert (result.exit_code, str(mine) in result.stderr) == (1, True)
     mine.mkdir(parents=True)
-    os.link(made / "one.safetensors", mine / "nano-1.safetensors")  # put there by hand
-    assert checkpoints.find("nano-1") != mine / "nano-1.safetensors"
-    assert [each.default for each in checkpoints.available() if each.name == "nano-1"] == [True, False]
-    assert call("remove", "nano-1").exit_code == 0
+    os.link(made / "one.safetensors", mine / "nano-2.safetensors")  # put there by hand
+    assert checkpoints.find("nano-2") != mine / "nano-2.safetensors"
+    assert [each.default for each in checkpoints.available() if each.name == "nano-2"] == [True, False]
+    assert call("remove", "nano-2").exit_code == 0
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(

@@ -60,6 +60,8 @@ class TrainingConfig:
     phases: the batch is that of one process. rescale: half of the crops are made smaller, by a factor between this and
     1. transpose: rows and columns of half of them are swapped. rate: train for this one lambda (of the MSE) instead of
     all. part_mb: the largest file of the state, in 10^6 bytes.
+
+    Making an invalid one raises ConfigError.
     """
 
     data: tuple[Path, ...]

@@ -41,7 +41,8 @@ class Report:
 class Trainer:
     """The state of a run: model, optimiser, average and clock; saved and resumed as a whole.
 
-    All random numbers of a step follow from the seed, the step and the rank, so there are none to save.
+    All random numbers of a step follow from the seed, the step and the rank, so there are none to save. Making a
+    trainer raises ConfigError if the rank's CUDA device does not exist.
     """
 
     def __init__(self, config: TrainingConfig, ranks: Ranks | None = None) -> None:
