@@ -48,7 +48,9 @@ def main(
 
     keep_memory()
     codec = load(model, "cpu")
-    images = _tiles(sources, limit, crop) if sources[0].suffix == ".tar" else images_of(sources[0], limit, crop)
+    images = (
+        middle_of_tiles(sources, limit, crop) if sources[0].suffix == ".tar" else images_of(sources[0], limit, crop)
+    )
     points = [int(quality) for quality in qualities.split(",")]
     table = Table(
         "effort", "BD-rate", "worst image", "best image", *(f"PSNR at {point}" for point in points),
@@ -95,7 +97,7 @@ def rate(plain: list[Trial], found: list[Trial]) -> float:
     return float("nan") if value is None else value
 
 
-def _tiles(archives: list[Path], limit: int, crop: int) -> list[Image.Image]:
+def middle_of_tiles(archives: list[Path], limit: int, crop: int) -> list[Image.Image]:
     """Return the middle of the first held-out tiles of training archives. One photograph in 64 is held out."""
     from hpcmref.training.data import Tiles
 

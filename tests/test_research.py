@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 
 from hpcmref import checkpoints
 from hpcmref.search import efforts
+from hpcmref.training.data import _is_held_out
 from research import (
     batches,
     codec_speed,
     contention,
     effort_curve,
     exactness_cost,
+    found_latents,
     growth,
     memory_ablation,
     memory_probe,
@@ -104,6 +106,24 @@ def test_effort_curve(images: Path, capsys: pytest.CaptureFixture[str], monkeypa
     shown = capsys.readouterr().out
     assert "1 images" in shown
     assert re.search(r"^│ 2 +│ -\d\.\d\d % │", shown, re.MULTILINE)
+
+
+def test_found_latents(
+    tmp_path: Path, sample: Image.Image, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training on found latents and on those of g_a, and the comparison on a held-out photograph."""
+    monkeypatch.setattr(checkpoints, "tiles", lambda: [sample.crop((0, 0, 256, 256))])  # calibration on one is faster
+    held_out = next(name for name in (f"{number}.png" for number in range(1000)) if _is_held_out(name))
+    for place, name in enumerate(("a.png", "b.png", held_out)):
+        sample.crop((100 * place, 0, 100 * place + 96, 96)).save(tmp_path / name)
+    assert _is_held_out("a.png") is _is_held_out("b.png") is False
+    found_latents.main(
+        [tmp_path], model=None, crops=3, side=64, effort=1, steps=2, learning_rate=1e-4, limit=1, held_side=64,
+        efforts="0", qualities="8,24,40,56",
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    assert re.search(r"^trained on found latents, effort 0: [+-]\d+\.\d\d %", shown, re.MULTILINE)
+    assert re.search(r"^trained on latents of g_a, effort 0: [+-]\d+\.\d\d %", shown, re.MULTILINE)
 
 
 def test_exactness_cost(images: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
