@@ -30,14 +30,14 @@ from hpcmref.model import PRESETS
 from hpcmref.training import Phase, Trainer, TrainingConfig
 from hpcmref.training.data import Tiles
 
-data, threads, batch, crop, compiled, sample, gradient = sys.argv[1:]
+data, threads, batch, crop, compiled, bfloat16, sample, gradient = sys.argv[1:]
 torch.set_num_threads(int(threads))
 PRESETS["nano"] = dataclasses.replace(
     PRESETS["nano"], heads=0, memory=None, stages=((192, 4),), synthesis=((192, 4),),
     prior_s1_s2=(2, 1), prior_s3=(2, 1),
 )
 config = TrainingConfig(
-    data=(Path(data),), output=Path("unused"), phases=(Phase(0, int(batch), int(crop)),), bfloat16=False,
+    data=(Path(data),), output=Path("unused"), phases=(Phase(0, int(batch), int(crop)),), bfloat16=bfloat16 == "True",
     compile=compiled == "True", steps=10**6, rescale=1.0, limit=60,
 )
 tiles = Tiles(config.data, int(crop), limit=60)
@@ -70,13 +70,14 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Of each trainer in a round.")] = 3,
     compiled: Annotated[bool, typer.Option("--compile", help="For both.")] = False,
+    bfloat16: Annotated[bool, typer.Option(help="For both, as in training; otherwise all is in float32.")] = False,
 ) -> None:
     """Print the cosine of both gradients, seconds a step, and ratios of the old version to the new one."""
     with versions(commit) as folders, ExitStack() as stack:
         workers, gradients = {}, []
         for side in ("old", "new"):
             gradients.append(folders["empty"] / f"{side}.pt")
-            arguments = (data.resolve(), threads, batch, crop, compiled, folders["empty"] / "sample.pt")
+            arguments = (data.resolve(), threads, batch, crop, compiled, bfloat16, folders["empty"] / "sample.pt")
             worker = Worker(WORKER, (*arguments, gradients[-1]), folders[side], threads, folders["empty"])
             workers[side] = stack.enter_context(worker)
         print(f"cosine of both gradients at the start: {cosine(*gradients):.8f}")

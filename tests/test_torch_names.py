@@ -61,3 +61,22 @@ def test_private_names_are_used_nowhere_else() -> None:
     folder = Path(hpcmref.__file__).parent
     users = {path.name for path in folder.rglob("*.py") if private.search(path.read_text(encoding="utf-8"))}
     assert users == {"torch_names.py"}
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_products_in_bfloat16_end_with_their_context(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are within the rounding of bfloat16. Afterwards they are those of float32 again, after an error too."""
+    if missing and hasattr(torch.backends.mkldnn, "matmul"):  # a property of the module's class
+        monkeypatch.delattr(type(torch.backends.mkldnn), "matmul")
+    torch.manual_seed(0)
+    x, y = torch.randn(256, 256), torch.randn(256, 256)
+    before = x @ y
+
+    def product_and_error() -> None:
+        with torch_names.matmul_in_bfloat16():
+            torch.testing.assert_close(x @ y, before, rtol=0, atol=0.5)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        product_and_error()
+    assert torch.equal(x @ y, before)

@@ -41,7 +41,7 @@ class Lattice:
         """Take the values on the lattice: x (B, C, H, W) -> (B, C, H/2, W/2)."""
         if masked:
             cells = _cells(x)
-            return _planes((cells * self._taken(cells)).sum((2, 4)))
+            return _planes((cells * self._taken(cells)).sum(4).sum(2))  # faster on a CPU than both at once
         groups = x.chunk(len(self.phases), dim=1)
         return torch.cat(
             [group[:, :, row::2, col::2] for group, (row, col) in zip(groups, self.phases, strict=True)], dim=1

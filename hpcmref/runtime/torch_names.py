@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +66,24 @@ def use_full_precision(undo: ExitStack) -> None:
         if mode.fp32_precision not in ("none", "ieee"):
             undo.callback(_set_precision, mode, mode.fp32_precision)
             mode.fp32_precision = "ieee"
+
+
+@contextmanager
+def matmul_in_bfloat16() -> Iterator[None]:
+    """Let oneDNN round the inputs of float32 matrix products on CPUs to bfloat16, for the length of the context.
+
+    Sums stay in float32. PyTorch 2.13 uses oneDNN for products without a bias, such as those of backward passes. Uses
+    fp32_precision in torch 2.9 and later, and torch.set_float32_matmul_precision in older versions.
+    """
+    mode: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    with ExitStack() as undo:
+        if hasattr(mode, "fp32_precision"):
+            undo.callback(_set_precision, mode, mode.fp32_precision)
+            mode.fp32_precision = "bf16"
+        else:
+            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("medium")
+        yield
 
 
 def allow_tf32() -> None:

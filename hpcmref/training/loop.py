@@ -18,7 +18,7 @@ from hpcmref.errors import CheckpointError, ConfigError
 from hpcmref.model import HPCM
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.layers import ResidualBlock
-from hpcmref.runtime.torch_names import allow_tf32, lerp_all_
+from hpcmref.runtime.torch_names import allow_tf32, lerp_all_, matmul_in_bfloat16
 from hpcmref.training.config import SCHEDULES, TrainingConfig
 from hpcmref.training.data import Tiles
 from hpcmref.training.graph import StepGraph
@@ -115,7 +115,8 @@ class Trainer:
         """Forward, backward and update; see `run_step`. skip: nothing moves."""
         loss, measures = self.objective(x, quality)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        with matmul_in_bfloat16() if self.config.bfloat16 and x.device.type == "cpu" else contextlib.nullcontext():
+            loss.backward()
         norm = self.update(skip)
         return torch.stack((loss.detach(), *measures.mean(1), norm))
 
