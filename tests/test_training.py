@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -27,6 +28,7 @@ from hpcmref.errors import CheckpointError, ConfigError, ImageError
 from hpcmref.model import PRESETS
 from hpcmref.model.config import MEMORY_BANKS
 from hpcmref.model.macs import macs_per_pixel
+from hpcmref.runtime.torch_names import matmul_in_bfloat16
 from hpcmref.training import Phase, Report, Trainer, TrainingConfig, phases_of, profile, train
 from hpcmref.training.data import Tiles, _cut_on_gpu
 from hpcmref.training.objective import LAMBDA_POWER
@@ -167,6 +169,21 @@ def test_crops_for_a_gpu_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(tiles, "_copied", copied)
     tiles.crops(40, 64, torch.Generator().manual_seed(3), rescale=0.5, transpose=transpose)
     assert torch.equal(on_gpu[0], expected)
+
+
+def test_a_backward_pass_in_bfloat16_gives_nearly_the_same_gradients() -> None:
+    """On a CPU, training computes the matrix products of the backward pass in bfloat16 (see `Trainer.plain_step`)."""
+    trainer = Trainer(dataclasses.replace(SMALL, bfloat16=False))
+    x, quality = trainer.sample(Tiles(SMALL.data, 64))
+    gradients = []
+    for context in (contextlib.nullcontext(), matmul_in_bfloat16()):
+        torch.manual_seed(0)
+        loss, _ = trainer.objective(x, quality)
+        trainer.optimiser.zero_grad()
+        with context:
+            loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.9999
 
 
 def test_a_large_crop_comes_from_an_image_that_has_room_for_it(tmp_path: Path) -> None:
