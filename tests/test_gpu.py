@@ -95,6 +95,91 @@ def test_the_selftest_passes() -> None:
     assert report.passed, report.failures
 
 
+# --- waiting for the GPU ---------------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {"M": 32, "N": 16, "context_width": 40, "stages": ((16, 1),) * 3, "synthesis": ((16, 1),) * 3}
+BANKS = {name: dataclasses.replace(bank, num_heads=4, value_resolution=3) for name, bank in MEMORY_BANKS.items()}
+KINDS: dict[str, HPCMConfig] = {
+    "attention": TINY,
+    "base": dataclasses.replace(PRESETS["base"], **SMALL, heads=4),
+    "phi": dataclasses.replace(PRESETS["phi"], **SMALL),
+    "state": STATE,
+    **{
+        f"memory {name}": dataclasses.replace(TINY, memory=BANKS[name])
+        for name in ("light", "linear", "global", "cross")
+    },
+    "memory per position": dataclasses.replace(TINY, memory=dataclasses.replace(BANKS["full"], per_position=True)),
+    "memory linear relu": dataclasses.replace(TINY, memory=dataclasses.replace(BANKS["linear"], feature_map="relu")),
+}
+SIZE = (3, 2)
+"""Of z, so that windows reach over the edge of the planes."""
+SIZES = [SIZE, (1, 1)]
+"""The second is that of pictures up to 64 x 64, where s1 is one position."""
+
+
+def _exact(config: HPCMConfig) -> tuple[HPCM, EntropyPath]:
+    """An untrained model whose memory is open, and its exact entropy path, on the CPU."""
+    model = model_of(config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".opening." in key:
+                parameter.uniform_(0.3, 0.9)
+    y, z = latents_of(model, 2, SIZE)
+
+    def walk() -> None:
+        for quality in (0.0, float(config.qualities - 1)):
+            model.entropy(torch.full((2,), quality), SIZE, SymbolWriter(y, z, torch.empty(0), []))
+
+    return model, attach(model.entropy, calibrate(model.entropy, walk))
+
+
+def _bits(y_hat: Tensor) -> Tensor:
+    return (y_hat.cpu() + 0.0).contiguous().view(torch.int32)
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_waiting_would_be_noticed() -> None:
+    numbers = torch.ones(4, device=DEVICE)
+    for wait in (lambda: numbers.sum().item(), lambda: torch.tensor([1.0, 2.0], device=DEVICE)):
+        with pytest.raises(RuntimeError, match="synchroniz"), _waiting_is_an_error():
+            wait()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoding_never_waits_for_the_gpu(kind: str) -> None:
+    """From y and z to the symbols on the device, with every memory bank: the host only gives orders."""
+    model, exact = _exact(KINDS[kind])
+    quality = float(min(20, model.config.qualities - 1))
+    y, z = (each.to(DEVICE) for each in latents_of(model, 2, SIZE))
+    exact.to(DEVICE)
+    thresholds = LatentCodec(exact, torch.device(DEVICE)).thresholds
+    for attempt in range(2):  # the first one loads kernels
+        with torch.inference_mode(), exactly(torch.device(DEVICE)), ExitStack() as stack:
+            if attempt:
+                stack.enter_context(_waiting_is_an_error())
+            qualities = torch.full((2,), quality, device=DEVICE)
+            exact(qualities, SIZE, SymbolWriter(y, z, thresholds, []))
+
+
+def test_the_transforms_never_wait_for_the_gpu(gpu: Codec) -> None:
+    x = torch.zeros(1, 3, 128, 192, dtype=torch.uint8, device=DEVICE)
+    for attempt in range(2):
+        with gpu._inference(), ExitStack() as stack:
+            if attempt:
+                stack.enter_context(_waiting_is_an_error())
+            qualities = gpu._quality(20)
+            y, _ = gpu.model.latents(gpu.model.features(x, lambda part: part.float().div_(255)), qualities)
+            gpu.model.synthesise(y, qualities)
+
+
 # --- shipped models ------------------------------------------------------------------------------------------------
 
 
@@ -285,89 +370,7 @@ def test_too_little_memory_is_one_sentence(gpu: Codec, sample: Image.Image, tmp_
     gpu.verify((tmp_path / "small.bin").read_bytes())
 
 
-# --- every kind of network -----------------------------------------------------------------------------------------
-
-SMALL: dict[str, Any] = {"M": 32, "N": 16, "context_width": 40, "stages": ((16, 1),) * 3, "synthesis": ((16, 1),) * 3}
-BANKS = {name: dataclasses.replace(bank, num_heads=4, value_resolution=3) for name, bank in MEMORY_BANKS.items()}
-KINDS: dict[str, HPCMConfig] = {
-    "attention": TINY,
-    "base": dataclasses.replace(PRESETS["base"], **SMALL, heads=4),
-    "phi": dataclasses.replace(PRESETS["phi"], **SMALL),
-    "state": STATE,
-    **{
-        f"memory {name}": dataclasses.replace(TINY, memory=BANKS[name])
-        for name in ("light", "linear", "global", "cross")
-    },
-    "memory per position": dataclasses.replace(TINY, memory=dataclasses.replace(BANKS["full"], per_position=True)),
-    "memory linear relu": dataclasses.replace(TINY, memory=dataclasses.replace(BANKS["linear"], feature_map="relu")),
-}
-SIZE = (3, 2)
-"""Of z, so that windows reach over the edge of the planes."""
-SIZES = [SIZE, (1, 1)]
-"""The second is that of pictures up to 64 x 64, where s1 is one position."""
-
-
-def _exact(config: HPCMConfig) -> tuple[HPCM, EntropyPath]:
-    """An untrained model whose memory is open, and its exact entropy path, on the CPU."""
-    model = model_of(config)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if ".opening." in key:
-                parameter.uniform_(0.3, 0.9)
-    y, z = latents_of(model, 2, SIZE)
-
-    def walk() -> None:
-        for quality in (0.0, float(config.qualities - 1)):
-            model.entropy(torch.full((2,), quality), SIZE, SymbolWriter(y, z, torch.empty(0), []))
-
-    return model, attach(model.entropy, calibrate(model.entropy, walk))
-
-
-def _bits(y_hat: Tensor) -> Tensor:
-    return (y_hat.cpu() + 0.0).contiguous().view(torch.int32)
-
-
-@contextmanager
-def _waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def test_waiting_would_be_noticed() -> None:
-    numbers = torch.ones(4, device=DEVICE)
-    for wait in (lambda: numbers.sum().item(), lambda: torch.tensor([1.0, 2.0], device=DEVICE)):
-        with pytest.raises(RuntimeError, match="synchroniz"), _waiting_is_an_error():
-            wait()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_encoding_never_waits_for_the_gpu(kind: str) -> None:
-    """From y and z to the symbols on the device, with every memory bank: the host only gives orders."""
-    model, exact = _exact(KINDS[kind])
-    quality = float(min(20, model.config.qualities - 1))
-    y, z = (each.to(DEVICE) for each in latents_of(model, 2, SIZE))
-    exact.to(DEVICE)
-    thresholds = LatentCodec(exact, torch.device(DEVICE)).thresholds
-    for attempt in range(2):  # the first one loads kernels
-        with torch.inference_mode(), exactly(torch.device(DEVICE)), ExitStack() as stack:
-            if attempt:
-                stack.enter_context(_waiting_is_an_error())
-            qualities = torch.full((2,), quality, device=DEVICE)
-            exact(qualities, SIZE, SymbolWriter(y, z, thresholds, []))
-
-
-def test_the_transforms_never_wait_for_the_gpu(gpu: Codec) -> None:
-    x = torch.zeros(1, 3, 128, 192, dtype=torch.uint8, device=DEVICE)
-    for attempt in range(2):
-        with gpu._inference(), ExitStack() as stack:
-            if attempt:
-                stack.enter_context(_waiting_is_an_error())
-            qualities = gpu._quality(20)
-            y, _ = gpu.model.latents(gpu.model.features(x, lambda part: part.float().div_(255)), qualities)
-            gpu.model.synthesise(y, qualities)
+# --- every kind of network -------------------------------------------------------------------------------------------
 
 
 def test_a_preview_reads_no_more_than_it_must(gpu: Codec) -> None:
