@@ -23,6 +23,11 @@ from hpcmref.search.synthesis import Target
 LIMIT = 255
 """Symbols of a larger magnitude are taken to have as many bits as this. Their gradient then comes from g_s alone."""
 
+OWN_BITS = 0.75
+"""The part of the bits of a symbol that counts in the gradient. The predictions are fixed, so the gradient does not
+show that a symbol with more information also makes later predictions better. Found on six held-out training tiles with
+nano-2 and effort 3: -3.4 % of the rate with 1, -3.6 with 0.9, -3.8 with 0.75, -3.8 with 0.6."""
+
 EDGE = 1e-4
 """The closest that a latent may be to one of its neighbours, since atanh is infinite at 1."""
 
@@ -71,7 +76,7 @@ class Annealer:
         self._count = 0
         self._random = torch.Generator(y.device).manual_seed(seed)
         bits = torch.from_numpy(symbol_bits(LIMIT)).to(y.device)
-        self._dearer = bits.diff(dim=1).flatten()  # bits of symbol + 1 above those of symbol
+        self._dearer = OWN_BITS * bits.diff(dim=1).flatten()  # bits of symbol + 1 above those of symbol
 
     def round(self, known: Predictions, schedule: Schedule) -> Iterator[None]:
         """Anneal with these predictions; yields after every iteration."""
