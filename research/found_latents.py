@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -105,9 +104,8 @@ def search(codec: Codec, tiles: Tiles, crops: int, side: int, effort: int, quali
 
 
 def trained(model: HPCM, samples: Samples, latents: Tensor, steps: int, learning_rate: float) -> HPCM:
-    """A copy of a model whose g_s and entropy path were trained on given latents instead of those of g_a."""
-    model = deepcopy(model).train()
-    model.requires_grad_(False)
+    """Train g_s and the entropy path of a model on given latents instead of those of g_a, and return it."""
+    model.train().requires_grad_(False)
     parameters = [*model.g_s.parameters(), *model.entropy.parameters()]
     for parameter in parameters:
         parameter.requires_grad_()

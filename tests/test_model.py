@@ -22,7 +22,7 @@ from hpcmref.errors import ConfigError
 from hpcmref.model import HPCM, PRESETS, HPCMConfig
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.entropy import LIKELIHOOD_BOUND, SCALE_BOUND, likelihood, lower_bound, quantise, scale_index
-from hpcmref.model.layers import PConvRB, QualityTable, anchor_weights, down, up
+from hpcmref.model.layers import Down, PConvRB, QualityTable, Up, anchor_weights
 from hpcmref.model.macs import macs_per_pixel
 
 KINDS = pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_attention_sees_the_tokens_of_its_window_that_exist(size: tuple[int, int
         torch.testing.assert_close(cell(context, previous), expected)
 
 
-@pytest.mark.parametrize("layer", [down(6, 5), up(6, 5), down(3, 8, kernel=4), up(8, 3, kernel=4)])
+@pytest.mark.parametrize("layer", [Down(6, 5), Up(6, 5), Down(3, 8, kernel=4), Up(8, 3, kernel=4)])
 def test_training_computes_strided_convolutions_as_they_are(layer: nn.Module) -> None:
     """As matrix products, where the kernel is as wide as the stride: the same values and gradients."""
     layer = layer.double()

@@ -49,8 +49,7 @@ def decode(
     quiet: options.QuietOption = False,
 ) -> None:
     """Decode files back to images."""
-    if force and resume:
-        raise typer.BadParameter("--force replaces existing outputs, and --resume keeps them: use one of them.")
+    options.check_existing(force, resume)
     from hpcmref.picture.images import FORMATS, format_of
     from hpcmref.picture.render import check_writable
 

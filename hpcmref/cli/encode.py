@@ -72,8 +72,7 @@ def encode(
     quiet: options.QuietOption = False,
 ) -> None:
     """Encode images to small files."""
-    if force and resume:
-        raise typer.BadParameter("--force replaces existing outputs, and --resume keeps them: use one of them.")
+    options.check_existing(force, resume)
     parts = encode_options.parse_parts(strip_only) if strip_only is not None else ()
     target = encode_options.target_of(quality, bpp, size, psnr, lossless)
     planned = plan(images, output, IMAGE_SUFFIXES, ENCODED_SUFFIX, recursive)

@@ -110,3 +110,9 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object for each file on standard output, instead of text.")
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be written where, and write nothing.")]
+
+
+def check_existing(force: bool, resume: bool) -> None:
+    """Raise typer.BadParameter if --force and --resume are both given."""
+    if force and resume:
+        raise typer.BadParameter("--force replaces existing outputs, and --resume keeps them: use one of them.")

@@ -49,7 +49,7 @@ def conv1x1(inputs: int, outputs: int) -> Pointwise:
 class Down(nn.Conv2d):
     """Convolution that halves the resolution: kernel 2, or kernel 4 with padding 1."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int = 2) -> None:
         super().__init__(inputs, outputs, kernel, stride=2, padding=kernel // 2 - 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Down(nn.Conv2d):
 class Up(nn.ConvTranspose2d):
     """Transposed convolution that doubles the resolution: kernel 2, or kernel 4 with padding 1."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int = 2) -> None:
         super().__init__(inputs, outputs, kernel, stride=2, padding=kernel // 2 - 1)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -75,16 +75,6 @@ class Up(nn.ConvTranspose2d):
         cells = F.linear(x.permute(0, 2, 3, 1), self.weight.permute(2, 3, 1, 0).flatten(0, 2))
         cells = cells.unflatten(3, (2, 2, -1)).transpose(2, 3) + self.bias
         return cells.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-
-
-def down(inputs: int, outputs: int, kernel: int = 2) -> Down:
-    """See `Down`."""
-    return Down(inputs, outputs, kernel)
-
-
-def up(inputs: int, outputs: int, kernel: int = 2) -> Up:
-    """See `Up`."""
-    return Up(inputs, outputs, kernel)
 
 
 class PartialConv(nn.Module):

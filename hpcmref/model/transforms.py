@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcmref.model.config import HPCMConfig
-from hpcmref.model.layers import PConvRB, conv1x1, down, up
+from hpcmref.model.layers import Down, PConvRB, Up, conv1x1
 
 BLOCK = 8
 """The dct transform rearranges blocks of BLOCK x BLOCK pixels as channels before its first convolution."""
@@ -20,15 +20,15 @@ def g_a(config: HPCMConfig) -> nn.Sequential:
             nn.PixelUnshuffle(BLOCK),
             conv1x1(3 * BLOCK**2, width),
             *(PConvRB(width, config.ratio) for _ in range(blocks)),
-            down(width, config.M),
+            Down(width, config.M),
         )
     layers: list[nn.Module] = []
     inputs = 3
     for width, blocks in config.stages:
-        layers.append(down(inputs, width, kernel=4 if inputs == 3 else 2))
+        layers.append(Down(inputs, width, kernel=4 if inputs == 3 else 2))
         layers += [PConvRB(width, config.ratio) for _ in range(blocks)]
         inputs = width
-    return nn.Sequential(*layers, down(inputs, config.M))
+    return nn.Sequential(*layers, Down(inputs, config.M))
 
 
 def g_s(config: HPCMConfig) -> nn.Sequential:
@@ -36,7 +36,7 @@ def g_s(config: HPCMConfig) -> nn.Sequential:
     if config.transform == "dct":
         ((width, blocks),) = config.synthesis
         return nn.Sequential(
-            up(config.M, width),
+            Up(config.M, width),
             *(PConvRB(width, config.ratio) for _ in range(blocks)),
             conv1x1(width, 3 * BLOCK**2),
             nn.PixelShuffle(BLOCK),
@@ -44,28 +44,28 @@ def g_s(config: HPCMConfig) -> nn.Sequential:
     layers: list[nn.Module] = []
     inputs = config.M
     for width, blocks in config.synthesis:
-        layers.append(up(inputs, width))
+        layers.append(Up(inputs, width))
         layers += [PConvRB(width, config.ratio) for _ in range(blocks)]
         inputs = width
-    return nn.Sequential(*layers, up(inputs, 3, kernel=4))
+    return nn.Sequential(*layers, Up(inputs, 3, kernel=4))
 
 
 def h_a(config: HPCMConfig) -> nn.Sequential:
     """Hyper analysis: (B, M, h, w) -> (B, N, h/4, w/4)."""
     return nn.Sequential(
         PConvRB(config.M, config.hyper_ratio),
-        down(config.M, config.N),
+        Down(config.M, config.N),
         *(PConvRB(config.N, config.hyper_ratio) for _ in range(config.hyper_blocks)),
-        down(config.N, config.N),
+        Down(config.N, config.N),
     )
 
 
 def h_s(config: HPCMConfig) -> nn.Sequential:
     """Hyper synthesis: (B, N, h/4, w/4) -> (B, 2 M, h, w), the hyper scales and means."""
     return nn.Sequential(
-        up(config.N, config.N),
+        Up(config.N, config.N),
         *(PConvRB(config.N, config.hyper_ratio) for _ in range(config.hyper_blocks)),
-        up(config.N, 2 * config.M),
+        Up(config.N, 2 * config.M),
         PConvRB(2 * config.M, config.hyper_ratio),
     )
 

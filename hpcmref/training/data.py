@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from hpcmref.errors import ConfigError, ImageError
+from hpcmref.training.config import TrainingConfig
 
 SUFFIXES = (".avif", ".bmp", ".jpg", ".jpeg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 HELD_OUT = 64
@@ -103,6 +104,14 @@ class Tiles:
         for window, (first, side, channel, row) in zip(windows, table[:4].T.tolist(), strict=True):
             window[:, :side, :side] = self._pixels.as_strided((3, side, side), (channel, row, 1), first)
         return windows
+
+
+def tiles_of(config: TrainingConfig, device: torch.device | str) -> Tiles:
+    """The images of a run: all that have room for its smallest crops. Raises ConfigError as `Tiles` does."""
+    tiles = Tiles(config.data, min(phase.crop for phase in config.phases), config.limit, device)
+    if config.compile:
+        tiles.compile()
+    return tiles
 
 
 def _cut(windows: Tensor, table: Tensor, side: int, transpose: bool) -> Tensor:

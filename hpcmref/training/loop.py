@@ -20,7 +20,7 @@ from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.layers import ResidualBlock
 from hpcmref.runtime.torch_names import allow_tf32, lerp_all_, matmul_in_bfloat16
 from hpcmref.training.config import SCHEDULES, TrainingConfig
-from hpcmref.training.data import Tiles
+from hpcmref.training.data import Tiles, tiles_of
 from hpcmref.training.graph import StepGraph
 from hpcmref.training.objective import Objective, bits_per_pixel, mean_squared_error, psnr
 from hpcmref.training.ranks import Ranks, joined
@@ -236,9 +236,7 @@ def train(config: TrainingConfig, report: Callable[[Report], None] = lambda _: N
     """
     with joined(config.device) as ranks:
         trainer = Trainer(config, ranks)
-        tiles = Tiles(config.data, min(phase.crop for phase in config.phases), config.limit, trainer.device)
-        if config.compile:
-            tiles.compile()
+        tiles = tiles_of(config, trainer.device)
         config.output.mkdir(parents=True, exist_ok=True)
         if has_state(config.output):
             trainer.load()

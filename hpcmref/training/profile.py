@@ -13,7 +13,7 @@ from torch.profiler import profile as trace
 from hpcmref.model.macs import macs_per_pixel
 from hpcmref.runtime.heap import peak_memory
 from hpcmref.training.config import Phase, TrainingConfig
-from hpcmref.training.data import Tiles
+from hpcmref.training.data import Tiles, tiles_of
 from hpcmref.training.loop import Trainer
 
 PARTS = ("data", "forward", "backward", "update")
@@ -41,9 +41,7 @@ class Profile:
 
 def profile(config: TrainingConfig, steps: int = 5) -> list[Profile]:
     """Measure some steps of every phase of a run. Nothing is written."""
-    tiles = Tiles(config.data, min(phase.crop for phase in config.phases), config.limit, config.device)
-    if config.compile:
-        tiles.compile()
+    tiles = tiles_of(config, config.device)
     return [_profile(config, phase, tiles, steps) for phase in config.phases]
 
 
