@@ -40,8 +40,8 @@ from hpcmref.model.config import MEMORY_BANKS, MemoryConfig
 from hpcmref.model.entropy import bits
 from hpcmref.model.layers import anchor_weights
 from hpcmref.runtime.torch_names import lerp_all_
+from hpcmref.training.bfloat16 import train_in_bfloat16
 from hpcmref.training.data import Tiles
-from hpcmref.training.loop import _blocks_in_bfloat16
 from hpcmref.training.start import start_from
 from research.exactness_cost import bpp_and_psnr
 
@@ -178,8 +178,8 @@ def _tuned(
     model = _with_memory(trained, VARIANTS[name], seed)
     judged = _with_memory(trained, VARIANTS[name], seed)
     plain = _with_memory(trained, None, seed)
-    _blocks_in_bfloat16(model, "cpu")
-    _blocks_in_bfloat16(plain, "cpu")
+    train_in_bfloat16(model, "cpu")
+    train_in_bfloat16(plain, "cpu")
     ratio = 1.0 if name == "off" else _step_ratio(model, plain, features[:batch])
     groups: dict[str, list[Tensor]] = {kind: [] for kind in RATES}
     for key, parameter in model.named_parameters():

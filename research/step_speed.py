@@ -29,7 +29,12 @@ import hpcmref
 from hpcmref.model import PRESETS
 from hpcmref.training import Phase, Trainer, TrainingConfig
 from hpcmref.training.data import Tiles
+try:
+    from hpcmref.runtime.heap import keep_memory
+except ImportError:  # the older version
+    from hpcmref.heap import keep_memory
 
+keep_memory()  # as the command does
 data, threads, batch, crop, compiled, bfloat16, sample, gradient = sys.argv[1:]
 torch.set_num_threads(int(threads))
 PRESETS["nano"] = dataclasses.replace(

@@ -32,7 +32,8 @@ from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.memory_bank import CellMean, LinearAttend, Pool, Recall, State, from_cells, top
 from hpcmref.model.strips import in_strips
 from hpcmref.training import Phase, TrainingConfig
-from hpcmref.training.loop import Trainer, _blocks_in_bfloat16
+from hpcmref.training.bfloat16 import train_in_bfloat16
+from hpcmref.training.loop import Trainer
 from hpcmref.training.start import start_from
 from research.exactness_matrix import decode, run
 
@@ -456,7 +457,7 @@ def test_a_run_puts_a_closed_bank_on_a_trained_model(tmp_path: Path, monkeypatch
 def test_a_bank_trains_in_bfloat16(name: str) -> None:
     """Attention gives bfloat16 then, and a bank computes in float32 all the same."""
     model = opened(name).train()
-    _blocks_in_bfloat16(model, "cpu")
+    train_in_bfloat16(model, "cpu")
     model(torch.rand(1, 3, 64, 64), torch.tensor([9.0]))["likelihoods"]["y"].log2().mean().backward()
     gradients = [parameter.grad for parameter in model.entropy.context.banks.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from models import TINY, model_of
+from models import TINY, TRAINABLE, model_of
 from PIL import Image
 from typer.testing import CliRunner
 
 from hpcmref import checkpoints
+from hpcmref.model import PRESETS
+from hpcmref.model.config import MemoryConfig
 from hpcmref.search import efforts
 from hpcmref.training.data import _is_held_out
 from research import (
@@ -22,6 +25,7 @@ from research import (
     effort_curve,
     exactness_cost,
     found_latents,
+    from_start,
     growth,
     memory_ablation,
     memory_probe,
@@ -124,6 +128,45 @@ def test_found_latents(
     shown = capsys.readouterr().out
     assert re.search(r"^trained on found latents, effort 0: [+-]\d+\.\d\d %", shown, re.MULTILINE)
     assert re.search(r"^trained on latents of g_a, effort 0: [+-]\d+\.\d\d %", shown, re.MULTILINE)
+
+
+def test_from_start(tmp_path: Path, sample: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every variant trains; a run that is there is not repeated."""
+    held_out = next(name for name in (f"{number}.png" for number in range(1000)) if _is_held_out(name))
+    for place, name in enumerate(("a.png", held_out)):
+        sample.crop((100 * place, 0, 100 * place + 96, 96)).save(tmp_path / name)
+    nano = PRESETS["nano"]
+    plain = dataclasses.replace(TRAINABLE, heads=0)
+    state = dataclasses.replace(plain, memory=MemoryConfig("state", (1, 2, 3), transfer=True, width=8))
+    variants = {
+        "state 64": from_start.Variant(state),
+        "gated": from_start.Variant(state, from_start.GatedState),
+        "references": from_start.Variant(state, from_start.LastReferences),
+        "none, 2 crops": from_start.Variant(plain, batch=2),
+    }
+    for name, value in {"VARIANTS": variants, "NANO": state, "CROP": 64, "SIDE": 64}.items():
+        monkeypatch.setattr(from_start, name, value)
+
+    def call(*arguments: str) -> str:
+        result = CliRunner().invoke(from_start.app, arguments)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    run = ("run", str(tmp_path), "-o", str(tmp_path / "runs"), "--steps", "2", "--tiles", "1", "--variants")
+    call(*run, ";".join(variants))
+    assert call(*run, ";".join(variants)) == ""
+    assert PRESETS["nano"] is nano
+    results = tmp_path / "runs" / "results.jsonl"
+    rows = {row["variant"]: row for row in from_start.rows(results)}
+    assert [(row["steps"], len(row["points"])) for row in rows.values()][:1] == [(2, 5)]
+    assert rows["gated"]["multiplications"] == rows["state 64"]["multiplications"]
+
+    points = [(0.1 * 2**index, 25.0 + 3 * index) for index in range(5)]
+    changed = (rows["state 64"] | {"points": points}, rows["gated"] | {"points": [(0.9 * x, y) for x, y in points]})
+    results.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    shown = call("report", str(tmp_path / "runs"))
+    assert re.search(r"^\| state 64 \| \d+\.\d \| 1\.00 \| 2 \| \+0\.00 % \|$", shown, re.MULTILINE)
+    assert re.search(r"^\| gated .* \| -10\.00 % \|$", shown, re.MULTILINE)
 
 
 def test_exactness_cost(images: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:

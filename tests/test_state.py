@@ -27,7 +27,7 @@ from hpcmref.model.context import Attend
 from hpcmref.model.memory_bank import StateBank
 from hpcmref.model.schedule import S1, S2, STEPS_S1, STEPS_S2, STEPS_S3
 from hpcmref.model.strips import in_strips
-from hpcmref.training.loop import _blocks_in_bfloat16
+from hpcmref.training.bfloat16 import train_in_bfloat16
 from hpcmref.training.start import start_from
 from research.exactness_matrix import decode, run
 
@@ -187,7 +187,7 @@ def test_the_same_in_train_and_eval_mode_in_a_batch_and_alone() -> None:
 
 def test_gradients_reach_what_is_written_and_who_reads_it() -> None:
     model = model_of(STATE).train()
-    _blocks_in_bfloat16(model, "cpu")
+    train_in_bfloat16(model, "cpu")
     model(torch.rand(2, 3, 64, 64), torch.tensor([5.0, 58.0]))["likelihoods"]["y"].log2().mean().backward()
     net = model.entropy.context
     for adaptor in (*net.adaptor_s2, *net.adaptor_s3):

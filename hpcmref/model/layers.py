@@ -1,5 +1,7 @@
 """The building blocks of all networks: convolutions, the two residual blocks, and tables that depend on the rate."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +14,10 @@ SLOPE = 0.01
 
 WIDE = 2**21
 """A residual block holds about this many numbers of its wide middle layer at a time: few enough for a cache."""
+
+
+Linear = Callable[..., Tensor]
+"""`torch.nn.functional.linear`, or how training computes it (`hpcmref/training/bfloat16.py`)."""
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -30,6 +36,8 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Pointwise(nn.Conv2d):
     """1x1 convolution. In eval mode it runs in the type of its weights, whatever the type of its input."""
 
+    linear: Linear = staticmethod(F.linear)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, C', H, W)."""
         if self.training:
@@ -38,7 +46,7 @@ class Pointwise(nn.Conv2d):
 
     def as_matmul(self, x: Tensor) -> Tensor:
         """As `forward`, computed as a matrix product: forward and backward are up to 3 times as fast on a CPU."""
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return self.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def conv1x1(inputs: int, outputs: int) -> Pointwise:
@@ -49,6 +57,8 @@ def conv1x1(inputs: int, outputs: int) -> Pointwise:
 class Down(nn.Conv2d):
     """Convolution that halves the resolution: kernel 2, or kernel 4 with padding 1."""
 
+    linear: Linear = staticmethod(F.linear)
+
     def __init__(self, inputs: int, outputs: int, kernel: int = 2) -> None:
         super().__init__(inputs, outputs, kernel, stride=2, padding=kernel // 2 - 1)
 
@@ -58,11 +68,13 @@ class Down(nn.Conv2d):
             return super().forward(x)
         # As a matrix product, as in `Pointwise`: the four pixels of a cell are the input.
         cells = x.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)
-        return F.linear(cells.flatten(3), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+        return self.linear(cells.flatten(3), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class Up(nn.ConvTranspose2d):
     """Transposed convolution that doubles the resolution: kernel 2, or kernel 4 with padding 1."""
+
+    linear: Linear = staticmethod(F.linear)
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 2) -> None:
         super().__init__(inputs, outputs, kernel, stride=2, padding=kernel // 2 - 1)
@@ -72,7 +84,7 @@ class Up(nn.ConvTranspose2d):
         if not self.training or self.kernel_size != (2, 2):
             return super().forward(x, output_size)
         # As a matrix product: the four pixels of a cell are the output.
-        cells = F.linear(x.permute(0, 2, 3, 1), self.weight.permute(2, 3, 1, 0).flatten(0, 2))
+        cells = self.linear(x.permute(0, 2, 3, 1), self.weight.permute(2, 3, 1, 0).flatten(0, 2))
         cells = cells.unflatten(3, (2, 2, -1)).transpose(2, 3) + self.bias
         return cells.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 

@@ -16,9 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from hpcmref import checkpoints
 from hpcmref.errors import CheckpointError, ConfigError
 from hpcmref.model import HPCM
-from hpcmref.model.context import CrossAttentionCell
-from hpcmref.model.layers import ResidualBlock
 from hpcmref.runtime.torch_names import allow_tf32, lerp_all_, matmul_in_bfloat16
+from hpcmref.training.bfloat16 import train_in_bfloat16
 from hpcmref.training.config import SCHEDULES, TrainingConfig
 from hpcmref.training.data import Tiles, tiles_of
 from hpcmref.training.graph import StepGraph
@@ -70,7 +69,7 @@ class Trainer:
         self.skipped = 0
         self.seconds = 0.0
         if config.bfloat16:
-            _blocks_in_bfloat16(self.model, self.device.type)
+            train_in_bfloat16(self.model, self.device.type)
         self.objective: nn.Module = Objective(self.model, config.metric).to(self.device)
         if config.compile:
             self.objective.compile(dynamic=False)  # each shape of a batch by itself
@@ -113,9 +112,9 @@ class Trainer:
 
     def plain_step(self, x: Tensor, quality: Tensor, skip: bool = False) -> Tensor:
         """Forward, backward and update; see `run_step`. skip: nothing moves."""
-        loss, measures = self.objective(x, quality)
-        self.optimiser.zero_grad(set_to_none=True)
         with matmul_in_bfloat16() if self.config.bfloat16 and x.device.type == "cpu" else contextlib.nullcontext():
+            loss, measures = self.objective(x, quality)
+            self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
         norm = self.update(skip)
         return torch.stack((loss.detach(), *measures.mean(1), norm))
@@ -302,25 +301,6 @@ def _run(trainer: Trainer, tiles: Tiles, log: _Log | None) -> None:
                     log.tell("validation", trainer.validate(tiles))
                 trainer.seconds += time.monotonic() - begun
             trainer.seconds = trainer.ranks.agree(trainer.seconds)
-
-
-def _blocks_in_bfloat16(model: HPCM, device: str) -> None:
-    """Compute inside residual blocks and attention in bfloat16; what runs between them stays in float32.
-
-    Latents reach values of a hundred quantiser steps, more than the 8 bits of bfloat16 can hold to half a step.
-    """
-    for module in model.modules():
-        if isinstance(module, ResidualBlock | CrossAttentionCell):
-            module.forward = _in_bfloat16(module.forward, device)  # type: ignore[method-assign]
-
-
-def _in_bfloat16(forward: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
-    def run(*inputs: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            result = forward(*inputs)
-        return result.float()
-
-    return run
 
 
 def _assign(targets: list[Any], sources: list[Tensor]) -> None:
