@@ -30,6 +30,7 @@ from hpcmref.model import PRESETS, HPCMConfig
 from hpcmref.model.config import MEMORY_BANKS
 from hpcmref.model.macs import macs_per_pixel
 from hpcmref.model.memory_bank import StateBank
+from hpcmref.runtime.heap import keep_memory
 from hpcmref.training import Phase, Trainer, TrainingConfig
 from hpcmref.training.data import Tiles
 from hpcmref.training.objective import bits_per_pixel, mean_squared_error, psnr
@@ -124,6 +125,7 @@ def run(
     limit: Annotated[int | None, typer.Option(help="Read only the first images, this many.")] = None,
 ) -> None:
     """Train and judge variants, one after the other."""
+    keep_memory()
     torch.set_num_threads(1)
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.jsonl"
