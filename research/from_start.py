@@ -125,7 +125,6 @@ def run(
     limit: Annotated[int | None, typer.Option(help="Read only the first images, this many.")] = None,
 ) -> None:
     """Train and judge variants, one after the other."""
-    keep_memory()
     torch.set_num_threads(1)
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.jsonl"
@@ -247,4 +246,5 @@ def curve(row: dict[str, Any]) -> Curve:
 
 
 if __name__ == "__main__":
+    keep_memory()
     app()
