@@ -27,6 +27,7 @@ from hpcmref.errors import ConfigError, ImageError
 from hpcmref.format.container import parse
 from hpcmref.format.rangecoder import SymbolEncoder, symbol_bits
 from hpcmref.model import HPCM
+from hpcmref.model.layers import in_bfloat16
 from hpcmref.search import efforts, synthesis
 from hpcmref.search.anneal import LIMIT, predictions
 from hpcmref.search.synthesis import SimilarTarget, Target
@@ -88,6 +89,13 @@ class TestGradient:
         gradient = picture.gradient(y)
         assert leaf.grad is not None
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+    def test_the_gradient_in_bfloat16_is_nearly_that_in_float32(self, model: HPCM, y: Tensor) -> None:
+        picture = self.picture(model, (181, 100))
+        exact = picture.gradient(y)
+        in_bfloat16(model.g_s)
+        rounded = picture.gradient(y)
+        assert 0 < float(torch.dist(rounded, exact) / exact.norm()) < 0.02
 
     def test_clamped_pixels_pull_no_further(self, model: HPCM, y: Tensor) -> None:
         """A white that is meant to be white has no error, however much whiter the network makes it."""

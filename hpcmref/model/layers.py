@@ -44,9 +44,12 @@ class Pointwise(nn.Conv2d):
             return self.as_matmul(x)
         return pointwise(x.to(self.weight.dtype), self.weight, self.bias)
 
-    def as_matmul(self, x: Tensor) -> Tensor:
-        """As `forward`, computed as a matrix product: forward and backward are up to 3 times as fast on a CPU."""
-        return self.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+    def as_matmul(self, x: Tensor, linear: Linear | None = None) -> Tensor:
+        """As `forward`, computed as a matrix product: forward and backward are up to 3 times as fast on a CPU.
+
+        linear: what computes it instead of `self.linear`.
+        """
+        return (linear or self.linear)(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def conv1x1(inputs: int, outputs: int) -> Pointwise:
@@ -83,8 +86,11 @@ class Up(nn.ConvTranspose2d):
         """x: (B, C, h, w) -> (B, C', 2h, 2w)."""
         if not self.training or self.kernel_size != (2, 2):
             return super().forward(x, output_size)
-        # As a matrix product: the four pixels of a cell are the output.
-        cells = self.linear(x.permute(0, 2, 3, 1), self.weight.permute(2, 3, 1, 0).flatten(0, 2))
+        return self.as_matmul(x)
+
+    def as_matmul(self, x: Tensor, linear: Linear | None = None) -> Tensor:
+        """As `forward`, computed as a matrix product: the four pixels of a cell are the output. Kernel 2 only."""
+        cells = (linear or self.linear)(x.permute(0, 2, 3, 1), self.weight.permute(2, 3, 1, 0).flatten(0, 2))
         cells = cells.unflatten(3, (2, 2, -1)).transpose(2, 3) + self.bias
         return cells.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
