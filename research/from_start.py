@@ -48,10 +48,11 @@ class GatedState(StateBank):
     The channels of the state that belong to gates stay zero, so only half of its width is used.
     """
 
-    def _parts(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        context, written = super()._parts(out)
+    def write(self, state: Tensor, written: Tensor) -> Tensor:
         values, gates = written.chunk(2, dim=1)
-        return context, torch.cat((values * gates.sigmoid(), torch.zeros_like(gates)), dim=1)
+        return state + torch.cat((values * gates.sigmoid(), torch.zeros_like(gates)), dim=1)
+
+    write_ = write
 
 
 class LastReferences(StateBank):
@@ -59,10 +60,9 @@ class LastReferences(StateBank):
 
     COUNT = 4
 
-    def write(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        context, written = self._parts(out)
+    def write(self, state: Tensor, written: Tensor) -> Tensor:
         newest = self.width // self.COUNT
-        return context, torch.cat((written[:, :newest], state[:, : self.width - newest]), dim=1)
+        return torch.cat((written[:, :newest], state[:, : self.width - newest]), dim=1)
 
     write_ = write
 

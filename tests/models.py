@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from hpcmref.model import HPCM, PRESETS, HPCMConfig
+from hpcmref.model import HPCM, PRESETS, HPCMConfig, context, hpcm, memory_bank
 from hpcmref.model.config import MEMORY_BANKS
+from hpcmref.model.strips import all_in_strips, in_strips
 
 TINY = dataclasses.replace(
     PRESETS["nano"],
@@ -41,6 +44,25 @@ def model_of(config: HPCMConfig = TINY, seed: int = 0, **changes: Any) -> HPCM:
             if "quant_steps" in name or "hyper" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def in_few_rows(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Any]]:
+    """Makes strips one unit high, as if images were large; the list records what ran in them."""
+    ran: list[Callable[..., Any]] = []
+
+    def narrow(apply: Callable[..., Any]) -> Callable[..., Any]:
+        def run(function: Callable[..., Any], *inputs: Tensor, **options: Any) -> Any:
+            if inputs[0].shape[2] > options.get("unit", 1):
+                ran.append(function)
+            return apply(function, *inputs, **options | {"positions": 1})
+
+        return run
+
+    for module in (context, hpcm, memory_bank):
+        for apply in (in_strips, all_in_strips):
+            if hasattr(module, apply.__name__):
+                monkeypatch.setattr(module, apply.__name__, narrow(apply))
+    return ran
 
 
 def latents_of(

@@ -14,9 +14,8 @@ import pytest
 import torch
 from coding import OTHERS, SYNCHRONISING, Operations, calibrated, exact_after_checks, there_and_back
 from containers import latent_checksum_of
-from models import TINY, TRAINABLE, latents_of, model_of
+from models import TINY, TRAINABLE, in_few_rows, latents_of, model_of
 from PIL import Image
-from torch import Tensor
 
 from hpcmref import checkpoints
 from hpcmref.codec import Codec
@@ -25,12 +24,11 @@ from hpcmref.exact import attach
 from hpcmref.exact.memory_bank import ExactCellMean, ExactLinearAttend, ExactPool, ExactRecall, ExactSigmoid, _root
 from hpcmref.format import container
 from hpcmref.latents import thresholds
-from hpcmref.model import HPCM, PRESETS, HPCMConfig, context, memory_bank
+from hpcmref.model import HPCM, PRESETS, HPCMConfig, memory_bank
 from hpcmref.model.coders import SymbolWriter
 from hpcmref.model.config import MEMORY_BANKS, MemoryConfig
 from hpcmref.model.context import CrossAttentionCell
 from hpcmref.model.memory_bank import CellMean, LinearAttend, Pool, Recall, State, from_cells, top
-from hpcmref.model.strips import in_strips
 from hpcmref.training import Phase, TrainingConfig
 from hpcmref.training.bfloat16 import train_in_bfloat16
 from hpcmref.training.loop import Trainer
@@ -364,11 +362,7 @@ def test_strips_change_nothing(name: str, codec: Codec, monkeypatch: pytest.Monk
     y, z = latents_of(model, 1, SIZE)
     payloads, expected, _ = there_and_back(exact, y, z)
 
-    def few(function: Any, *inputs: Tensor, **options: int) -> Tensor:
-        return in_strips(function, *inputs, **options | {"positions": inputs[0].shape[3]})  # type: ignore[arg-type]
-
-    monkeypatch.setattr(context, "in_strips", few)
-    monkeypatch.setattr(memory_bank, "in_strips", few)
+    in_few_rows(monkeypatch)
     found, strips, _ = there_and_back(exact, y, z)
     assert found == payloads
     assert torch.equal(strips, expected)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from coding import OTHERS, calibrated, there_and_back
 from containers import latent_checksum_of
-from models import TINY, latents_of, model_of
+from models import TINY, in_few_rows, latents_of, model_of
 from PIL import Image
 
 from hpcmref.codec import Codec
@@ -25,8 +25,6 @@ from hpcmref.errors import DecodeError, TruncatedError
 from hpcmref.exact import attach
 from hpcmref.exact.unchanged import Unchanged
 from hpcmref.format import container
-from hpcmref.model import context, hpcm
-from hpcmref.model.strips import in_strips
 from research.exactness_matrix import (
     CONFIGURATIONS,
     MODES,
@@ -159,14 +157,7 @@ def test_strips_change_nothing(
     codec: Codec, files: list[bytes], expected: list[Latents], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in large images: every local function on a few rows at a time."""
-    strips = []
-
-    def few(function: object, *inputs: torch.Tensor, **options: int) -> torch.Tensor:
-        strips.append(inputs[0].shape)
-        return in_strips(function, *inputs, **options | {"positions": inputs[0].shape[3]})  # type: ignore[arg-type]
-
-    monkeypatch.setattr(context, "in_strips", few)
-    monkeypatch.setattr(hpcm, "in_strips", few)
+    strips = in_few_rows(monkeypatch)
     assert decode(codec, files[:2]) == expected[:2]
     assert len(strips) > 20
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from coding import OTHERS, Recorder, calibrated, exact_after_checks, there_and_back
 from containers import latent_checksum_of
-from models import STATE, TINY, TRAINABLE, latents_of, model_of
+from models import STATE, TINY, TRAINABLE, in_few_rows, latents_of, model_of
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,8 +25,7 @@ from hpcmref.model.coders import Estimator
 from hpcmref.model.config import MEMORY_BANKS, MemoryConfig
 from hpcmref.model.context import Attend
 from hpcmref.model.memory_bank import StateBank
-from hpcmref.model.schedule import S1, S2, STEPS_S1, STEPS_S2, STEPS_S3
-from hpcmref.model.strips import in_strips
+from hpcmref.model.schedule import S1, S2, STEPS_S1, STEPS_S2, STEPS_S3, Step
 from hpcmref.training.bfloat16 import train_in_bfloat16
 from hpcmref.training.start import start_from
 from research.exactness_matrix import decode, run
@@ -219,12 +218,28 @@ def test_strips_change_nothing(codec: Codec, monkeypatch: pytest.MonkeyPatch) ->
     exact = attach(model.entropy, calibrated(model, SIZE))
     y, z = latents_of(model, 1, (5, 2))
     payloads, expected, _ = there_and_back(exact, y, z)
-    monkeypatch.setattr(
-        context, "in_strips", lambda run, *x, **options: in_strips(run, *x, **options | {"positions": x[0].shape[3]})
-    )
+    in_few_rows(monkeypatch)
     found, strips, _ = there_and_back(exact, y, z)
     assert found == payloads
     assert torch.equal(strips, expected)
+
+
+def test_contexts_share_two_planes_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In strips, a context overwrites the last but one, which nothing reads any more."""
+    model = model_of(STATE)
+    y, z = latents_of(model, 1, (5, 2))
+    places: dict[int, set[int]] = {}
+    code = context.ContextModel._code
+
+    def noted(self: context.ContextModel, step: Step, plane: Tensor, *others: Any) -> Tensor:
+        places.setdefault(step.scale, set()).add(plane.untyped_storage().data_ptr())
+        return code(self, step, plane, *others)
+
+    monkeypatch.setattr(context.ContextModel, "_code", noted)
+    in_few_rows(monkeypatch)
+    with torch.no_grad():
+        model.entropy(torch.tensor([20.0]), (z.shape[2], z.shape[3]), Estimator(y, z, noise=False))
+    assert [len(places[scale]) for scale in (2, 3)] == [2, 2]
 
 
 def test_a_state_beyond_all_ranges(codec: Codec) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from coding import calibrated, there_and_back
-from models import TINY, latents_of, model_of, psnr
+from models import TINY, in_few_rows, latents_of, model_of, psnr
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from hpcmref.codec import Codec
 from hpcmref.exact import attach
-from hpcmref.model import context, hpcm
 from hpcmref.model.coders import Estimator
 from hpcmref.model.config import PRESETS
 from hpcmref.model.strips import in_strips
@@ -34,20 +32,6 @@ TRANSFORMS = {
     ),
 }  # fmt: skip
 """The depth of each preset, with few channels."""
-
-
-def few_rows(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., Tensor]]:
-    """Makes strips one unit high; the list records what ran in them."""
-    ran: list[Callable[..., Tensor]] = []
-
-    def narrow(function: Callable[..., Tensor], *inputs: Tensor, **options: int) -> Tensor:
-        if inputs[0].shape[2] > options.get("unit", 1):
-            ran.append(function)
-        return in_strips(function, *inputs, **options | {"positions": 1})  # type: ignore[arg-type]
-
-    monkeypatch.setattr(context, "in_strips", narrow)
-    monkeypatch.setattr(hpcm, "in_strips", narrow)
-    return ran
 
 
 # --- in_strips -----------------------------------------------------------------------------------------------------
@@ -115,7 +99,7 @@ def test_every_network_gives_the_same_in_strips(name: str, monkeypatch: pytest.M
 
     with torch.no_grad():
         whole = run()
-        ran = few_rows(monkeypatch)
+        ran = in_few_rows(monkeypatch)
         for part, expected in zip(run(), whole, strict=True):
             torch.testing.assert_close(part, expected, rtol=1e-9, atol=1e-9)
     for network in (model.h_a, model.entropy.h_s):
@@ -158,7 +142,7 @@ def test_the_exact_entropy_path_gives_the_same_bits(
     exact = attach(model.entropy, calibrated(model))
     y, z = latents_of(model, 2, (5, 1))
     payloads, written, read = there_and_back(exact, y, z)
-    ran = few_rows(monkeypatch)
+    ran = in_few_rows(monkeypatch)
     in_strips_payloads, in_strips_written, in_strips_read = there_and_back(exact, y, z)
     assert in_strips_payloads == payloads
     for y_hat in (read, in_strips_written, in_strips_read):
@@ -171,7 +155,7 @@ def test_a_picture_has_no_seams(codec: Codec, sample: Image.Image, monkeypatch: 
     image = sample.crop((100, 10, 180, 310))
     whole = codec.encode(image, 40)
     shown = np.asarray(codec.decode(whole), np.int16)
-    ran = few_rows(monkeypatch)
+    ran = in_few_rows(monkeypatch)
     assert np.abs(np.asarray(codec.decode(whole), np.int16) - shown).max() <= 1
     parts = codec.encode(image, 40)
     assert len(ran) > 25

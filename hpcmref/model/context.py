@@ -27,7 +27,7 @@ from hpcmref.model.coders import Coder
 from hpcmref.model.config import HPCMConfig
 from hpcmref.model.layers import DWConvRB, QualityTable, conv1x1
 from hpcmref.model.schedule import S1, S2, STEPS_S1, STEPS_S2, STEPS_S3, Lattice, Step, displaced_source
-from hpcmref.model.strips import POSITIONS, in_strips
+from hpcmref.model.strips import POSITIONS, all_in_strips, in_strips
 
 
 class SpatialPrior(nn.Module):
@@ -147,10 +147,13 @@ class Carry(Protocol):
     def start(self, context: Tensor) -> Tensor:
         """The state before the first step of s1, whose context is (B, 2M, h, w)."""
 
-    def write(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """The context (B, 2M, h, w) and the new state. out: the result (B, 2M + width, h, w) of a prior."""
+    def split(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The result (B, 2M + width, h, w) of a prior as views: context (B, 2M, h, w), and what is written."""
 
-    def write_(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, state: Tensor, written: Tensor) -> Tensor:
+        """The new state. written: (B, width, h, w)."""
+
+    def write_(self, state: Tensor, written: Tensor) -> Tensor:
         """As `write`, but `state` itself is overwritten and returned."""
 
     def finer(self, state: Tensor) -> Tensor:
@@ -235,20 +238,22 @@ class ContextModel(nn.Module):
     ) -> Known:
         """Run those steps of one scale that use networks. Returns what is known after them."""
         context_next, y_hat, state, bank = known
-        replaced = None
+        replaced = spare = None
         for step, adaptor, quant_step in zip(steps, adaptors, quant_steps, strict=True):
             seen, bank = _remember(bank, replaced, context_next, before_prior=True)
-            predict = partial(_predict, prior, adaptor, quant_step)
+            predict = partial(_predict, prior, adaptor, quant_step, self.state)
             inputs = (seen, y_hat) if state is None else (seen, y_hat, state)
-            context = in_strips(predict, *inputs, halo=prior.halo, whole=self.training)
+            into = (spare,) if state is None else (spare, None)
+            context, *written = all_in_strips(predict, *inputs, halo=prior.halo, into=into, whole=self.training)
             if self.state is not None and state is not None:
-                write = self.state.write if self.training else self.state.write_
-                context, state = write(state, context)
+                state = (self.state.write if self.training else self.state.write_)(state, *written)
             y_hat = self._code(step, context, y_hat, coder)
             if step is STEPS_S3[-1]:
                 break
             replaced = context_next
             if attention is None:
+                # No step reads the replaced context again, unless a bank does, so the next one may overwrite it.
+                spare = replaced if bank is None else None
                 context_next = context
             else:
                 # The strips are smaller here, since query, key, value and their products take ten times the memory of
@@ -320,12 +325,12 @@ def _remember(
     return module.read(state, context), (module, state)
 
 
-def _predict(prior: SpatialPrior, adaptor: nn.Module, quant_step: Tensor, *known: Tensor) -> Tensor:
-    """The context of one step (B, 2M, h, w), computed from the planes known before it.
-
-    In the mode `state`, the channels that are added to the state follow.
-    """
-    return prior(adaptor(torch.cat(known, dim=1)), quant_step)
+def _predict(
+    prior: SpatialPrior, adaptor: nn.Module, quant_step: Tensor, carry: Carry | None, *known: Tensor
+) -> tuple[Tensor, ...]:
+    """The context of one step (B, 2M, h, w), computed from the planes known before it, and what goes to the state."""
+    out = prior(adaptor(torch.cat(known, dim=1)), quant_step)
+    return (out,) if carry is None else carry.split(out)
 
 
 def _halves(lattice: Lattice, x: Tensor, masked: bool) -> Tensor:

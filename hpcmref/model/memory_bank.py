@@ -340,22 +340,18 @@ class StateBank(nn.Module):
         batch, _, height, columns = context.shape
         return context.new_zeros(batch, height, columns, self.width).permute(0, 3, 1, 2)
 
-    def write(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Split the result `out` (B, 2M + width, h, w) of a prior, and add its second part to the state.
-
-        Returns the context (B, 2M, h, w), which is a view of `out`, and the new state.
-        """
-        context, written = self._parts(out)
-        return context, state + written
-
-    def write_(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """As `write`, but `state` itself is overwritten and returned."""
-        context, written = self._parts(out)
-        return context, state.add_(written)
-
-    def _parts(self, out: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the result `out` (B, 2M + width, h, w) of a prior into views: the context, and what is written."""
         context, written = out.split((out.shape[1] - self.width, self.width), dim=1)
         return context, written
+
+    def write(self, state: Tensor, written: Tensor) -> Tensor:
+        """The state with `written` (B, width, h, w) added to it."""
+        return state + written
+
+    def write_(self, state: Tensor, written: Tensor) -> Tensor:
+        """As `write`, but `state` itself is overwritten and returned."""
+        return state.add_(written)
 
     def finer(self, state: Tensor) -> Tensor:
         """(B, width, h, w) -> (B, width, 2h, 2w): every value is repeated 2 x 2 times."""

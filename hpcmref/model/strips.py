@@ -1,6 +1,6 @@
 """Apply local functions to one horizontal strip after the other, so that big images fit into memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,25 +32,55 @@ def in_strips(
     inputs.
     whole: compute everything at once, whatever the size, and overwrite nothing, as gradients need it.
     """
+
+    def results(*parts: Tensor) -> tuple[Tensor]:
+        return (function(*parts),)
+
+    return all_in_strips(results, *inputs, halo=halo, unit=unit, positions=positions, into=(into,), whole=whole)[0]
+
+
+def all_in_strips(
+    function: Callable[..., tuple[Tensor, ...]],
+    *inputs: Tensor,
+    halo: int,
+    unit: int = 1,
+    positions: int = POSITIONS,
+    into: Sequence[Tensor | None],
+    whole: bool = False,
+) -> tuple[Tensor, ...]:
+    """As `in_strips`, for a function with several results. into: one for each result."""
     height, width = inputs[0].shape[2:]
     units = -(-height // unit)
     step = max(1, positions // (unit * width))
     if whole or step >= units:
         return function(*inputs)
+    planes = list(into)
     for start in range(0, units, step):
         stop = min(start + step, units)
         top, bottom = unit * max(0, start - halo), min(unit * (stop + halo), height)
-        part = function(*(x[:, :, top:bottom] for x in inputs))
-        numerator, denominator = part.shape[2], bottom - top
+        parts = function(*(x[:, :, top:bottom] for x in inputs))
+        planes = [
+            _placed(plane, part, (unit * start, min(unit * stop, height)), (top, bottom), height)
+            for plane, part in zip(planes, parts, strict=True)
+        ]
+    return tuple(plane for plane in planes if plane is not None)
 
-        def rows(row: int, numerator: int = numerator, denominator: int = denominator) -> int:
-            return row * numerator // denominator
 
-        first, last = unit * start, min(unit * stop, height)
-        if into is None:
-            layout = torch.channels_last if part.is_contiguous(memory_format=torch.channels_last) else None
-            shape = (*part.shape[:2], rows(height), part.shape[3])
-            into = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
-        into[:, :, rows(first) : rows(last)] = part[:, :, rows(first - top) : rows(last - top)]
-    assert into is not None
+def _placed(into: Tensor | None, part: Tensor, wanted: tuple[int, int], known: tuple[int, int], height: int) -> Tensor:
+    """Copy a part of a result into the plane of the whole result, which is made if it is None, and return it.
+
+    known: the rows of the inputs that the part was computed from, of `height` rows; wanted: those that count.
+    """
+    top, bottom = known
+
+    def row_of(row: int) -> int:
+        return row * part.shape[2] // (bottom - top)
+
+    if into is None:
+        layout = torch.channels_last if part.is_contiguous(memory_format=torch.channels_last) else None
+        shape = (*part.shape[:2], row_of(height), part.shape[3])
+        into = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
+    assert into.dtype == part.dtype
+    first, last = wanted
+    into[:, :, row_of(first) : row_of(last)] = part[:, :, row_of(first - top) : row_of(last - top)]
     return into
