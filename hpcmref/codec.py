@@ -82,7 +82,7 @@ class Codec:
         self.name = name
         self.fingerprint = checkpoint.fingerprint
         self.device = device
-        self.model = checkpoint.model.eval()
+        self.model = checkpoint.model.eval().requires_grad_(False)
         self.model.entropy = attach(self.model.entropy, checkpoint.grids)
         self.model.to(device)
         if device.type == "cpu" and has_bfloat16_units():

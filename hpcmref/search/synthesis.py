@@ -9,82 +9,19 @@ picture is computed in strips. This limits the memory, and changes only the orde
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from hpcmref.model import rounded
 from hpcmref.model.hpcm import HPCM
-from hpcmref.model.layers import SLOPE, PartialConv, Pointwise, ResidualBlock, Up
+from hpcmref.model.layers import Pointwise, ResidualBlock, Up
 from hpcmref.model.transforms import halo
 from hpcmref.similarity import ms_ssim
 
 POSITIONS = 2**12
 """Positions of the 1/16 latent lattice in a strip: one megapixel, about 200 MB."""
-
-
-class _Block(torch.autograd.Function):
-    """A residual block of g_s with constant weights, inside in the type of its 1x1 convolutions."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, block: ResidualBlock) -> Tensor:
-        """x: (B, C, H, W) float32; the result has that shape."""
-        ctx.block, dtype = block, block.expand.weight.dtype
-        inside = x.to(dtype)
-        part, kernel, bias = _spatial(block)
-        mixed = inside.clone()
-        mixed[:, :part] = F.conv2d(inside[:, :part], kernel.to(dtype), bias.to(dtype), padding=1)
-        expand, project = block.expand, block.project
-        wide = F.leaky_relu_(F.linear(_rows(mixed), expand.weight.flatten(1), expand.bias), SLOPE)
-        ctx.save_for_backward(wide)
-        return x + _planes(F.linear(wide, project.weight.flatten(1), project.bias).float(), x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (activated,) = ctx.saved_tensors
-        block, dtype = ctx.block, activated.dtype
-        wide = _rows(grad.to(dtype)) @ block.project.weight.flatten(1)
-        wide = torch.ops.aten.leaky_relu_backward(wide, activated, SLOPE, True)
-        mixed = _planes(wide @ block.expand.weight.flatten(1), grad)
-        part, kernel, _ = _spatial(block)
-        mixed[:, :part] = F.conv_transpose2d(mixed[:, :part], kernel.to(dtype), padding=1)
-        return grad + mixed.float(), None
-
-
-def _spatial(block: ResidualBlock) -> tuple[int, Tensor, Tensor]:
-    """The channels that the spatial convolution of a block mixes, its kernel, and its bias."""
-    assert isinstance(block.spatial, PartialConv)
-    convolution = block.spatial.conv
-    assert convolution.bias is not None
-    return block.spatial.part, convolution.weight, convolution.bias
-
-
-def _rows(planes: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B H W, C)."""
-    return planes.permute(0, 2, 3, 1).reshape(-1, planes.shape[1])
-
-
-def _planes(rows: Tensor, like: Tensor) -> Tensor:
-    """(B H W, C) -> (B, C, H, W), the shape of `like`."""
-    batch, _, height, width = like.shape
-    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
-
-
-class _Product(torch.autograd.Function):
-    """x (..., C) @ weight (C', C)^T + bias with a constant weight. The backward pass multiplies in `dtype`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        ctx.weight, ctx.dtype = weight, dtype
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return (grad.to(ctx.dtype) @ ctx.weight.to(ctx.dtype)).float(), None, None, None
 
 
 def _through(network: nn.Sequential, x: Tensor) -> Tensor:
@@ -96,15 +33,11 @@ def _through(network: nn.Sequential, x: Tensor) -> Tensor:
     blocks = (module for module in network if isinstance(module, ResidualBlock))
     dtype = next((block.expand.weight.dtype for block in blocks), torch.float32)
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        out: Tensor = _Product.apply(x, weight, bias, dtype)  # type: ignore[no-untyped-call]
-        return out
-
     for module in network:
         if isinstance(module, ResidualBlock):
-            x = _Block.apply(x, module)  # type: ignore[no-untyped-call]
+            x = rounded.residual_block(module, x, dtype)
         elif isinstance(module, Pointwise) or (isinstance(module, Up) and module.kernel_size == (2, 2)):
-            x = module.as_matmul(x, linear)
+            x = module.as_matmul(x, partial(rounded.linear, dtype=dtype))
         else:
             x = module(x)
     return x
