@@ -33,8 +33,8 @@ from hpcmref.model.memory_bank import StateBank
 from hpcmref.runtime.heap import keep_memory
 from hpcmref.training import Phase, Trainer, TrainingConfig
 from hpcmref.training.data import Tiles
-from hpcmref.training.objective import bits_per_pixel, mean_squared_error, psnr
 from hpcmref.training.state import has_state
+from research.memory_ablation import lines_of
 
 NANO = PRESETS["nano"]
 BASELINE = "state 64"
@@ -129,7 +129,7 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.jsonl"
     for name in map(str.strip, variants.split(";")):
-        if any((row["variant"], row["seed"]) == (name, seed) for row in rows(results)):
+        if any((row["variant"], row["seed"]) == (name, seed) for row in lines_of(results)):
             continue
         folder = output / f"{name.replace(', ', '-').replace(' ', '_')}.{seed}"
         row = trained(name, tuple(data), folder, steps, tiles, seed, limit)
@@ -138,27 +138,19 @@ def run(
         print(json.dumps(row), flush=True)
 
 
-def rows(results: Path) -> list[dict[str, Any]]:
-    """The lines of a file of results, which need not exist."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-
-
 def trained(
     name: str, data: tuple[Path, ...], folder: Path, steps: int, count: int, seed: int, limit: int | None
 ) -> dict[str, Any]:
     """Do one run, and return its line of the results. A state in `folder` is continued."""
-    variant = VARIANTS[name]
-    trainer = _trainer(variant, data, folder, steps, seed)
-    tiles = Tiles(data, CROP, limit)
+    variant, tiles = VARIANTS[name], Tiles(data, CROP, limit)
+    folder.mkdir(parents=True, exist_ok=True)
     ratio_file = folder / "ratio.json"
-    if has_state(folder):
-        trainer.load()
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
+    if not ratio_file.exists():
         ratio_file.write_text(json.dumps(step_ratio(variant, data, tiles)))
     ratio = json.loads(ratio_file.read_text())
-    # The learning rate follows the budget of the configuration, which is this variant's own.
-    trainer.config = replace(trainer.config, steps=round(steps / ratio))
+    trainer = _trainer(variant, data, folder, round(steps / ratio), seed)
+    if has_state(folder):
+        trainer.load()
     saved = time.monotonic()
     while trainer.progress < 1:
         trainer.run_step(tiles)
@@ -173,7 +165,7 @@ def trained(
         "step_ratio": round(ratio, 3),
         "multiplications": round(sum(macs_per_pixel(variant.model).values())),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "points": judged(trainer, tiles.held_out[:count]),
+        "points": judged(trainer, tiles, count),
     }
 
 
@@ -211,26 +203,20 @@ def step_ratio(variant: Variant, data: tuple[Path, ...], tiles: Tiles, rounds: i
     return other / nano
 
 
-def judged(trainer: Trainer, tiles: list[Tensor]) -> list[tuple[float, float]]:
-    """Mean bits per pixel and PSNR in dB of the average of the weights, on the middle of tiles, at each quality."""
-    points = []
-    with trainer.averaged() as model, torch.inference_mode():
-        for quality in QUALITIES:
-            values = []
-            for tile in tiles:
-                top, left = ((side - SIDE) // 2 for side in tile.shape[1:])
-                x = tile[None, :, top : top + SIDE, left : left + SIDE] / 255
-                out = model(x, x.new_full((1,), quality))
-                error = mean_squared_error(out["x_hat"].clamp(0, 1), x)
-                values.append((float(bits_per_pixel(out)), float(psnr(error))))
-            points.append((statistics.fmean(bpp for bpp, _ in values), statistics.fmean(db for _, db in values)))
-    return points
+def judged(trainer: Trainer, tiles: Tiles, count: int) -> list[tuple[float, float]]:
+    """Mean bits per pixel and PSNR in dB at each quality, on the middle of held-out tiles, which stay cut."""
+    corners = [[(side - SIDE) // 2 for side in tile.shape[1:]] for tile in tiles.held_out]
+    tiles.held_out = [
+        tile[:, top : top + SIDE, left : left + SIDE] for tile, (top, left) in zip(tiles.held_out, corners, strict=True)
+    ]
+    values = trainer.validate(tiles, count, QUALITIES)
+    return [(values[f"bpp_{quality}"], values[f"psnr_{quality}"]) for quality in QUALITIES]
 
 
 @app.command()
 def report(output: Annotated[Path, typer.Argument(help="The folder of the runs.")]) -> None:
     """Print BD-rates against nano with the same seed, as a table."""
-    results = rows(output / "results.jsonl")
+    results = lines_of(output / "results.jsonl")
     nano = {row["seed"]: row for row in results if row["variant"] == BASELINE}
     print("| variant | thousand multiplications | time a step | steps | BD-rate |\n| --- | --- | --- | --- | --- |")
     for row in results:

@@ -117,7 +117,7 @@ def run(
     features = _crops(trained, data, output / "crops.pt", crops, crop)
     pictures = pictures_of(trained, kodak)
     results = output / "results.jsonl"
-    done = {(row["variant"], row["seed"]) for row in _rows(results)}
+    done = {(row["variant"], row["seed"]) for row in lines_of(results)}
     for seed in map(int, seeds.split(",")):
         for name in list(VARIANTS)[:first]:
             if (name, seed) not in done:
@@ -136,7 +136,8 @@ def _weights(output: Path, name: str, seed: int) -> Path:
     return output / f"{name.replace(', ', '-').replace(' ', '_')}.{seed}.pt"
 
 
-def _rows(results: Path) -> list[dict[str, Any]]:
+def lines_of(results: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results, which need not exist."""
     return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
@@ -300,9 +301,9 @@ def cost(
 ) -> None:
     """Measure real files, time and memory of every variant against `off`, coded in turns: cost.jsonl."""
     images = [Image.open(path).convert("RGB") for path in sorted(kodak.glob("*.png"))[:limit]]
-    names = list(dict.fromkeys(row["variant"] for row in _rows(output / "results.jsonl")))
+    names = list(dict.fromkeys(row["variant"] for row in lines_of(output / "results.jsonl")))
     plain = _codec("off", output)
-    done = {row["variant"] for row in _rows(output / "cost.jsonl")}
+    done = {row["variant"] for row in lines_of(output / "cost.jsonl")}
     for name in names:
         if name not in done:
             row = _cost(name, plain if name == "off" else _codec(name, output), plain, images, repeat, quality)
@@ -314,7 +315,7 @@ def cost(
 def _codec(name: str, output: Path) -> Codec:
     """Return the codec of the first seed of a variant."""
     state = torch.load(_weights(output, name, 0), weights_only=True)
-    trained = checkpoints.load(checkpoints.find(_rows(output / "results.jsonl")[0]["model"])).model
+    trained = checkpoints.load(checkpoints.find(lines_of(output / "results.jsonl")[0]["model"])).model
     model = HPCM(replace(trained.config, memory=VARIANTS[name])).eval()
     model.load_state_dict(state)
     path = _weights(output, name, 0).with_suffix(".safetensors")
@@ -366,8 +367,8 @@ def report(
     figure: Annotated[Path | None, typer.Option(help="A PNG file to draw.")] = None,
 ) -> None:
     """Print the table of all variants in Markdown, and draw it."""
-    rows = _rows(output / "results.jsonl")
-    costs = {row["variant"]: row for row in _rows(output / "cost.jsonl")}
+    rows = lines_of(output / "results.jsonl")
+    costs = {row["variant"]: row for row in lines_of(output / "cost.jsonl")}
     plain = {row["seed"]: row for row in rows if row["variant"] == "off"}
     deltas: dict[str, list[tuple[float, float]]] = {}
     for row in rows:

@@ -157,7 +157,7 @@ def test_from_start(tmp_path: Path, sample: Image.Image, monkeypatch: pytest.Mon
     assert call(*run, ";".join(variants)) == ""
     assert PRESETS["nano"] is nano
     results = tmp_path / "runs" / "results.jsonl"
-    rows = {row["variant"]: row for row in from_start.rows(results)}
+    rows = {row["variant"]: row for row in memory_ablation.lines_of(results)}
     assert [(row["steps"], len(row["points"])) for row in rows.values()][:1] == [(2, 5)]
     assert rows["gated"]["multiplications"] == rows["state 64"]["multiplications"]
 

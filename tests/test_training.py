@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -170,6 +171,21 @@ def test_crops_for_a_gpu_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(tiles, "_copied", copied)
     tiles.crops(40, 64, torch.Generator().manual_seed(3), rescale=0.5, transpose=transpose)
     assert torch.equal(on_gpu[0], expected)
+
+
+def test_a_backward_pass_in_bfloat16_gives_nearly_the_same_gradients() -> None:
+    """Float32 factors of matrix products may be rounded to bfloat16 (see `matmul_in_bfloat16`)."""
+    trainer = Trainer(dataclasses.replace(SMALL, bfloat16=False))
+    x, quality = trainer.sample(Tiles(SMALL.data, 64))
+    gradients = []
+    for context in (contextlib.nullcontext(), matmul_in_bfloat16()):
+        torch.manual_seed(0)
+        loss, _ = trainer.objective(x, quality)
+        trainer.optimiser.zero_grad()
+        with context:
+            loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.9999
 
 
 def test_bfloat16_gives_nearly_the_same_loss_and_gradients() -> None:

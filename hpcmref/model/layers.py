@@ -90,7 +90,7 @@ class Up(nn.ConvTranspose2d):
 
     def as_matmul(self, x: Tensor, linear: Linear | None = None) -> Tensor:
         """As `forward`, computed as a matrix product: the four pixels of a cell are the output. Kernel 2 only."""
-        cells = (linear or self.linear)(x.permute(0, 2, 3, 1), self.weight.permute(2, 3, 1, 0).flatten(0, 2), None)
+        cells = (linear or self.linear)(x.permute(0, 2, 3, 1), self.weight.permute(2, 3, 1, 0).flatten(0, 2))
         cells = cells.unflatten(3, (2, 2, -1)).transpose(2, 3) + self.bias
         return cells.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 

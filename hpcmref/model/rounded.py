@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from hpcmref.model.layers import SLOPE, ResidualBlock
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
     """As `torch.nn.functional.linear` for float32, with a backward pass in `dtype`."""
     out: Tensor = _Product.apply(x.flatten(0, -2), weight, dtype)  # type: ignore[no-untyped-call]
     return (out if bias is None else out + bias).view(*x.shape[:-1], -1)

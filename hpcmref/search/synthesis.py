@@ -32,7 +32,6 @@ def _through(network: nn.Sequential, x: Tensor) -> Tensor:
     """
     blocks = (module for module in network if isinstance(module, ResidualBlock))
     dtype = next((block.expand.weight.dtype for block in blocks), torch.float32)
-
     for module in network:
         if isinstance(module, ResidualBlock):
             x = rounded.residual_block(module, x, dtype)

@@ -30,7 +30,7 @@ def train_in_bfloat16(networks: nn.Module, device: str) -> None:
         elif isinstance(module, ResidualBlock):
             module.forward = partial(_block, module)  # type: ignore[method-assign]
         elif isinstance(module, Pointwise | Down | Up) and device == "cpu":
-            module.linear = _linear
+            module.linear = partial(rounded.linear, dtype=torch.bfloat16)
 
 
 def _inside(forward: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
@@ -40,10 +40,6 @@ def _inside(forward: Callable[..., Tensor], device: str) -> Callable[..., Tensor
         return result.float()
 
     return run
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return rounded.linear(x, weight, bias, torch.bfloat16)
 
 
 def _block(block: ResidualBlock, x: Tensor) -> Tensor:
