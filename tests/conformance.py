@@ -38,7 +38,7 @@ from research.exactness_matrix import latents_of
 FOLDER = Path(__file__).parent / "data" / "conformance"
 EXPECTED = FOLDER / "expected.json"
 _LIGHT = dataclasses.replace(
-    PRESETS["light"], M=192, context_width=384, prior_s1_s2=(2, 1), prior_s3=(2, 1), heads=16, memory=None
+    PRESETS["light"], M=192, N=128, context_width=384, prior_s1_s2=(2, 1), prior_s3=(2, 1), heads=16, memory=None
 )
 SHIPPED = tuple(info.name for info in checkpoints.shipped())
 CONFIGS = {**PRESETS, "light": _LIGHT}

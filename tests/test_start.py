@@ -10,15 +10,19 @@ import pytest
 import torch
 from coding import Recorder
 from conftest import DATA
-from models import TRAINABLE, model_of
+from models import STATE, TRAINABLE, model_of
 
 from hpcmref import checkpoints
 from hpcmref.errors import CheckpointError, ConfigError
-from hpcmref.model import HPCM, PRESETS
+from hpcmref.model import HPCM, PRESETS, HPCMConfig
 from hpcmref.training import Phase, TrainingConfig, train
 from hpcmref.training.start import start_from
 
 GROWN = dataclasses.replace(TRAINABLE, M=48)
+WIDER = dataclasses.replace(
+    TRAINABLE, stages=((200, 3),), synthesis=((208, 2),), ratio=4, hyper_ratio=3, hyper_blocks=2, context_width=56,
+    prior_s1_s2=(3, 2), prior_s3=(2, 3),
+)  # fmt: skip
 OLD = torch.arange(48) % 6 < 4
 """The places of a grown model that hold the 32 trained channels: 4 of the 6 in each group."""
 
@@ -82,11 +86,36 @@ def test_new_channels_begin_with_the_next_frequencies_and_the_gains_of_the_start
     assert torch.equal(model.g_s[0].weight[~OLD], fresh.g_s[0].weight[32:])
 
 
+@pytest.mark.parametrize("of", [TRAINABLE, STATE], ids=["attention", "state"])
+@torch.no_grad()
+def test_a_wider_and_deeper_model_computes_the_same(of: HPCMConfig) -> None:
+    """All predictions and the picture, and every network of the larger model is learning from the first step on."""
+    of = dataclasses.replace(of, stages=TRAINABLE.stages, synthesis=TRAINABLE.synthesis)
+    wider = dataclasses.replace(WIDER, heads=of.heads, memory=of.memory)
+    trained = model_of(of).double()
+    model = started(wider, trained)
+    x, quality = torch.rand(2, 3, 64, 128).double(), torch.tensor([10.0, 50.0]).double()
+    before, after = trained(x, quality), model(x, quality)
+    torch.testing.assert_close(after["x_hat"], before["x_hat"])
+    for name, expected in before["likelihoods"].items():
+        torch.testing.assert_close(after["likelihoods"][name], expected)
+
+    model.train()
+    with torch.enable_grad():
+        out = model(x, quality)
+        (sum(each.log().mean() for each in out["likelihoods"].values()) + out["x_hat"].square().mean()).backward()
+    still = [name for name, each in model.named_parameters() if each.grad is None or not each.grad.any()]
+    new = ("g_a.3", "g_a.4", "g_s.2", "branch_1.2", "branch_2.1", "branch_2.2", "h_a.3", "h_s.2")
+    assert all(any(part in name for part in new) and "project" not in name for name in still), still
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
         ({"M": 24}, "M = 24"),
-        ({"context_width": 48}, "context_width"),
+        ({"context_width": 32}, "context_width 32, and the trained model 40"),
+        ({"context_width": 48, "M": 48}, "in M or in context_width"),
+        ({"prior_s3": (3, 0)}, r"prior_s3 \(3, 0\)"),
         ({"heads": 8}, "heads"),
         ({"N": 24, "M": 48}, "N"),
     ],

@@ -41,7 +41,7 @@ def train(
         typer.Option(
             "--from",
             metavar="MODEL",
-            help="Start with the weights of a trained model, which may have a smaller M, or of another run.",
+            help="Start with the weights of a trained model, which may be smaller, or of another run.",
         ),
     ] = None,
     minutes: Annotated[float, typer.Option("--minutes", help="Time budget; the schedule follows it.")] = 60.0,

@@ -306,7 +306,7 @@ PRESETS: dict[str, HPCMConfig] = {
             lambdas=_LAMBDAS, memory=MEMORY_BANKS["state"],
         ),
         HPCMConfig(
-            preset="light", M=320, N=128, transform="dct", stages=((256, 4),), synthesis=((256, 6),), ratio=4,
+            preset="light", M=320, N=64, transform="dct", stages=((256, 4),), synthesis=((256, 6),), ratio=4,
             hyper_blocks=2, hyper_ratio=2, context_width=320, prior_s1_s2=(3, 1), prior_s3=(3, 1), heads=0,
             lambdas=_LAMBDAS, memory=MEMORY_BANKS["state"],
         ),

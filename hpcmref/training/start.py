@@ -1,18 +1,24 @@
-"""Start a training run from a trained model, which may be smaller."""
+"""Start a training run from a trained model, which may be smaller: fewer latent channels, or narrower networks."""
 
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hpcmref.errors import ConfigError
 from hpcmref.model import HPCM
+from hpcmref.model.config import HPCMConfig
+from hpcmref.model.layers import ResidualBlock
 from hpcmref.model.schedule import STEPS_S2, STEPS_S3
 
 GROUPS = 8
 """s3 codes the channels of y in so many groups, so a model grows inside each of them."""
+
+GROWING = ("stages", "synthesis", "ratio", "hyper_ratio", "hyper_blocks", "context_width", "prior_s1_s2", "prior_s3")
+"""Settings of widths and depths, which may be larger than in the trained model."""
 
 
 def start_from(model: HPCM, trained: HPCM) -> None:
@@ -22,6 +28,8 @@ def start_from(model: HPCM, trained: HPCM) -> None:
 
     - `model` has more latent channels (M). In each of the 8 channel groups of y, the new channels follow the trained
       ones. At first only g_s uses the new channels, and adds what they mean to the picture.
+    - `model` has wider or deeper networks (`GROWING`), and the same M. At first it computes what `trained` computes: no
+      trained channel reads a new one, and new residual blocks add nothing. Blocks are added after the trained ones.
     - `model` has a state (a memory bank) and `trained` has none. At first no layer reads it.
     - `model` lacks the attention of `trained`. It then predicts as `without_attention` describes, and not as `trained`.
 
@@ -31,9 +39,10 @@ def start_from(model: HPCM, trained: HPCM) -> None:
     before, after = theirs.M // GROUPS, ours.M // GROUPS
     if after < before:
         raise ConfigError(f"A model of M = {ours.M} cannot start from one of M = {theirs.M}.")
-    for setting in ("transform", "ratio", "hyper_ratio", "N", "context_width", "heads", "windows", "displaced_s2"):
+    for setting in ("transform", "N", "heads", "windows", "displaced_s2"):
         if getattr(ours, setting) != getattr(theirs, setting) and (setting != "heads" or ours.heads):
             raise ConfigError(f"The trained model and the preset {ours.preset!r} differ in {setting}.")
+    _check_growth(ours, theirs)
     if after > before and ours.heads and 2 * GROUPS % ours.heads:
         raise ConfigError(f"With {ours.heads} heads a model cannot grow: a head would see parts of channel groups.")
     if theirs.state_width not in (0, ours.state_width):
@@ -41,13 +50,21 @@ def start_from(model: HPCM, trained: HPCM) -> None:
     source: dict[str, Tensor] = dict(trained.named_parameters())
     if theirs.heads and not ours.heads:
         source = without_attention(source)
-    targets = dict(model.named_parameters())
+    names = _names(trained)
+    source = {_renamed(name, names): tensor for name, tensor in source.items()}
+    names = _names(model)
+    targets = {_renamed(name, names): parameter for name, parameter in model.named_parameters()}
     if unknown := sorted(set(source) - set(targets)):
         raise ConfigError(f"The trained model has {unknown[0]}, which the preset {ours.preset!r} has not.")
     if after > before and ours.transform == "dct":
         _order_frequencies(model, theirs.M)
-    convolutions = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    convolutions = {
+        _renamed(f"{name}.weight", names) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)
+    }
     with torch.no_grad():
+        for name, parameter in targets.items():
+            if name not in source and ".project." in name:
+                parameter.zero_()  # a new residual block
         for name, tensor in source.items():
             axis = _state_axis(name)
             parts: list[tuple[Tensor, Tensor]] = [(targets[name], tensor)]
@@ -89,11 +106,56 @@ def without_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return folded
 
 
+def _check_growth(ours: HPCMConfig, theirs: HPCMConfig) -> None:
+    """Raise ConfigError unless all widths and depths are equal, or none is smaller and M is equal."""
+    for setting in GROWING:
+        new, old = getattr(ours, setting), getattr(theirs, setting)
+        if new == old:
+            continue
+        if ours.M != theirs.M:
+            raise ConfigError(f"A model grows in M or in {setting}, but not in both at once.")
+        if len(_flat(new)) != len(_flat(old)) or any(a < b for a, b in zip(_flat(new), _flat(old), strict=True)):
+            raise ConfigError(f"The preset {ours.preset!r} has the {setting} {new}, and the trained model {old}.")
+
+
+def _flat(value: Any) -> list[int]:
+    return [value] if isinstance(value, int) else [number for part in value for number in _flat(part)]
+
+
+def _names(model: HPCM) -> dict[str, str]:
+    """Names for the parts of each sequence that do not change when residual blocks are added.
+
+    Residual blocks between two other layers are counted from 0, and so are the other layers: "g_a.2" becomes
+    "g_a.block 2.0", and "g_a.6" becomes "g_a.layer 2".
+    """
+    names = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Sequential):
+            layers = blocks = 0
+            for child, part in module.named_children():
+                if isinstance(part, ResidualBlock):
+                    names[f"{name}.{child}"] = f"{name}.block {layers}.{blocks}"
+                    blocks += 1
+                else:
+                    names[f"{name}.{child}"] = f"{name}.layer {layers}"
+                    layers, blocks = layers + 1, 0
+    return names
+
+
+def _renamed(parameter: str, names: Mapping[str, str]) -> str:
+    """The name of a parameter, of which a part may be replaced by one of `names`."""
+    parts = parameter.split(".")
+    for end in range(len(parts)):
+        if new := names.get(".".join(parts[:end])):
+            return ".".join([new, *parts[end:]])
+    return parameter
+
+
 def _state_axis(name: str) -> int | None:
     """Which axis of a parameter has the channels of a state at its end: inputs of adaptors, outputs of priors."""
     if re.fullmatch(r"entropy\.context\.adaptor_s\d\.\d\.weight", name):
         return 1
-    return 0 if re.fullmatch(r"entropy\.context\.prior_s\w+\.branch_2\.\d+\.(weight|bias)", name) else None
+    return 0 if re.fullmatch(r"entropy\.context\.prior_s\w+\.branch_2\.layer \d\.(weight|bias)", name) else None
 
 
 def _split(tensor: Tensor, axis: int, state: int) -> tuple[Tensor, Tensor]:
@@ -102,17 +164,28 @@ def _split(tensor: Tensor, axis: int, state: int) -> tuple[Tensor, Tensor]:
 
 
 def _places(name: str, target: Tensor, source: Tensor, before: int, after: int) -> tuple[Tensor, ...]:
-    """The index that picks, from `target`, the numbers which `source` has; ConfigError if it does not fit."""
+    """The index that picks, from `target`, the numbers which `source` has; ConfigError if it does not fit.
+
+    before, after: the channels of a group of y in both models.
+    """
     places = []
     for axis, (new, old) in enumerate(zip(target.shape, source.shape, strict=True)):
         place = torch.arange(old, device=target.device)
-        if new != old:
+        if new != old and after != before:
             if old % before or new != old // before * after:
                 shapes = f"{tuple(source.shape)} in the trained model and {tuple(target.shape)} in this one"
                 raise ConfigError(f"{name} has the shape {shapes}.")
             place = place // before * after + place % before
+        elif new != old and not _is_inner(name, axis):
+            # A partial convolution mixes the first quarter of the channels, so new ones are added to it and after it.
+            place[old // 4 :] += new // 4 - old // 4
         places.append(place.view([-1 if axis == other else 1 for other in range(source.dim())]))
     return tuple(places)
+
+
+def _is_inner(name: str, axis: int) -> bool:
+    """Whether an axis has channels inside a residual block: the mixed ones, or those of its wide middle layer."""
+    return ".spatial.conv." in name or (".expand." in name and axis == 0) or (".project.weight" in name and axis == 1)
 
 
 def _order_frequencies(model: HPCM, kept: int) -> None:
