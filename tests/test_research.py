@@ -20,6 +20,7 @@ from hpcmref.search import efforts
 from hpcmref.training.data import _is_held_out
 from research import (
     batches,
+    by_heart,
     codec_speed,
     contention,
     effort_curve,
@@ -167,6 +168,18 @@ def test_from_start(tmp_path: Path, sample: Image.Image, monkeypatch: pytest.Mon
     shown = call("report", str(tmp_path / "runs"))
     assert re.search(r"^\| state 64 \| \d+\.\d \| 1\.00 \| 2 \| \+0\.00 % \|$", shown, re.MULTILINE)
     assert re.search(r"^\| gated .* \| -10\.00 % \|$", shown, re.MULTILINE)
+
+
+def test_by_heart(tmp_path: Path, sample: Image.Image, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each group of tiles is judged by itself."""
+    held_out = next(name for name in (f"{number}.png" for number in range(1000)) if _is_held_out(name))
+    sample.crop((0, 0, 256, 256)).save(tmp_path / "a.png")
+    sample.crop((190, 70, 446, 326)).save(tmp_path / held_out)
+    by_heart.main([tmp_path], models="nano-2,nano-1", count=1)
+    *_, same, other = capsys.readouterr().out.splitlines()
+    assert same == "| nano-2 | +0.00 % | +0.00 % |"
+    seen, unseen = map(float, re.findall(r"([+-]\d+\.\d+) %", other))
+    assert 0 < seen != unseen > 0
 
 
 def test_exactness_cost(images: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
