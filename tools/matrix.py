@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "platforms.md"
 FIRST = "first"
 """The folder with the files of the corner that all others are compared with."""
-MOST_BYTES = 25_000_000
+MOST_BYTES = 50_000_000
 """The largest permitted size of the wheel."""
 
 
