@@ -158,19 +158,13 @@ def test_transposed_crops_are_the_same_crops_with_rows_and_columns_swapped() -> 
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-def test_crops_for_a_gpu_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch, transpose: bool) -> None:
-    """A GPU gathers all windows in one kernel; here the CPU does it in the same way."""
+def test_crops_for_a_gpu_are_those_of_the_cpu(transpose: bool) -> None:
+    """A GPU cuts all crops in a few kernels, from all images or from the parts alone; here the CPU does it so."""
     tiles = Tiles(SMALL.data, 64)
     expected = tiles.crops(40, 64, torch.Generator().manual_seed(3), rescale=0.5, transpose=transpose)
-    on_gpu: list[Tensor] = []
-
-    def copied(table: Tensor, largest: int) -> Tensor:
-        on_gpu.append(_cut_on_gpu(tiles._pixels, table, 64, 128, transpose))
-        return torch.zeros(40, 3, largest, largest, dtype=torch.uint8)
-
-    monkeypatch.setattr(tiles, "_copied", copied)
-    tiles.crops(40, 64, torch.Generator().manual_seed(3), rescale=0.5, transpose=transpose)
-    assert torch.equal(on_gpu[0], expected)
+    table = tiles._drawn(40, 64, torch.Generator().manual_seed(3), rescale=0.5)
+    for pixels, places in ((tiles._pixels, table), tiles._gathered(table, 128)):
+        assert torch.equal(_cut_on_gpu(pixels, places, 64, 128, transpose), expected)
 
 
 def test_a_backward_pass_in_bfloat16_gives_nearly_the_same_gradients() -> None:
@@ -366,6 +360,41 @@ def test_the_average_lends_itself_to_the_model() -> None:
         assert not model.training
         assert all(bool((parameter == 0.25).all()) for parameter in model.parameters())
     assert all(torch.equal(parameter, kept) for parameter, kept in zip(trainer.model.parameters(), own, strict=True))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6, 9])
+def test_the_average_counts_every_step(steps: int) -> None:
+    """It moves with each fourth step, and where it is read also by the steps since then."""
+    trainer, tiles = Trainer(configured(steps=9, ema=0.5)), Tiles(SMALL.data, 64)
+    expected = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    previous = 0
+    for step in range(1, steps + 1):
+        trainer.run_step(tiles)
+        if step % 4 == 0 or step == steps:
+            decay = min(0.5, (1 + step) / (10 + step)) ** (step - previous)
+            previous = step
+            for average, parameter in zip(expected, trainer.model.parameters(), strict=True):
+                average.lerp_(parameter.detach(), 1 - decay)
+    with trainer.averaged() as model:
+        torch.testing.assert_close(list(model.parameters()), expected)
+
+
+def test_gradients_are_clipped_as_torch_clips_them() -> None:
+    """The optimiser divides them by the same number. Of several steps some are clipped, and one has no finite norm."""
+    trainer = Trainer(configured(bfloat16=False))
+    parameters = [parameter.detach().clone().requires_grad_() for parameter in trainer.model.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    for scale in (1e-6, 1.0, 1e-5, float("inf"), 3.0):
+        for ours, theirs in zip(trainer.model.parameters(), parameters, strict=True):
+            ours.grad = scale * torch.ones_like(ours)
+            theirs.grad = ours.grad.clone()
+        norm = trainer.update()
+        assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(parameters, SMALL.clip))
+        if norm.isfinite():
+            optimiser.step()
+        assert norm.isfinite() == (scale < 10)
+    torch.testing.assert_close(list(trainer.model.parameters()), parameters)
+    assert not torch.equal(next(trainer.model.parameters()), next(Trainer(configured(seed=0)).model.parameters()))
 
 
 @pytest.mark.parametrize(

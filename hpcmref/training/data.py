@@ -77,6 +77,26 @@ class Tiles:
         transpose: rows and columns of half of them are swapped. All random numbers come from `generator`, on the CPU.
         Raises ConfigError if no image has room for a crop.
         """
+        table = self._drawn(count, side, generator, rescale)
+        if self.device.type != "cuda":
+            return torch.stack([self._crop(part, side, transpose) for part in table.T.tolist()])
+        largest = min(round(side / rescale), int(self._places[:, 1:].max()))
+        pixels = self._pixels
+        if not pixels.is_cuda:
+            pixels, table = self._gathered(table, largest)
+        pixels, table = (each.to(self.device, non_blocking=True) for each in (pixels, table))
+        return self._cut_on_gpu(pixels, table, side, largest, transpose)
+
+    def compile(self) -> None:
+        """Compile what cuts the crops on a GPU to a few kernels."""
+        self._cut_on_gpu = torch.compile(_cut_on_gpu, dynamic=False)
+
+    def _drawn(self, count: int, side: int, generator: torch.Generator, rescale: float) -> Tensor:
+        """The parts of images of which crops are made, a column each: (6, count) int64.
+
+        Rows: where a part begins in the flat pixels, its side, the pixels of a channel and of a row of the image, and
+        whether the crop is mirrored and whether it is transposed.
+        """
         first = bisect_left(self._least_sides, side)
         if first == len(self._shapes):
             raise ConfigError(f"No image has room for a crop of {side} pixels a side.")
@@ -87,23 +107,32 @@ class Tiles:
         size = (side / (1 - (1 - rescale) * (2 * shrink - 1).clamp_(min=0))).round_().long()
         size = size.minimum(height).minimum(width)
         corner = (top * (height - size + 1)).long() * width + (left * (width - size + 1)).long()
-        table = torch.stack((offset + corner, size, height * width, width, mirrored < 0.5, transposed < 0.5))
-        if self._pixels.is_cuda:
-            largest = min(round(side / rescale), int(self._places[:, 1:].max()))
-            return self._cut_on_gpu(self._pixels, table.to(self.device, non_blocking=True), side, largest, transpose)
-        windows = self._copied(table, int(size.max()))
-        return _cut(windows.to(self.device), table.to(self.device), side, transpose)
+        return torch.stack((offset + corner, size, height * width, width, mirrored < 0.5, transposed < 0.5))
 
-    def compile(self) -> None:
-        """Compile what cuts the crops on a GPU to a few kernels."""
-        self._cut_on_gpu = torch.compile(_cut_on_gpu, dynamic=False)
+    def _part(self, start: int, size: int, plane: int, width: int) -> Tensor:
+        """A square part of an image (3, size, size), as a view. The arguments are the first rows of `_drawn`."""
+        return self._pixels.as_strided((3, size, size), (plane, width, 1), start)
 
-    def _copied(self, table: Tensor, largest: int) -> Tensor:
-        """The windows of `table` (see `_cut`), zero beyond their sizes: (B, 3, largest, largest) uint8."""
-        windows = self._pixels.new_zeros(table.shape[1], 3, largest, largest)
-        for window, (first, side, channel, row) in zip(windows, table[:4].T.tolist(), strict=True):
-            window[:, :side, :side] = self._pixels.as_strided((3, side, side), (channel, row, 1), first)
-        return windows
+    def _crop(self, drawn: Sequence[int], side: int, transpose: bool) -> Tensor:
+        """One crop (3, side, side) uint8. drawn: its column of `_drawn`."""
+        *place, mirrored, transposed = drawn
+        crop = self._part(*place)
+        if (size := crop.shape[1]) != side:
+            resampling = _resampling(torch.tensor([size]), side, size)[0]
+            crop = _to_bytes_(resampling @ (crop.float() @ resampling.T))
+        if mirrored:
+            crop = crop.flip(2)
+        return crop.mT if transposed and transpose else crop
+
+    def _gathered(self, table: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+        """Flat pixels of the parts alone, in a tensor whose size follows from `largest`, and a table for them."""
+        room = 3 * largest**2
+        pixels = self._pixels.new_empty(table.shape[1] * room)
+        for index, (start, size, plane, width) in enumerate(table[:4].T.tolist()):
+            part = pixels[index * room :][: 3 * size**2].view(3, size, size)
+            part.copy_(self._part(start, size, plane, width))
+        size = table[1]
+        return pixels, torch.stack((room * torch.arange(len(size)), size, size**2, size, *table[4:]))
 
 
 def tiles_of(config: TrainingConfig, device: torch.device | str) -> Tiles:
@@ -114,28 +143,27 @@ def tiles_of(config: TrainingConfig, device: torch.device | str) -> Tiles:
     return tiles
 
 
-def _cut(windows: Tensor, table: Tensor, side: int, transpose: bool) -> Tensor:
-    """Crops (B, 3, side, side) uint8 from windows (B, 3, w, w) uint8, of which a part of at most w x w counts.
-
-    table: (6, B) int64: where the part begins in the flat pixels, its side, the pixels of a channel and of a row of the
-    image, and whether the crop is mirrored and, with `transpose`, transposed.
-    """
-    _, size, _, _, mirrored, transposed = table
-    rows = _resampling(size, side, windows.shape[3])
-    columns = torch.where(mirrored[:, None, None] > 0, rows.flip(1), rows)
-    crops = rows[:, None] @ (windows.float() @ columns[:, None].mT)
-    if transpose:
-        crops = torch.where(transposed[:, None, None, None] > 0, crops.mT, crops)
-    return crops.round_().clamp_(0, 255).to(torch.uint8)
-
-
 def _cut_on_gpu(pixels: Tensor, table: Tensor, side: int, largest: int, transpose: bool) -> Tensor:
-    """As `_cut`, from the flat pixels of all images, without a loop; what lies beyond a part repeats its last pixel."""
-    start, size, plane, width = table[:4, :, None]
+    """Crops (B, 3, side, side) uint8 from the flat pixels of all images, without a loop, as `Tiles._crop` makes them.
+
+    table: see `Tiles._drawn`. No part is wider than `largest`. What lies beyond a part repeats its last pixel, and has
+    no weight.
+    """
+    start, size, plane, width, mirrored, transposed = table[..., None]
     inside = torch.arange(largest, device=pixels.device).minimum(size - 1)
     channels = torch.arange(3, device=pixels.device) * plane
     first = start[:, :, None] + channels[:, :, None] + (inside * width)[:, None]
-    return _cut(pixels[first[..., None] + inside[:, None, None]], table, side, transpose)
+    windows = pixels[first[..., None] + inside[:, None, None]]
+    rows = _resampling(table[1], side, largest)
+    columns = torch.where(mirrored[..., None] > 0, rows.flip(1), rows)
+    crops = rows[:, None] @ (windows.float() @ columns[:, None].mT)
+    if transpose:
+        crops = torch.where(transposed[..., None, None] > 0, crops.mT, crops)
+    return _to_bytes_(crops)
+
+
+def _to_bytes_(values: Tensor) -> Tensor:
+    return values.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _resampling(sizes: Tensor, side: int, largest: int) -> Tensor:

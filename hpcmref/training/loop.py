@@ -26,6 +26,9 @@ from hpcmref.training.ranks import Ranks, joined
 from hpcmref.training.start import start_from
 from hpcmref.training.state import has_state, read_state, write_state
 
+AVERAGE_EVERY = 4
+"""Steps from one update of the average of the weights to the next. Each one reads and writes all of it."""
+
 
 @dataclass
 class Report:
@@ -105,10 +108,15 @@ class Trainer:
         else:
             values = self.plain_step(x, quality)
         self.step += 1
-        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            lerp_all_(self.average, list(self.model.parameters()), 1 - decay)
+        if self.step % AVERAGE_EVERY == 0:
+            self._approach(self.average, list(self.model.parameters()), AVERAGE_EVERY)
         return values
+
+    @torch.no_grad()
+    def _approach(self, average: Sequence[Tensor], weights: Sequence[Tensor], steps: int) -> None:
+        """Move an average towards the weights, as far as so many steps move it."""
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        lerp_all_(average, weights, 1 - decay**steps)
 
     def plain_step(self, x: Tensor, quality: Tensor, skip: bool = False) -> Tensor:
         """Forward, backward and update; see `run_step`. skip: nothing moves."""
@@ -153,8 +161,10 @@ class Trainer:
 
     def update(self, skip: bool = False) -> Tensor:
         """Move the weights along the gradients, unless their norm, the result (), is not finite. skip: do not move."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        # The fused optimiser looks at this itself, so that the host need not wait for the norm.
+        norm = nn.utils.get_total_norm([each.grad for each in self.model.parameters() if each.grad is not None])
+        # The fused optimiser clips, and looks whether the norm is finite: so the host need not wait for the norm, and
+        # the gradients are not written once more.
+        self.optimiser.grad_scale = (norm / self.config.clip).clamp(min=1)  # type: ignore[attr-defined]
         self.optimiser.found_inf = torch.ones_like(norm) if skip else (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self.optimiser.step()
         return norm
@@ -165,6 +175,7 @@ class Trainer:
         parameters = list(self.model.parameters())
         current = [parameter.detach().clone() for parameter in parameters]
         _assign(parameters, self.average)
+        self._approach(parameters, current, self.step % AVERAGE_EVERY)
         self.model.eval()
         try:
             yield self.model
