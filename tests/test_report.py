@@ -29,7 +29,12 @@ pytest.importorskip("bjontegaard")
 pytest.importorskip("matplotlib")
 
 from hpcmref.bench import codecs, measure, search, viewer
+from hpcmref.bench import report as report_page
+from hpcmref.bench.curves import Curve, Point
+from hpcmref.bench.metrics import METRICS
+from hpcmref.bench.output import Results
 from hpcmref.bench.report import html
+from hpcmref.bench.run import Outcome
 from hpcmref.cli import app
 
 
@@ -108,6 +113,20 @@ class TestPage:
         assert page.count("</script>") == 1  # names in the data cannot end it
         assert data_of(page)["dataset"] == "</script><!--"
         assert data_of(page)["crop_sets"] == []
+
+
+def test_no_two_of_thirty_fixed_curves_look_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    looks: list[tuple[Any, str]] = []
+
+    def kept(figure: Figure, *_: Any, **__: Any) -> None:
+        looks.extend((line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    curves = [Curve(str(index), (Point(0.1, 30 + index), Point(0.5, 35 + index)), source="x") for index in range(30)]
+    report_page._png(Results("set", curves, (), Outcome(), None, [], None, {}), METRICS[0])
+    assert len(set(looks)) == len(curves)
 
 
 PLOTS = ("rd-psnr.png", "rd-ms-ssim.png", "rd-ssimulacra2.png")

@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def _png(results: Results, metric: Metric) -> bytes:
     axes = figure.add_subplot()
     measured = [curve for curve in results.curves if curve.source is None]
     most = 1.05 * max((point.bpp for curve in measured or results.curves for point in curve.points), default=1)
-    bright, muted = iter(colormaps["tab10"].colors * 9), iter(colormaps["tab20b"].colors[::2] * 9)  # type: ignore[attr-defined]
+    bright, muted = cycle(colormaps["tab10"].colors), colormaps["tab20b"].colors[::2]  # type: ignore[attr-defined]
+    fixed = cycle(product(("--", ":", "-."), muted))  # a line style for every ten curves
     for curve in results.curves:
         points = [
             (point.bpp, value)
@@ -71,7 +73,8 @@ def _png(results: Results, metric: Metric) -> bytes:
             width = 2.5 if curve.name.startswith("hpcmref") else 1.5
             axes.plot(*zip(*points, strict=True), "o-", label=curve.name, color=next(bright), lw=width, markersize=4)
         else:
-            axes.plot(*zip(*points, strict=True), "--", label=curve.name, color=next(muted), lw=1)
+            style, colour = next(fixed)
+            axes.plot(*zip(*points, strict=True), style, label=curve.name, color=colour, lw=1)
     axes.set_xlim(0, most)
     axes.set_xlabel("bits per pixel")
     axes.set_ylabel(f"{metric.title} ({metric.unit})" if metric.unit else metric.title)
