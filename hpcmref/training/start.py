@@ -36,17 +36,7 @@ def start_from(model: HPCM, trained: HPCM) -> None:
     Parts that only `model` has keep their initial weights.
     """
     ours, theirs = model.config, trained.config
-    before, after = theirs.M // GROUPS, ours.M // GROUPS
-    if after < before:
-        raise ConfigError(f"A model of M = {ours.M} cannot start from one of M = {theirs.M}.")
-    for setting in ("transform", "N", "heads", "windows", "displaced_s2"):
-        if getattr(ours, setting) != getattr(theirs, setting) and (setting != "heads" or ours.heads):
-            raise ConfigError(f"The trained model and the preset {ours.preset!r} differ in {setting}.")
-    _check_growth(ours, theirs)
-    if after > before and ours.heads and 2 * GROUPS % ours.heads:
-        raise ConfigError(f"With {ours.heads} heads a model cannot grow: a head would see parts of channel groups.")
-    if theirs.state_width not in (0, ours.state_width):
-        raise ConfigError(f"The trained model's state has {theirs.state_width} channels, and not {ours.state_width}.")
+    _check(ours, theirs)
     source: dict[str, Tensor] = dict(trained.named_parameters())
     if theirs.heads and not ours.heads:
         source = without_attention(source)
@@ -56,34 +46,39 @@ def start_from(model: HPCM, trained: HPCM) -> None:
     targets = {_renamed(name, names): parameter for name, parameter in model.named_parameters()}
     if unknown := sorted(set(source) - set(targets)):
         raise ConfigError(f"The trained model has {unknown[0]}, which the preset {ours.preset!r} has not.")
-    if after > before and ours.transform == "dct":
+    if ours.M > theirs.M and ours.transform == "dct":
         _order_frequencies(model, theirs.M)
     convolutions = {
         _renamed(f"{name}.weight", names) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)
     }
     with torch.no_grad():
-        for name, parameter in targets.items():
-            if name not in source and ".project." in name:
-                parameter.zero_()  # a new residual block
-        for name, tensor in source.items():
-            axis = _state_axis(name)
-            parts: list[tuple[Tensor, Tensor]] = [(targets[name], tensor)]
-            if axis is not None:
-                old, new = theirs.state_width, ours.state_width
-                parts = list(zip(_split(targets[name], axis, new), _split(tensor, axis, old), strict=True))
-            for target, part in parts:
-                if target.shape != part.shape and 0 in part.shape:
-                    if axis == 1:
-                        target.zero_()  # the state is not read at first; that it is written changes nothing
-                    continue
-                places = _places(name, target, part, before, after)
-                query = ".conv_q." in name
-                if query and after > before:
-                    target.zero_()  # the new channels of a head count for nothing at first
-                if name in convolutions and target.shape[1] != part.shape[1]:
-                    target[places[0].flatten()] = 0  # a trained output sees no new input
-                # Attention divides by the square root of the channels of a head.
-                target[places] = part.to(target) * (math.sqrt(after / before) if query else 1)
+        for name, target in targets.items():
+            if name in source:
+                _copy_(name, target, source[name], ours, theirs, name in convolutions)
+            elif ".project." in name:
+                target.zero_()  # a new residual block
+
+
+def _copy_(name: str, whole: Tensor, trained: Tensor, ours: HPCMConfig, theirs: HPCMConfig, convolution: bool) -> None:
+    """Copy one parameter into the larger one. convolution: it is the kernel of a convolution, outputs first."""
+    before, after = theirs.M // GROUPS, ours.M // GROUPS
+    axis = _state_axis(name)
+    parts: list[tuple[Tensor, Tensor]] = [(whole, trained)]
+    if axis is not None:
+        parts = list(zip(_split(whole, axis, ours.state_width), _split(trained, axis, theirs.state_width), strict=True))
+    for target, part in parts:
+        if target.shape != part.shape and 0 in part.shape:
+            if axis == 1:
+                target.zero_()  # the state is not read at first; that it is written changes nothing
+            continue
+        places = _places(name, target, part, before, after)
+        query = ".conv_q." in name
+        if query and after > before:
+            target.zero_()  # the new channels of a head count for nothing at first
+        if convolution and target.shape[1] != part.shape[1]:
+            target[places[0].flatten()] = 0  # a trained output sees no new input
+        # Attention divides by the square root of the channels of a head.
+        target[places] = part.to(target) * (math.sqrt(after / before) if query else 1)
 
 
 @torch.no_grad()
@@ -106,8 +101,13 @@ def without_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return folded
 
 
-def _check_growth(ours: HPCMConfig, theirs: HPCMConfig) -> None:
-    """Raise ConfigError unless all widths and depths are equal, or none is smaller and M is equal."""
+def _check(ours: HPCMConfig, theirs: HPCMConfig) -> None:
+    """Raise ConfigError if the configurations differ in another way than `start_from` allows."""
+    if ours.M < theirs.M:
+        raise ConfigError(f"A model of M = {ours.M} cannot start from one of M = {theirs.M}.")
+    for setting in ("transform", "N", "heads", "windows", "displaced_s2"):
+        if getattr(ours, setting) != getattr(theirs, setting) and (setting != "heads" or ours.heads):
+            raise ConfigError(f"The trained model and the preset {ours.preset!r} differ in {setting}.")
     for setting in GROWING:
         new, old = getattr(ours, setting), getattr(theirs, setting)
         if new == old:
@@ -116,6 +116,10 @@ def _check_growth(ours: HPCMConfig, theirs: HPCMConfig) -> None:
             raise ConfigError(f"A model grows in M or in {setting}, but not in both at once.")
         if len(_flat(new)) != len(_flat(old)) or any(a < b for a, b in zip(_flat(new), _flat(old), strict=True)):
             raise ConfigError(f"The preset {ours.preset!r} has the {setting} {new}, and the trained model {old}.")
+    if ours.M > theirs.M and ours.heads and 2 * GROUPS % ours.heads:
+        raise ConfigError(f"With {ours.heads} heads a model cannot grow: a head would see parts of channel groups.")
+    if theirs.state_width not in (0, ours.state_width):
+        raise ConfigError(f"The trained model's state has {theirs.state_width} channels, and not {ours.state_width}.")
 
 
 def _flat(value: Any) -> list[int]:
