@@ -1,4 +1,4 @@
-"""Does a model code the tiles it was trained on better than tiles that it never saw?
+"""Does a model gain more over another one on the tiles that both were trained on than on held-out tiles?
 
     python -m research.by_heart train-*.tar --models nano-2,light-1
 

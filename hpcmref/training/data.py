@@ -27,7 +27,7 @@ HELD_OUT = 64
 class Tiles:
     """Images in memory: the training ones in one flat tensor, and `held_out` for validation, all (3, H, W) uint8.
 
-    Which photograph is held out follows from its name alone, so that it never changes sides; tiles of one photograph
+    Whether a photograph is held out depends only on its name, so it is the same in every run; tiles of one photograph
     (names that differ in a first `<number>_` or a last `_<number>`) stay together.
     """
 
@@ -88,7 +88,7 @@ class Tiles:
         return self._cut_on_gpu(pixels, table, side, largest, transpose)
 
     def compile(self) -> None:
-        """Compile what cuts the crops on a GPU to a few kernels."""
+        """Compile the function that cuts crops on a GPU, so that it needs only a few kernels."""
         self._cut_on_gpu = torch.compile(_cut_on_gpu, dynamic=False)
 
     def _drawn(self, count: int, side: int, generator: torch.Generator, rescale: float) -> Tensor:
@@ -110,7 +110,7 @@ class Tiles:
         return torch.stack((offset + corner, size, height * width, width, mirrored < 0.5, transposed < 0.5))
 
     def _part(self, start: int, size: int, plane: int, width: int) -> Tensor:
-        """A square part of an image (3, size, size), as a view. The arguments are the first rows of `_drawn`."""
+        """A square part of an image (3, size, size), as a view. The arguments are the first four rows of `_drawn`."""
         return self._pixels.as_strided((3, size, size), (plane, width, 1), start)
 
     def _crop(self, drawn: Sequence[int], side: int, transpose: bool) -> Tensor:

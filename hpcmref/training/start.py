@@ -1,4 +1,4 @@
-"""Start a training run from a trained model, which may be smaller: fewer latent channels, or narrower networks."""
+"""Start a training run from a trained model, which may have fewer latent channels or smaller networks."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from hpcmref.model.layers import ResidualBlock
 from hpcmref.model.schedule import STEPS_S2, STEPS_S3
 
 GROUPS = 8
-"""s3 codes the channels of y in so many groups, so a model grows inside each of them."""
+"""s3 codes the channels of y in this many groups. If M grows, new channels are added to each group."""
 
 GROWING = ("stages", "synthesis", "ratio", "hyper_ratio", "hyper_blocks", "context_width", "prior_s1_s2", "prior_s3")
 """Settings of widths and depths, which may be larger than in the trained model."""
@@ -33,7 +33,7 @@ def start_from(model: HPCM, trained: HPCM) -> None:
     - `model` has a state (a memory bank) and `trained` has none. At first no layer reads it.
     - `model` lacks the attention of `trained`. It then predicts as `without_attention` describes, and not as `trained`.
 
-    Parts that only `model` has keep their initial weights.
+    Parts that only `model` has keep their initial weights, except the last layer of new residual blocks, which is zero.
     """
     ours, theirs = model.config, trained.config
     _check(ours, theirs)
