@@ -310,6 +310,14 @@ class TestPromises:
             assert list(pool.map(lambda quality: codec.encode(crop, quality, effort=1), qualities)) == alone
 
 
+def test_low_qualities_take_smaller_steps() -> None:
+    """In quantiser steps, which are large there: half as far at quality 8 as at 56, and as hot."""
+    (low, *_), (high, *_) = (list(efforts.STAGES[0].schedules(quality)) for quality in (8, 56))
+    assert high.learning_rate[0] == efforts.STAGES[0].learning_rate
+    assert [rate / 2 for rate in high.learning_rate] == pytest.approx(low.learning_rate)
+    assert high.temperature == low.temperature
+
+
 def test_stages_are_longer_and_longer() -> None:
     """Each effort costs more than all before it gained time for, and the whole is what efforts 1 to 9 are."""
     lengths = [stage.rounds * stage.iterations for stage in efforts.STAGES]
