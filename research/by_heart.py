@@ -23,6 +23,7 @@ from hpcmref.bench.curves import Curve, Point
 from hpcmref.model import HPCM
 from hpcmref.training.data import Tiles
 from hpcmref.training.objective import bits_per_pixel, mean_squared_error, psnr
+from research.effort_curve import middle
 
 SIDE = 256
 QUALITIES = (4, 18, 32, 46, 60)
@@ -34,8 +35,7 @@ def curve(model: HPCM, tiles: list[Tensor]) -> Curve:
     for quality in QUALITIES:
         rate = decibels = 0.0
         for tile in tiles:
-            top, left = ((side - SIDE) // 2 for side in tile.shape[1:])
-            x = tile[None, :, top : top + SIDE, left : left + SIDE].float() / 255
+            x = middle(tile, SIDE)[None].float() / 255
             out = model(x, x.new_full((1,), quality))
             rate += bits_per_pixel(out).log().item() / len(tiles)
             decibels += psnr(mean_squared_error(out["x_hat"].clamp(0, 1), x)).item() / len(tiles)

@@ -103,9 +103,14 @@ def middle_of_tiles(archives: list[Path], limit: int, crop: int) -> list[Image.I
 
     images = []
     for tile in Tiles(archives, crop).held_out[:limit]:
-        top, left = ((side - crop) // 2 for side in tile.shape[1:])
-        images.append(Image.fromarray(tile[:, top : top + crop, left : left + crop].permute(1, 2, 0).numpy()))
+        images.append(Image.fromarray(middle(tile, crop).permute(1, 2, 0).numpy()))
     return images
+
+
+def middle(tile: torch.Tensor, side: int) -> torch.Tensor:
+    """The middle (3, side, side) of a tile (3, H, W), as a view."""
+    top, left = ((each - side) // 2 for each in tile.shape[1:])
+    return tile[:, top : top + side, left : left + side]
 
 
 if __name__ == "__main__":

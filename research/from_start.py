@@ -34,6 +34,7 @@ from hpcmref.runtime.heap import keep_memory
 from hpcmref.training import Phase, Trainer, TrainingConfig
 from hpcmref.training.data import Tiles
 from hpcmref.training.state import has_state
+from research.effort_curve import middle
 from research.memory_ablation import lines_of
 
 NANO = PRESETS["nano"]
@@ -205,10 +206,7 @@ def step_ratio(variant: Variant, data: tuple[Path, ...], tiles: Tiles, rounds: i
 
 def judged(trainer: Trainer, tiles: Tiles, count: int) -> list[tuple[float, float]]:
     """Mean bits per pixel and PSNR in dB at each quality, on the middle of held-out tiles, which stay cut."""
-    corners = [[(side - SIDE) // 2 for side in tile.shape[1:]] for tile in tiles.held_out]
-    tiles.held_out = [
-        tile[:, top : top + SIDE, left : left + SIDE] for tile, (top, left) in zip(tiles.held_out, corners, strict=True)
-    ]
+    tiles.held_out = [middle(tile, SIDE) for tile in tiles.held_out]
     values = trainer.validate(tiles, count, QUALITIES)
     return [(values[f"bpp_{quality}"], values[f"psnr_{quality}"]) for quality in QUALITIES]
 
