@@ -16,101 +16,28 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 
 from hpcmref.bench.bdrate import bd_rate
 from hpcmref.bench.curves import Curve, Point
-from hpcmref.model import PRESETS, HPCMConfig
-from hpcmref.model.config import MEMORY_BANKS
 from hpcmref.model.macs import macs_per_pixel
-from hpcmref.model.memory_bank import StateBank
 from hpcmref.runtime.heap import keep_memory
 from hpcmref.training import Phase, Trainer, TrainingConfig
 from hpcmref.training.data import Tiles
 from hpcmref.training.state import has_state
 from research.effort_curve import middle
 from research.memory_ablation import lines_of
+from research.variants import VARIANTS, Variant
 
-NANO = PRESETS["nano"]
 BASELINE = "state 64"
-LIGHT = MEMORY_BANKS["light"]
-STATE = MEMORY_BANKS["state"]
-
-
-class GatedState(StateBank):
-    """Half of what a prior writes are gates: the other half is multiplied by their sigmoid, and then added.
-
-    The channels of the state that belong to gates stay zero, so only half of its width is used.
-    """
-
-    def write(self, state: Tensor, written: Tensor) -> Tensor:
-        values, gates = written.chunk(2, dim=1)
-        return state + torch.cat((values * gates.sigmoid(), torch.zeros_like(gates)), dim=1)
-
-    write_ = write
-
-
-class LastReferences(StateBank):
-    """The last four references side by side instead of a sum: a quarter of the width is new, and the rest moves on."""
-
-    COUNT = 4
-
-    def write(self, state: Tensor, written: Tensor) -> Tensor:
-        newest = self.width // self.COUNT
-        return torch.cat((written[:, :newest], state[:, : self.width - newest]), dim=1)
-
-    write_ = write
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One change of nano: its networks, its bank (if none of the package's), and its learning rate and crops a step."""
-
-    model: HPCMConfig
-    bank: type[StateBank] | None = None
-    learning_rate: float = 1e-3
-    batch: int = 8
-
-
-def _state(width: int) -> HPCMConfig:
-    return replace(NANO, memory=replace(STATE, width=width))
-
-
-VARIANTS: dict[str, Variant] = {
-    BASELINE: Variant(NANO),
-    "none": Variant(replace(NANO, memory=None)),
-    "state 32": Variant(_state(32)),
-    "state 128": Variant(_state(128)),
-    "state 256": Variant(_state(256)),
-    "state 64, gated": Variant(_state(128), GatedState),
-    "4 references of 32": Variant(_state(128), LastReferences),
-    "light": Variant(replace(NANO, memory=LIGHT)),
-    "light, before the prior": Variant(replace(NANO, memory=replace(LIGHT, before_prior=True))),
-    "global": Variant(replace(NANO, memory=MEMORY_BANKS["global"])),
-    "cross": Variant(replace(NANO, memory=MEMORY_BANKS["cross"])),
-    "g_s with 6 blocks": Variant(replace(NANO, synthesis=((192, 6),))),
-    "g_a and g_s with 6 blocks": Variant(replace(NANO, stages=((192, 6),), synthesis=((192, 6),))),
-    "g_a and g_s with 3 blocks": Variant(replace(NANO, stages=((192, 3),), synthesis=((192, 3),))),
-    "g_a and g_s of width 256, 3 blocks": Variant(replace(NANO, stages=((256, 3),), synthesis=((256, 3),))),
-    "priors with 3 blocks": Variant(replace(NANO, prior_s1_s2=(3, 1), prior_s3=(3, 1))),
-    "priors with 1 block": Variant(replace(NANO, prior_s1_s2=(1, 1), prior_s3=(1, 1))),
-    "M = 192": Variant(replace(NANO, M=192)),
-    "M = 256": Variant(replace(NANO, M=256)),
-    "learning rate 2e-3": Variant(NANO, learning_rate=2e-3),
-    "learning rate 5e-4": Variant(NANO, learning_rate=5e-4),
-    "16 crops, learning rate 1.4e-3": Variant(NANO, learning_rate=1.4e-3, batch=16),
-    "4 crops, learning rate 7e-4": Variant(NANO, learning_rate=7e-4, batch=4),
-}  # fmt: skip
-
 QUALITIES = (4, 18, 32, 46, 60)
-CROP, SIDE = 128, 448
-"""The sides of the crops of a step, and of the middle of the held-out tiles."""
+SIDE = 448
+"""The side of the middle of the held-out tiles."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -143,7 +70,8 @@ def trained(
     name: str, data: tuple[Path, ...], folder: Path, steps: int, count: int, seed: int, limit: int | None
 ) -> dict[str, Any]:
     """Do one run, and return its line of the results. A state in `folder` is continued."""
-    variant, tiles = VARIANTS[name], Tiles(data, CROP, limit)
+    variant = VARIANTS[name]
+    tiles = Tiles(data, variant.crop, limit)
     folder.mkdir(parents=True, exist_ok=True)
     ratio_file = folder / "ratio.json"
     if not ratio_file.exists():
@@ -164,24 +92,21 @@ def trained(
         "steps": trainer.step,
         "batch": variant.batch,
         "step_ratio": round(ratio, 3),
-        "multiplications": round(sum(macs_per_pixel(variant.model).values())),
+        "multiplications": round(multiplications(variant)),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "points": judged(trainer, tiles, count),
     }
 
 
 def _trainer(variant: Variant, data: tuple[Path, ...], folder: Path, steps: int, seed: int) -> Trainer:
-    """The trainer of a variant. The package knows presets only, so the variant is one while its trainer is made."""
-    nano, PRESETS["nano"] = PRESETS["nano"], variant.model
-    try:
-        trainer = Trainer(
+    """The trainer of a variant."""
+    with variant.in_place():
+        trainer = variant.trainer(
             TrainingConfig(
-                data=data, output=folder, steps=steps, phases=(Phase(0, variant.batch, CROP),), transpose=True,
-                learning_rate=variant.learning_rate, seed=seed,
+                data=data, output=folder, steps=steps, phases=(Phase(0, variant.batch, variant.crop),), transpose=True,
+                learning_rate=variant.learning_rate, ema=variant.average, seed=seed,
             )
         )  # fmt: skip
-    finally:
-        PRESETS["nano"] = nano
     if variant.bank is not None:
         trainer.model.entropy.context.state = variant.bank(variant.model.state_width)
     return trainer
@@ -189,9 +114,10 @@ def _trainer(variant: Variant, data: tuple[Path, ...], folder: Path, steps: int,
 
 def step_ratio(variant: Variant, data: tuple[Path, ...], tiles: Tiles, rounds: int = 6) -> float:
     """The processor time of a step of the variant, divided by that of nano. Both take turns; the medians count."""
-    if (variant.model, variant.batch) == (NANO, 8):
+    nano = VARIANTS[BASELINE]
+    if replace(variant, learning_rate=nano.learning_rate, average=nano.average, trainer=nano.trainer) == nano:
         return 1.0
-    trainers = [_trainer(each, data, Path("unused"), 10**6, 0) for each in (VARIANTS[BASELINE], variant)]
+    trainers = [_trainer(each, data, Path("unused"), 10**6, 0) for each in (nano, variant)]
     seconds: list[list[float]] = [[], []]
     for index in range(rounds + 1):
         for trainer, times in zip(trainers, seconds, strict=True):
@@ -200,8 +126,14 @@ def step_ratio(variant: Variant, data: tuple[Path, ...], tiles: Tiles, rounds: i
                 trainer.run_step(tiles)
             if index > 0:  # the first ones allocate memory
                 times.append(time.process_time() - begun)
-    nano, other = map(statistics.median, seconds)
-    return other / nano
+    one, other = map(statistics.median, seconds)
+    return other / one
+
+
+def multiplications(variant: Variant) -> float:
+    """Multiply-accumulates per pixel."""
+    with variant.in_place():
+        return sum(macs_per_pixel(variant.model).values()) + variant.besides
 
 
 def judged(trainer: Trainer, tiles: Tiles, count: int) -> list[tuple[float, float]]:

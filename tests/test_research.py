@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hpcmref import checkpoints
+from hpcmref.cli import app
 from hpcmref.model import PRESETS
 from hpcmref.model.config import MemoryConfig
 from hpcmref.search import efforts
 from hpcmref.training.data import _is_held_out
 from research import (
     batches,
+    bench_efforts,
     by_heart,
     codec_speed,
     contention,
@@ -32,6 +36,7 @@ from research import (
     memory_probe,
     step_speed,
 )
+from research import variants as variants_module
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,6 +118,32 @@ def test_effort_curve(images: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert re.search(r"^│ 2 +│ -\d\.\d\d % │", shown, re.MULTILINE)
 
 
+def test_efforts_at_once_give_the_files_of_bench(
+    images: Path, sample: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes and PSNR of both images, and seconds that include those of the lower effort."""
+    monkeypatch.setattr(efforts, "STAGES", (efforts.Stage(1, 2, 0.02, (0.5, 0.1)),) * 9)
+    sample.crop((0, 0, 128, 64)).save(images / "other.png")
+    codecs = "hpcmref,hpcmref:effort=1,hpcmref:effort=3"
+    options = [str(images), "--codecs", codecs, "--qualities", "24", "--metrics", "psnr"]
+
+    def rows(run: Callable[[list[str]], object], name: str) -> list[list[str]]:
+        path = tmp_path / f"{name}.csv"
+        with pytest.raises(SystemExit) as ended:
+            run([*options, "--csv", str(path)])
+        assert ended.value.code == 0
+        return [line.split(",") for line in path.read_text().splitlines()[1:]]
+
+    at_once = rows(bench_efforts.main, "at-once")
+    each = rows(lambda arguments: app(["bench", *arguments]), "each")
+    assert len(at_once) == 3 * (2 + 1)  # also the means
+    assert [row[:8] for row in at_once] == [row[:8] for row in each]
+    seconds = {tuple(row[:3]): float(row[9]) for row in at_once}
+    for (image, codec, quality), value in seconds.items():
+        if codec.endswith("effort=3"):
+            assert value > seconds[image, codec.replace("effort=3", "effort=1"), quality]
+
+
 def test_found_latents(
     tmp_path: Path, sample: Image.Image, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,14 +170,19 @@ def test_from_start(tmp_path: Path, sample: Image.Image, monkeypatch: pytest.Mon
     nano = PRESETS["nano"]
     plain = dataclasses.replace(TRAINABLE, heads=0)
     state = dataclasses.replace(plain, memory=MemoryConfig("state", (1, 2, 3), transfer=True, width=8))
+    small = functools.partial(from_start.Variant, state, crop=64)
+    of_nano = from_start.VARIANTS
     variants = {
-        "state 64": from_start.Variant(state),
-        "gated": from_start.Variant(state, from_start.GatedState),
-        "references": from_start.Variant(state, from_start.LastReferences),
-        "none, 2 crops": from_start.Variant(plain, batch=2),
+        "state 64": small(),
+        "gated": small(bank=variants_module.GatedState),
+        "references": small(bank=variants_module.LastReferences),
+        "none, 2 crops": from_start.Variant(plain, batch=2, crop=64),
+        "low": small(trainer=variants_module.MoreLow),
+        **{name: small(parts=of_nano[name].parts) for name in of_nano if of_nano[name].parts},
     }
-    for name, value in {"VARIANTS": variants, "NANO": state, "CROP": 64, "SIDE": 64}.items():
-        monkeypatch.setattr(from_start, name, value)
+    monkeypatch.setattr(from_start, "VARIANTS", variants)
+    monkeypatch.setattr(from_start, "SIDE", 64)
+    monkeypatch.setattr(from_start, "step_ratio", functools.partial(from_start.step_ratio, rounds=1))
 
     def call(*arguments: str) -> str:
         result = CliRunner().invoke(from_start.app, arguments)
@@ -160,7 +196,13 @@ def test_from_start(tmp_path: Path, sample: Image.Image, monkeypatch: pytest.Mon
     results = tmp_path / "runs" / "results.jsonl"
     rows = {row["variant"]: row for row in memory_ablation.lines_of(results)}
     assert [(row["steps"], len(row["points"])) for row in rows.values()][:1] == [(2, 5)]
-    assert rows["gated"]["multiplications"] == rows["state 64"]["multiplications"]
+    costs = {name: row["multiplications"] for name, row in rows.items()}
+    assert costs["gated"] == costs["low"] == costs["state 64"]
+    assert costs["4 priors in s3"] < costs["state 64"]
+    ratios = {name: row["step_ratio"] for name, row in rows.items()}
+    assert ratios["state 64"] == ratios["low"] == 1
+    changed_parts = {tuple(map(tuple, row["points"])) for row in rows.values()}
+    assert len(changed_parts) == len(rows)
 
     points = [(0.1 * 2**index, 25.0 + 3 * index) for index in range(5)]
     changed = (rows["state 64"] | {"points": points}, rows["gated"] | {"points": [(0.9 * x, y) for x, y in points]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -128,8 +128,8 @@ class _Best:
     y: Tensor
 
 
-class _Search:
-    """One search under way."""
+class Search:
+    """One search under way. `best` is what it has found; `run` continues it."""
 
     def __init__(self, latents: LatentCodec, target: Target, goal: Goal, y: Tensor, z_of: ZOf, quality: int) -> None:
         self._latents, self._target, self._goal = latents, target, goal
@@ -141,7 +141,7 @@ class _Search:
         # The limits are what this file has been measured by; rounding must not turn it away.
         self.best = _Best(min(goal.objective(_size(compressed), error), 1e300), compressed, y)
 
-    def run(self, stages: tuple[Stage, ...]) -> Iterator[float]:
+    def run(self, stages: Sequence[Stage]) -> Iterator[float]:
         """Yields the part that is done after every iteration."""
         total, done = sum(stage.rounds * stage.iterations for stage in stages), 0
         for stage in stages:
@@ -184,7 +184,7 @@ def search(
     which gives z anew whenever y is coded. quality: the one that is written into the file.
     """
     started = time.monotonic()
-    found = _Search(latents, target, goal, y, z_of, quality)
+    found = Search(latents, target, goal, y, z_of, quality)
     for done in found.run(STAGES[: options.effort]):
         late = options.max_seconds is not None and time.monotonic() - started > options.max_seconds
         if (options.watch is not None and options.watch(done)) or late:
