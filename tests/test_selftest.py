@@ -110,6 +110,26 @@ def test_a_set_that_is_made_anew_passes(tmp_path: Path, monkeypatch: pytest.Monk
     assert report.passed, report.failures
 
 
+def test_files_of_the_set_stay_when_a_model_is_added(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They show that files of older versions can be decoded. Those of a model that has changed are made anew."""
+    first, *rest = checkpoints.shipped()
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    (copied / "left over.png").touch()
+    monkeypatch.setattr(build_conformance, "spread", lambda exact, coarse: 1)
+    build_conformance.build(copied)
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+    changed = dataclasses.replace(first, fingerprint=b"another model")
+    monkeypatch.setattr(checkpoints, "shipped", lambda: [changed, *rest])
+    made: list[str] = []
+    monkeypatch.setattr(build_conformance, "cases_of", lambda codec, folder: made.append(codec.name) or [])
+    build_conformance.build(copied)
+    assert made == [first.name]
+    after = {path.name: path.read_bytes() for path in copied.iterdir()}
+    assert after.keys() == {name for name in before if not name.startswith(first.name)}
+    assert all(after[name] == before[name] for name in after if name != "set.json")
+
+
 # --- what is wrong is found ----------------------------------------------------------------------------------------
 
 

@@ -2,16 +2,17 @@
 
     python tools/build_conformance.py [FOLDER]
 
-Run it after a shipped model has changed. The photographs are the calibration tiles (CC0). Pictures are decoded in
-float32. The largest difference to pictures decoded in bfloat16 is measured on the set and on all tiles. The tolerance
-of `hpcmref selftest` is twice that difference, and at least 2 levels.
+Run it after a model was added. Files that FOLDER has of a shipped model stay, so that later versions must still decode
+what earlier ones wrote. The photographs are the calibration tiles (CC0). Pictures are decoded in float32. The largest
+difference to pictures decoded in bfloat16 is measured on the set and on all tiles. The tolerance of `hpcmref selftest`
+is twice that difference, and at least 2 levels.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -22,7 +23,7 @@ from PIL import Image
 from hpcmref import checkpoints, lossless
 from hpcmref.codec import Codec, fresh
 from hpcmref.format import container
-from hpcmref.selftest import FOLDER, Case, container_of, difference, latents_of
+from hpcmref.selftest import FOLDER, Case, container_of, difference, latents_of, read_set
 
 MOST_BYTES = 400_000
 PARTIAL = 0.75
@@ -76,23 +77,39 @@ def lossless_case(folder: Path) -> Case:
 
 
 def build(folder: Path) -> int:
-    """Write the set, and return its size in bytes."""
+    """Write what is missing of the set, remove what does not belong to it, and return its size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
-    cases, worst = [lossless_case(folder)], 0
+    listing = folder / "set.json"
+    old = read_set(folder).cases if listing.exists() else ()
+    worst = json.loads(listing.read_text(encoding="utf-8"))["measured"] if old else 0
+    cases = [case for case in old if case.model is None] or [lossless_case(folder)]
     for info in checkpoints.shipped():
+        if known := cases_kept(old, folder, info):
+            cases += known
+            continue
         exact, coarse = (_codec(info.path, bfloat16) for bfloat16 in (False, True))
         cases += cases_of(exact, folder)
         worst = max(worst, spread(exact, coarse))
     defaults = {each.name: each.default for each in fields(Case)}
     listed = [{name: value for name, value in asdict(case).items() if value != defaults[name]} for case in cases]
     content = {"tolerance": max(2, 2 * worst), "measured": worst, "cases": listed}
-    (folder / "set.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    listing.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    used = {listing.name, *(name for case in cases for name in (case.file, case.picture))}
+    for path in folder.iterdir():
+        if path.name not in used:
+            path.unlink()
     size = sum(path.stat().st_size for path in folder.iterdir())
     if size > MOST_BYTES:
         raise SystemExit(f"the set has {size} bytes, more than {MOST_BYTES}")
     return size
+
+
+def cases_kept(old: Iterable[Case], folder: Path, info: checkpoints.CheckpointInfo) -> list[Case]:
+    """Return the cases of a model in an older set, or none if its files are of another model of that name."""
+    cases = [case for case in old if case.model == info.name]
+    files = [container.parse((folder / case.file).read_bytes()) for case in cases]
+    same = all(file.learned is not None and file.learned.fingerprint == info.fingerprint for file in files)
+    return cases if same else []
 
 
 def spread(exact: Codec, coarse: Codec) -> int:
