@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcmref.errors import CheckpointError, ConfigError, near
+from hpcmref.errors import CheckpointError, ConfigError, UnknownModelError, near
 from hpcmref.format import tensorfile
 from hpcmref.format.container import MAX_QUALITY
 from hpcmref.format.tensorfile import TensorFile
@@ -97,7 +97,8 @@ def find(model: str | os.PathLike[str] | None) -> Path:
     """Return the file of a model.
 
     model: a name, a path, or None for the default. A name without a version, such as "nano", means the newest version.
-    The name of a shipped model always means the shipped file. Raises CheckpointError if there is no such model.
+    The name of a shipped model always means the shipped file. Raises UnknownModelError if no model has the name, and
+    CheckpointError if there is no file with the path.
     """
     names = {each.name: each.path for each in reversed(available())}
     if model is None:
@@ -111,7 +112,13 @@ def find(model: str | os.PathLike[str] | None) -> Path:
         return Path(model)
     hint = near(str(model), names)
     listed = ", ".join(reversed(names))
-    raise CheckpointError(f"There is no model {str(model)!r}: neither a file nor one of {listed}{hint}.")
+    unknown = CheckpointError if _is_path(model) else UnknownModelError
+    raise unknown(f"There is no model {str(model)!r}: neither a file nor one of {listed}{hint}.")
+
+
+def _is_path(model: str | os.PathLike[str]) -> bool:
+    """Return whether the user means the path of a model, and not its name."""
+    return not isinstance(model, str) or Path(model).name != model or model.endswith(".safetensors")
 
 
 def info(path: Path) -> CheckpointInfo:
@@ -399,9 +406,12 @@ def convert_official(source: Path, target: Path, preset: str) -> CheckpointInfo:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damaged bytes can make the unpickler raise any exception
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{source} cannot be read as a PyTorch checkpoint: {reason}") from error
+        advises = "weights_only" in str(error)  # to load the file in the way that can run code in it
+        reason = "" if advises else ": " + (str(error).partition("\n")[0] or type(error).__name__)
+        raise CheckpointError(f"{source} is not a PyTorch checkpoint that can be read safely{reason}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(

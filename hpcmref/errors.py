@@ -44,6 +44,10 @@ class ArgumentTypeError(ConfigError, TypeError):
     """An argument has a type that the function does not take."""
 
 
+class UnknownModelError(CheckpointError, ConfigError):
+    """No model has the given name."""
+
+
 class ModelChangedError(HpcmrefError):
     """The weights in memory have changed since they were loaded, or two decoders of one file disagree."""
 

@@ -482,6 +482,36 @@ class TestCommand:
         assert rows[0]["image"] == "(mean of 2)"
         assert float(rows[0]["bpp"]) == pytest.approx(found["curves"]["JPEG"]["bpp"][0], abs=1e-4)
 
+    @pytest.mark.parametrize(
+        "outputs",
+        [
+            ["--json", "in/0.png"], ["--csv", "link.png"], ["--json", "o", "--csv", "./o"], ["--report", "in"],
+            ["--json", "o", "--resume", "o"], ["--report", "in/0.png"], ["--report", "in/0.png/deeper"],
+            ["--json", "nowhere/o"],
+        ],
+    )  # fmt: skip
+    def test_outputs_that_would_replace_inputs_or_cannot_be_are_refused(self, folder: Path, outputs: list[str]) -> None:
+        """And before anything is measured."""
+        Path("link.png").symlink_to("in/0.png")
+        before = {path: path.read_bytes() for path in Path("in").iterdir()}
+        result = bench("in", *QUICK, *outputs)
+        assert result.exit_code == 2
+        assert "JPEG" not in result.stdout
+        assert {path: path.read_bytes() for path in Path("in").iterdir()} == before
+        assert not Path("o").exists()
+
+    def test_a_folder_that_cannot_be_written_is_refused(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "closed")
+        Path("closed").mkdir()
+        for option, path in (("--json", "closed/o"), ("--csv", "closed/o"), ("--report", "closed/o")):
+            assert bench("in", *QUICK, option, path).exit_code == 2
+
+    def test_the_figures_of_a_report_are_no_images_of_the_next_run(self, folder: Path) -> None:
+        for _ in range(2):
+            result = bench("in", *QUICK, "--report", "in/report")
+            assert result.exit_code == 0, result.output
+            assert "averages over 3 images" in result.stdout
+
     def test_a_run_is_an_anchor_of_the_next(self, folder: Path) -> None:
         assert bench("in", "--codecs", "jpeg", "--json", "a.json", "--quiet").exit_code == 0
         result = bench("in", "--codecs", "jpeg", "--results", "a.json", "--anchor", "jpeg (fixed)")
@@ -529,7 +559,7 @@ class TestCommand:
             (["nowhere.png", "--codecs", "jpeg"], 1, "No such file"),
             (["empty"], 1, "no files here"),
             (["in", "--qualities", "jpeg=200"], 2, "quality 200 of JPEG"),
-            (["in", "--models", "nowhere", "--codecs", "hpcmref"], 1, "nowhere"),
+            (["in", "--models", "nowhere", "--codecs", "hpcmref"], 2, "nowhere"),
         ],
     )
     def test_mistakes(self, folder: Path, arguments: list[str], code: int, message: str) -> None:

@@ -17,11 +17,13 @@ from models import TINY, model_of
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from hpcmref import checkpoints
 from hpcmref.checkpoints import CheckpointInfo, convert_official
+from hpcmref.cli import app
 from hpcmref.codec import Codec, load
-from hpcmref.errors import CheckpointError
+from hpcmref.errors import CheckpointError, ConfigError, UnknownModelError
 from hpcmref.exact import attach
 from hpcmref.format import tensorfile
 from hpcmref.model import HPCM
@@ -96,6 +98,14 @@ def test_a_stored_model_has_the_exact_layers_of_the_original(saved: CheckpointIn
 def test_converting_again_changes_nothing(saved: CheckpointInfo, tmp_path: Path) -> None:
     again = checkpoints.convert(saved.path, tmp_path / "again.safetensors")
     assert again.path.read_bytes() == saved.path.read_bytes()
+
+
+def test_converting_never_replaces_the_input(saved: CheckpointInfo) -> None:
+    before = saved.path.read_bytes()
+    result = CliRunner().invoke(app, ["checkpoints", "convert", str(saved.path), "-o", str(saved.path), "--force"])
+    assert result.exit_code == 1
+    assert "is an input" in result.stderr
+    assert saved.path.read_bytes() == before
 
 
 def test_a_file_of_the_old_form_is_converted_and_keeps_its_fingerprint(
@@ -336,6 +346,19 @@ def test_a_model_is_found_by_path(saved: CheckpointInfo) -> None:
             checkpoints.find(missing)
 
 
+@pytest.mark.parametrize("name", ["nosuch", "nanno", "no.such-1", ""])
+def test_an_unknown_name_is_a_wrong_value_and_a_missing_file_is_not(name: str, tmp_path: Path) -> None:
+    """A script can tell a typing error (exit code 2) from a file that is missing (1)."""
+    with pytest.raises(UnknownModelError, match=f"There is no model {name!r}") as caught:
+        checkpoints.find(name)
+    assert isinstance(caught.value, CheckpointError)
+    assert isinstance(caught.value, ConfigError)
+    for missing in (f"{name}.safetensors", f"./{name}", tmp_path / name / "x", str(tmp_path / "a" / name)):
+        with pytest.raises(CheckpointError) as other:
+            checkpoints.find(missing)
+        assert not isinstance(other.value, ConfigError)
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 WEIGHT = "entropy.context.context_net.1.weight"
@@ -414,6 +437,15 @@ def test_damage_is_refused(saved: CheckpointInfo, tmp_path: Path) -> None:
         checkpoints.load(tmp_path)
 
 
+@pytest.mark.parametrize("size", range(9))
+def test_a_file_that_is_too_short_for_a_header_is_called_so(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "short.safetensors"
+    path.write_bytes(bytes(size))
+    found = "is empty" if size == 0 else f"has only {size} byte{'s' * (size > 1)}" if size < 8 else "Expecting value"
+    with pytest.raises(CheckpointError, match=rf"short\.safetensors is damaged or no safetensors file: .*{found}"):
+        checkpoints.info(path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_weights_that_are_not_finite_are_not_stored(tmp_path: Path, value: float) -> None:
     """1e30 is finite, and too large for exact arithmetic."""
@@ -442,8 +474,26 @@ def test_a_damaged_official_checkpoint_is_refused(tmp_path: Path, legacy: bool) 
             convert_official(source, tmp_path / "x.safetensors", "phi")
 
 
-@pytest.mark.parametrize("name", ["missing.pth.tar", ".", "text.safetensors"])
-def test_what_is_no_official_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing.pth.tar", "cannot be read: No such file or directory"),
+        (".", "cannot be read: (Is a directory|Permission denied)"),
+        ("text.safetensors", "is not a PyTorch checkpoint that can be read safely.*"),
+        ("sample.png", "is not a PyTorch checkpoint that can be read safely"),
+        ("objects.pth.tar", "is not a PyTorch checkpoint that can be read safely"),
+        ("empty.pth.tar", "is not a PyTorch checkpoint that can be read safely: EOFError"),
+        ("cut.pth.tar", "is not a PyTorch checkpoint that can be read safely: PytorchStreamReader failed .*"),
+    ],
+)
+def test_what_is_no_official_checkpoint_is_refused(tmp_path: Path, sample: Image.Image, name: str, reason: str) -> None:
+    """In our own words: torch's advise to read the file in the way that runs the code in it."""
     (tmp_path / "text.safetensors").write_text("some text that is longer than eight bytes")
-    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / name))):
+    sample.save(tmp_path / "sample.png")
+    torch.save({"a": Path()}, tmp_path / "objects.pth.tar")
+    (tmp_path / "empty.pth.tar").touch()
+    (tmp_path / "cut.pth.tar").write_bytes((tmp_path / "objects.pth.tar").read_bytes()[:200])
+    with pytest.raises(CheckpointError) as caught:
         convert_official(tmp_path / name, tmp_path / "x.safetensors", "phi")
+    assert re.fullmatch(f"{re.escape(str(tmp_path / name))} {reason}", str(caught.value))
+    assert "weights_only" not in str(caught.value)

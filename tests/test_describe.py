@@ -68,6 +68,15 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert facts["exif"]["Model"] == "Maker X100"
 
 
+def test_no_file_is_no_line(tmp_path: Path) -> None:
+    """Nothing is printed on standard output where nothing is described; as JSON it is an array without elements."""
+    for missing in (tmp_path / "missing.hpcm", tmp_path):
+        result = CliRunner().invoke(app, ["info", str(missing)])
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith(f"hpcmref: {missing}: ")
+        assert CliRunner().invoke(app, ["info", "--json", str(missing)]).stdout == "[]\n"
+
+
 @pytest.mark.parametrize("place", [{"xmp": b"<x exif:GPSLatitude='52'/>"}, {"iptc": b"\x1c\x02\x5a\x00\x01B"}])
 def test_places_outside_of_exif(place: dict[str, bytes]) -> None:
     assert described(Extras(**place)) == {"location": "yes"}  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -172,6 +173,65 @@ def test_a_folder_with_subfolders_there_and_back(folder: Path) -> None:
     assert call("encode", "in", "-o", "out", "--resume").stdout.endswith("5 kept, 1 failed\n")
     assert call("decode", "out", "-o", "back", "--format", "bmp", "--resume").stdout.endswith("5 kept\n")
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@posix
+def test_a_long_name_stops_no_other_file(folder: Path) -> None:
+    """The names of outputs are longer: those that are only tried for one file, and the one of the other."""
+    Path("in").mkdir()
+    fits, too_long = "y" * 248 + ".png", "z" * 251 + ".png"
+    for name in ("a.png", fits, too_long):
+        Image.new("L", (5, 4)).save(f"in/{name}")
+    arguments = ["encode", "in", "-o", "out", "--lossless"]
+    for options, summary in (([], "1 failed"), (["--resume"], "2 kept, 1 failed"), (["--force"], "1 failed")):
+        result = call(*arguments, *options)
+        assert result.exit_code == 1
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.endswith(f"{too_long.replace('.png', '.hpcm')}: File name too long\n")
+        assert result.stdout.endswith(f"{summary}\n")
+        assert sorted(os.listdir("out")) == ["a.hpcm", fits.replace(".png", ".hpcm")]
+    result = call(*arguments, "--resume", "--dry-run")
+    assert result.exit_code == 1
+    assert result.stdout.count("(kept)") == 2
+
+
+def test_a_folder_that_cannot_be_seen_stops_no_other_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exists = Path.exists
+
+    def without_permission(path: Path) -> bool:
+        if str(path).startswith(str(Path("out/sub"))):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return exists(path)
+
+    Path("in/sub").mkdir(parents=True)
+    for name in ("a.png", "sub/b.png"):
+        Image.new("L", (5, 4)).save(f"in/{name}")
+    monkeypatch.setattr(Path, "exists", without_permission)
+    result = call("encode", "in", "-o", "out", "--lossless")
+    assert result.exit_code == 1
+    assert result.stderr == "hpcmref: in/sub/b.png: cannot write out/sub/b.hpcm: Permission denied\n"
+    assert os.listdir("out") == ["a.hpcm"]
+
+
+def test_a_dry_run_finds_what_would_fail(folder: Path) -> None:
+    Image.new("L", (5, 4)).save("a.png")
+    for code, *arguments in (
+        (1, "encode", "nowhere.png"),
+        (1, "decode", "nowhere.hpcm"),
+        (1, "decode", "a.hpcm", "-o", "a.xyz"),
+        (2, "decode", "a.hpcm", "-o", "b.png", "--output-quality", "5"),
+        (2, "encode", "a.png", "-o", "b.hpcm", "--max-seconds", "5"),
+        (2, "encode", "a.png", "-o", "b.hpcm", "--metric", "foo"),
+        (2, "encode", "a.png", "-o", "b.hpcm", "--lossless", "--effort", "3"),
+        (None, "encode", "a.png", "-o", "b.hpcm", "-m", "nowhere"),
+        (None, "decode", "a.hpcm", "-o", "b.png", "-m", "nowhere"),
+    ):
+        if arguments[1] == "a.hpcm":
+            call("encode", "a.png", "--lossless")
+        real, dry = call(*map(str, arguments)), call(*map(str, arguments), "--dry-run")
+        assert real.exit_code == dry.exit_code != 0, arguments
+        assert code in (None, dry.exit_code), arguments
+        assert real.stderr == dry.stderr or "nowhere.hpcm" in arguments, arguments
 
 
 def test_dry_run_writes_nothing(folder: Path) -> None:

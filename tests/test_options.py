@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import DATA
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -24,6 +26,7 @@ WRONG: list[list[str]] = [
     *([*ENCODE, "--size", value] for value in ("0", "-1", "1TB", "", "9" * 400, "kB")),
     *([*ENCODE, "--frame", value] for value in ("0", "-1", "first", "")),
     *([*ENCODE, "--strip-only", value] for value in ("", "locaton", "exif,,")),
+    *([*ENCODE, "-m", value] for value in ("nosuch", "nanno")),
     *([*ENCODE, "--device", value] for value in ("gpu", "")),
     *([*ENCODE, "--jobs", value] for value in ("0", "-1", "many", "", "1.5")),
     *([*ENCODE, "--threads", value] for value in ("0", "-1", "many", "9999999999")),
@@ -41,10 +44,19 @@ WRONG: list[list[str]] = [
     *(["compare", "a.png", "a.png", "--metrics", value] for value in ("psnrr", "", ",")),
     ["compare", "a.png"],
     ["compare", "a.png", "."],
+    ["thumbnail", "a.hpcm"],
+    ["thumbnail", "a.hpcm", "-o", ""],
+    ["thumbnail", "", "-o", "new.png"],
     ["verify"],
+    ["verify", "learned.hpcm", "-m", "nosuch"],
+    ["verify", "learned.hpcm", "-m", "nosuch", "--jobs", "2"],
+    ["decode", "learned.hpcm", "-o", "new.png", "-m", "nosuch"],
     ["bench"],
     ["bench", "-"],
     *([*BENCH[:-1], value] for value in ("", "jpg", "jpeg:speed=1", "jpeg:", "hpcmref:x=1", "jpeg,jpeg")),
+    ["bench", "a.png", "--codecs", "hpcmref", "--models", "nano,nosuch"],
+    ["bench", "a.png", "--codecs", "hpcmref", "--models", "mine=nosuch"],
+    ["bench", "--profile", "--models", "nosuch"],
     *([*BENCH, "--qualities", value] for value in ("jpeg=200", "jpge=20", "jpeg=", "jpeg=1:2:0", "jpeg=x")),
     *([*BENCH, "--metrics", value] for value in ("ssimulacra", "")),
     *([*BENCH, "--range", value] for value in ("nan:1", "1", "2:1", "0:1", "")),
@@ -97,6 +109,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         image = Image.linear_gradient("L").resize((70, 65))
         image.save("a.png")
         Path("a.hpcm").write_bytes(lossless.encode(image))
+        shutil.copy(DATA / "conformance" / "light.bin", "learned.hpcm")
         yield
 
 

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, features
 from typer.testing import CliRunner, Result
 
+import hpcmref
 from hpcmref import lossless
 from hpcmref.cli import app
 from hpcmref.picture import plugins
@@ -125,6 +126,15 @@ class TestFormats:
             assert np.array_equal(np.asarray(Image.open("x.jxl")), np.asarray(Image.open("a.png")))
 
 
+def test_decode_says_when_a_file_is_truncated(folder: Path, sample: Image.Image) -> None:
+    data = hpcmref.encode(sample.crop((0, 0, 128, 64)))
+    Path("cut.hpcm").write_bytes(data[: len(data) * 3 // 4])
+    result = call("decode", "cut.hpcm", "--allow-partial", "--json")
+    said = "the file is truncated, and is decoded as far as it goes"
+    assert json.loads(result.stdout)["warnings"] == [said]
+    assert result.stderr == f"hpcmref: cut.hpcm: {said}\n"
+
+
 class TestWhatEncodeSays:
     def test_a_file_that_is_larger_than_its_input(self, folder: Path) -> None:
         Image.new("L", (1, 1)).save("tiny.png")
@@ -206,8 +216,69 @@ class TestCompare:
         )  # fmt: skip
 
     def test_transparency_is_put_on_white(self, folder: Path) -> None:
+        """The numbers are of what is seen there, but a picture with alpha does not equal one without."""
         call("decode", "b.hpcm", "-o", "b.bmp")
-        assert json.loads(call("compare", "b.hpcm", "b.bmp", "--json").stdout)["equal"]
+        facts = json.loads(call("compare", "b.hpcm", "b.bmp", "--json").stdout)
+        assert (facts["psnr"], facts["equal"]) == (None, False)
+        assert call("compare", "b.hpcm", "b.bmp").stdout.startswith("PSNR:          infinite on white; alpha differs\n")
+        call("decode", "b.hpcm", "-o", "b.png")
+        assert json.loads(call("compare", "b.hpcm", "b.png", "--json").stdout)["equal"]
+        Image.new("RGBA", (8, 8), "white").save("white.png")
+        Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save("clear.png")
+        assert not json.loads(call("compare", "white.png", "clear.png", "--json").stdout)["equal"]
+        Image.new("RGB", (8, 8), "white").save("opaque.png")
+        assert json.loads(call("compare", "white.png", "opaque.png", "--json").stdout)["equal"]
+
+    def test_transparent_pictures_are_upright(self, folder: Path) -> None:
+        image = Image.open("a.png").convert("RGBA")
+        image.putalpha(Image.fromarray(COLOURS))
+        image.save("upright.png")
+        turned = Image.Exif()
+        turned[0x0112] = 6
+        image.transpose(Image.Transpose.ROTATE_90).save("turned.png", exif=turned)
+        assert json.loads(call("compare", "upright.png", "turned.png", "--json").stdout)["equal"]
+
+    def test_equal_is_said_of_equal_pixels_alone(self, folder: Path) -> None:
+        """One level in one pixel: MS-SSIM rounds to 1, and its decibels are infinite."""
+        pixels = np.full((600, 600, 3), 128, np.uint8)
+        Image.fromarray(pixels).save("one.png")
+        pixels[300, 300, 1] += 1
+        Image.fromarray(pixels).save("other.png")
+        result = call("compare", "one.png", "other.png", "--metrics", "ms-ssim")
+        assert "MS-SSIM:" in result.stdout
+        assert "equal" not in result.stdout
+
+    def test_warnings_name_the_picture(self, folder: Path) -> None:
+        """As other commands do, and not the line of the code that warned."""
+        first = Image.linear_gradient("L").resize((40, 30)).convert("P")
+        first.save("pal.png")
+        first.save("anim.gif", save_all=True, append_images=[first.transpose(Image.Transpose.ROTATE_180)])
+        Image.fromarray(COLOURS.astype(np.uint16) * 257).save("wide.png")
+        for name, texts in (
+            ("anim.gif", ["only the first frame of anim.gif is used; 1 more are left out"]),
+            ("pal.png", ["palette colours are converted to RGB"]),
+            ("wide.png", ["16-bit grey is reduced to 8 bits"]),
+        ):
+            for order in ((name, "a.png"), ("a.png", name)):
+                result = call("compare", *order, "--metrics", "psnr")
+                assert result.exit_code == 0
+                lines = result.stderr.splitlines()
+                assert all(line.startswith(f"hpcmref: {name}: ") for line in lines), lines
+                assert {f"hpcmref: {name}: {text}" for text in texts} <= set(lines)
+
+    def test_errors_name_standard_input(self, folder: Path) -> None:
+        result = call("compare", "a.png", "-", stdin=b"no image")
+        assert result.exit_code == 1
+        assert result.stderr.startswith("hpcmref: standard input is not an image in one of the supported formats")
+
+    def test_a_metric_that_was_asked_for_is_never_silently_left_out(self, folder: Path) -> None:
+        result = call("compare", "a.png", "a.hpcm", "--metrics", "ms-ssim")
+        assert (result.exit_code, result.stdout) == (0, "PSNR:          infinite: the pixels are equal\n")
+        assert result.stderr == "hpcmref: MS-SSIM needs sides of at least 161 pixels\n"
+        assert call("compare", "a.png", "a.hpcm").stderr == ""
+        result = call("compare", "a.png", "a.hpcm", "--metrics", "ms-ssim", "--json")
+        assert json.loads(result.stdout)["ms_ssim"] is None
+        assert "161" in result.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")

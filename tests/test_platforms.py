@@ -448,7 +448,8 @@ def test_two_models_never_have_names_that_differ_in_case_only(tmp_path: Path, mo
 
 
 def test_characters_that_a_code_page_lacks_are_escaped(tmp_path: Path) -> None:
-    (tmp_path / "\u5199.png").touch()
+    for name in ("\u5199", "\u00e9"):
+        (tmp_path / f"{name}.png").touch()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "cp1252"}
     command = [sys.executable, "-m", "hpcmref", "encode", "--dry-run", "\u5199.png", "\u00e9.png", "-o", "out"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import configparser
 import importlib.util
+import io
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -259,12 +261,12 @@ def test_the_thumbnailer_entry_works(folder: Path, tmp_path: Path, installed: di
         assert (image.info["Thumb::Image::Width"], image.info["Thumb::Image::Height"]) == ("90", "60")
 
 
-def thumbnail(arguments: Sequence[str]) -> Any:
+def thumbnail(arguments: Sequence[str], stdin: bytes | None = None) -> Any:
     from typer.testing import CliRunner
 
     from hpcmref.cli import app
 
-    return CliRunner().invoke(app, ["thumbnail", *arguments])
+    return CliRunner().invoke(app, ["thumbnail", *arguments], input=stdin)
 
 
 @pytest.mark.parametrize(
@@ -297,10 +299,73 @@ def test_a_thumbnail_of_16_bits_is_not_white(tmp_path: Path) -> None:
 
 
 def test_what_has_no_thumbnail_leaves_none(tmp_path: Path) -> None:
-    (tmp_path / "a.hpcm").write_bytes(b"no file")
-    result = thumbnail([str(tmp_path / "a.hpcm"), "-o", str(tmp_path / "a.png")])
-    assert (result.exit_code, result.stderr) == (1, "hpcmref: this is not an hpcmref file\n")
-    assert not (tmp_path / "a.png").exists()
+    bad = tmp_path / "a.hpcm"
+    bad.write_bytes(b"no file")
+    for source, reason in (
+        (bad, "this is not an hpcmref file"),
+        (tmp_path, "(Is a directory|Permission denied)"),
+        (tmp_path / "x", "No such file or directory"),
+    ):
+        result = thumbnail([str(source), "-o", str(tmp_path / "a.png")])
+        assert result.exit_code == 1
+        assert re.fullmatch(f"hpcmref: {re.escape(str(source))}: {reason}\n", result.stderr)
+        assert not (tmp_path / "a.png").exists()
+
+
+@pytest.fixture
+def archive(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """The content of the encoded file a.hpcm, which lies in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / "photo.hpcm", "a.hpcm")
+    return Path("a.hpcm").read_bytes()
+
+
+@pytest.mark.parametrize("output", ["a.hpcm", "./a.hpcm", "link.png", "A.HPCM"])
+def test_a_thumbnail_never_replaces_its_file(archive: bytes, output: str) -> None:
+    """Nor where another name or other letters lead to it."""
+    if output == "link.png":
+        Path(output).symlink_to("a.hpcm")
+    if output == "A.HPCM" and not Path(output).exists():  # as where the file system sees no difference in letters
+        Path(output).hardlink_to("a.hpcm")
+    result = thumbnail(["a.hpcm", "-o", output])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("hpcmref: a.hpcm")
+    assert result.stderr.endswith(f"{Path(output)} is an input; name another output with -o\n")
+    assert Path("a.hpcm").read_bytes() == archive
+
+
+@pytest.mark.parametrize("output", ["b.hpcm", "notes.txt", "photo.jpg"])
+def test_a_thumbnail_replaces_nothing_but_a_png(archive: bytes, output: str) -> None:
+    Path(output).write_bytes(b"precious")
+    result = thumbnail(["a.hpcm", "-o", output])
+    assert (result.exit_code, result.stderr) == (
+        1, f"hpcmref: a.hpcm: {output} exists already, and is not a PNG; name another output with -o\n"
+    )  # fmt: skip
+    assert Path(output).read_bytes() == b"precious"
+    Image.new("L", (1, 1)).save("old", "PNG")
+    assert thumbnail(["a.hpcm", "-o", "old"]).exit_code == 0
+    with Image.open("old") as image:
+        assert image.size == (90, 60)
+
+
+def test_thumbnails_go_through_pipes(archive: bytes) -> None:
+    """What has no name and no time has none in the PNG, unless the caller knows its URI."""
+    named = thumbnail(["a.hpcm", "-o", "-"]).stdout_bytes
+    assert thumbnail(["a.hpcm", "-o", "a.png"]).exit_code == 0
+    assert Path("a.png").read_bytes() == named
+    result = thumbnail(["-", "-o", "-", "-s", "20"], stdin=archive)
+    assert (result.exit_code, result.stderr) == (0, "")
+    with Image.open(io.BytesIO(result.stdout_bytes)) as image:
+        assert image.size == (20, 13)
+        assert {name for name in image.info if name.startswith("Thumb::")} == {
+            "Thumb::Mimetype", "Thumb::Image::Width", "Thumb::Image::Height",
+        }  # fmt: skip
+    result = thumbnail(["-", "-o", "-", "--uri", "file:///a"], stdin=archive)
+    with Image.open(io.BytesIO(result.stdout_bytes)) as image:
+        assert image.info["Thumb::URI"] == "file:///a"
+    assert sorted(path.name for path in Path().iterdir()) == ["a.hpcm", "a.png"]
+    result = thumbnail(["-", "-o", "-"], stdin=b"no file")
+    assert (result.exit_code, result.stderr) == (1, "hpcmref: standard input: this is not an hpcmref file\n")
 
 
 # --- what is shipped -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -10,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from containers import changed, learned_of
 from PIL import Image, features
@@ -237,6 +239,16 @@ def test_a_signal_in_the_middle_of_a_write_leaves_nothing(folder: Path, number: 
     assert [path.name for path in Path().iterdir()] == ["a.png"]
 
 
+def test_outputs_that_cannot_be_say_why(folder: Path) -> None:
+    Path("loop").symlink_to("loop")
+    for output, why in (("loop", "Too many levels of symbolic links"), ("a.png/x", "Not a directory")):
+        result = CliRunner().invoke(app, ["encode", "a.png", "-o", output, "--lossless"])
+        assert result.exit_code == 1
+        assert result.stderr.endswith(f"cannot write {output}: {why}\n")
+        assert result.stderr.count("\n") == 1
+    assert Path("loop").is_symlink()
+
+
 class TestResume:
     """With --lossless, which needs no model and leaves the rest to be tested."""
 
@@ -292,6 +304,59 @@ class TestResume:
         sentence = "a.hpcm exists already and is not an hpcmref file (--force replaces it)"
         assert result.stderr == f"hpcmref: a.png: {sentence}\n"
         assert Path("a.hpcm").read_bytes() == b"precious"
+
+    def test_what_misses_the_psnr_is_made_anew(self, folder: Path, sample: Image.Image) -> None:
+        sample.crop((100, 100, 196, 164)).save("a.png")
+        assert self.encode("-q", "0").exit_code == 0
+        rough = Path("a.hpcm").read_bytes()
+        assert self.encode("--psnr", "20").output == ""
+        assert Path("a.hpcm").read_bytes() == rough
+        assert self.encode("--psnr", "36", "--measure").exit_code == 0
+        good = Path("a.hpcm").read_bytes()
+        assert len(good) > len(rough)
+        assert self.encode("--psnr", "36").output == ""
+        assert self.encode("--psnr", "20").output == ""
+        assert Path("a.hpcm").read_bytes() == good
+
+    def test_what_lacks_invisible_pixels_is_made_anew_with_lossless(self, folder: Path) -> None:
+        pixels = np.zeros((40, 60, 4), np.uint8)
+        pixels[::2, ::2] = 255, 0, 0, 255
+        pixels[30:] = 9, 200, 30, 0
+        Image.fromarray(pixels).save("a.png")
+        assert self.encode("-q", "50").exit_code == 0
+        assert parse(Path("a.hpcm").read_bytes()).learned is None  # the encoder's choice
+        assert self.encode("-q", "50").output == ""
+        assert self.encode("--lossless", "--quiet").exit_code == 0
+        assert CliRunner().invoke(app, ["decode", "a.hpcm", "-o", "b.png"]).exit_code == 0
+        with Image.open("b.png") as decoded:
+            assert (np.asarray(decoded) == pixels).all()
+        assert self.encode("--lossless").output == ""
+
+    def test_a_file_that_cannot_be_read_is_named(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(path: Path) -> bytes:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        assert self.encode("--lossless").exit_code == 0
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+        assert self.encode("--lossless").stderr == "hpcmref: a.png: cannot read a.hpcm: Permission denied\n"
+
+    def test_thumbnails_are_told_from_images(self, folder: Path) -> None:
+        def decode(*options: str) -> str:
+            result = CliRunner().invoke(app, ["decode", "a.hpcm", "-o", "b.png", "--resume", *options])
+            assert result.exit_code == 0
+            return result.output
+
+        assert self.encode("--lossless").exit_code == 0
+        decode()
+        assert decode("--thumbnail", "16") != ""
+        with Image.open("b.png") as small:
+            assert max(small.size) == 16
+        assert decode("--thumbnail", "16") == ""
+        assert decode() != ""
+
+    def test_previews_cannot_be_resumed(self, folder: Path) -> None:
+        """An image does not show whether it is a preview."""
+        assert CliRunner().invoke(app, ["decode", "a.hpcm", "-o", "b.png", "--resume", "--upto", "1"]).exit_code == 2
 
     @pytest.mark.parametrize("form", ["png", "jpg", "webp", "tif", "bmp", "ppm", "avif", "npy"])
     def test_decode(self, folder: Path, form: str) -> None:

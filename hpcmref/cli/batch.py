@@ -201,13 +201,19 @@ class _Batch:
 
 
 def dry_run(planned: Plan, outputs: Outputs, style: Style) -> None:
-    """Print what would be written where, and write nothing. Raises typer.Exit(1) if an output could not be written."""
+    """Print what would be written where, and write nothing.
+
+    Raises typer.Exit(1) if an input does not exist or an output could not be written, and the errors that end a run.
+    """
     printer = _Printer(style, to_stdout=False)
     failures: list[tuple[Exception, Job | None]] = [(problem, None) for problem in planned.problems]
     for job in planned.jobs:
         try:
+            job.check_source()
             wanted = outputs.are_wanted(job)
             action = "keep" if not wanted else "replace" if job.target_exists else "write"
+        except (CheckpointError, ConfigError):
+            raise
         except HpcmrefError as error:
             failures.append((error, job))
             continue

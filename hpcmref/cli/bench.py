@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +19,10 @@ import typer
 from hpcmref.cli import bench_options, options
 from hpcmref.cli.bench_progress import progress
 from hpcmref.cli.encode import IMAGE_SUFFIXES
+from hpcmref.cli.folders import is_same_file
 from hpcmref.cli.jobs import inputs
 from hpcmref.errors import ConfigError, HpcmrefError
+from hpcmref.runtime.files import is_special
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +72,7 @@ def bench(
 ) -> None:
     """Measure codecs side by side on your own images: size, quality, time, memory, BD-rate."""
     outputs = _Outputs(json_file, csv_file, report, quiet)
-    outputs.check(generations)
+    outputs.check(generations, resume)
     if not 0 < time_limit <= 1e6:
         raise typer.BadParameter("it must be a number of seconds, at most a million.", param_hint="--time-limit")
     options.use_threads(threads)
@@ -85,7 +89,8 @@ def bench(
     if not folders:
         raise typer.BadParameter("name a folder of images.")
     fixed = _fixed([DATASETS[dataset][1] for dataset in asked], results or [])
-    images = _images(folders, quiet)[:limit]
+    images = _images(folders, quiet, report)[:limit]
+    outputs.check_inputs(images)
     between = _range(limits) if limits is not None else None
     measured = _codecs(codecs, _models(models), encoder or [], qualities or [], time_limit, device.value)
     settings = _settings(qualities or [], target, measured)
@@ -170,17 +175,42 @@ class _Outputs:
     report: Path | None
     quiet: bool
 
-    def check(self, generations: int | None) -> None:
-        """Raise typer.BadParameter if results cannot be written there."""
+    def check(self, generations: int | None, resume: Path | None) -> None:
+        """Raise typer.BadParameter if results cannot be written there. resume: the journal, which must stay."""
         if str(self.report) == "-":
             raise typer.BadParameter("a report is a folder; it cannot go to standard output.", param_hint="--report")
         if str(self.json_file) == str(self.csv_file) == "-":
             raise typer.BadParameter("only one of --json and --csv can go to standard output.", param_hint="--csv")
-        for name, file in (("--json", self.json_file), ("--csv", self.csv_file)):
-            if file is not None and str(file) != "-" and (file.is_dir() or not file.absolute().parent.is_dir()):
+        for name, file in self._files.items():
+            if file.is_dir() or not file.absolute().parent.is_dir():
                 raise typer.BadParameter(f"{file} is a folder, or is in a folder that does not exist.", param_hint=name)
+            if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+                raise typer.BadParameter(f"{file} cannot be written.", param_hint=name)
+        named = [*self._files.values(), *([] if resume is None else [resume])]
+        if any(is_same_file(one, other) for one, other in itertools.combinations(named, 2)):
+            raise typer.BadParameter("two of --json, --csv and --resume name one file.")
+        if self.report is not None:
+            existing = next(each for each in (self.report.absolute(), *self.report.absolute().parents) if each.exists())
+            if not existing.is_dir() or not os.access(existing, os.W_OK):
+                raise typer.BadParameter(f"the folder {self.report} cannot be made or written.", param_hint="--report")
         if self.report is not None and generations is not None:
             raise typer.BadParameter("there is no page for --generations; use --json or --csv.", param_hint="--report")
+
+    def check_inputs(self, images: Sequence[Path]) -> None:
+        """Raise typer.BadParameter if an output would replace one of the images that are measured."""
+        for name, file in self._files.items():
+            if any(is_same_file(file, image) for image in images):
+                raise typer.BadParameter(f"{file} is one of the images.", param_hint=name)
+        if self.report is not None and any(is_same_file(self.report, image.absolute().parent) for image in images):
+            raise typer.BadParameter(f"{self.report} is the folder of an image; name another.", param_hint="--report")
+
+    @property
+    def _files(self) -> dict[str, Path]:
+        """The option and the path of every result that goes to a file."""
+        named = {"--json": self.json_file, "--csv": self.csv_file}
+        return {
+            name: file for name, file in named.items() if file is not None and not is_special(file) and str(file) != "-"
+        }
 
     @functools.cached_property
     def tables(self) -> Console | None:
@@ -313,10 +343,11 @@ def _need_extra() -> None:
         raise HpcmrefError("bench needs more packages: pip install 'hpcmref[bench]', or '.[bench]' in a checkout")
 
 
-def _images(folders: Sequence[str], quiet: bool) -> list[Path]:
+def _images(folders: Sequence[str], quiet: bool, without: Path | None = None) -> list[Path]:
+    """The images of folders. without: a folder that is not searched, since the report goes there."""
     if "-" in folders:
         raise typer.BadParameter("standard input is not a folder of images.")
-    planned = inputs(folders, IMAGE_SUFFIXES)
+    planned = inputs(folders, IMAGE_SUFFIXES, without=None if without is None else str(without))
     if planned.problems:
         raise planned.problems[0]
     if planned.skipped and not quiet:

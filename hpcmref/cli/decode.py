@@ -65,19 +65,24 @@ def decode(
         return "PNG" if job.target is None or job.is_stream else format_of(job.target)
 
     def is_there(job: Job) -> bool:
-        return job.target is not None and is_decoded(job.target, format_for(job), job.source)
+        return job.target is not None and is_decoded(job.target, format_for(job), job.source, thumbnail)
+
+    def check(job: Job) -> None:
+        check_writable(format_for(job), output_quality)  # fail before decoding rather than after it
 
     if thumbnail is not None and upto != 3:
         raise typer.BadParameter("--thumbnail and --upto cannot be combined.")
-    outputs = Outputs(force, preserve, is_there if resume else None)
+    if resume and upto != 3:
+        raise typer.BadParameter("--resume and --upto cannot be combined: an image does not show how it was decoded.")
+    if model is not None:
+        from hpcmref.checkpoints import find
+
+        find(model)  # an unknown one ends the run at once
+    outputs = Outputs(force, preserve, is_there if resume else None, check)
     style = Style(quiet, as_json, verbose)
     if dry:
         dry_run(planned, outputs, style)
         return
-
-    def read_input(job: Job) -> bytes | None:
-        check_writable(format_for(job), output_quality)  # fail before decoding rather than after it
-        return outputs.read_input(job)
 
     def write_output(job: Job, outcome: Outcome) -> Done:
         job.write(outcome.made.data, preserve)
@@ -97,7 +102,7 @@ def decode(
         colour,
         thumbnail,
     )
-    run_spread(planned, read_input, decoder, write_output, style, jobs, ray, threads)
+    run_spread(planned, outputs.read_input, decoder, write_output, style, jobs, ray, threads)
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,8 @@ class _Decoder:
         file = parse(content, self.allow_partial, self.allow_damaged)
         if file.damaged:
             warnings.warn("the file is damaged, and is decoded as far as its checksums match", stacklevel=2)
+        if file.truncated:
+            warnings.warn("the file is truncated, and is decoded as far as it goes", stacklevel=2)
         started = time.perf_counter()
         codec = self.codecs.of(file)
         loaded = time.perf_counter()

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -20,7 +21,7 @@ from hpcmref.cli.effort import Effort, EffortOption, MaxSecondsOption, MetricOpt
 from hpcmref.cli.frames import each_frame, frame_of
 from hpcmref.cli.jobs import ENCODED_SUFFIX, Job, Outputs, plan
 from hpcmref.cli.resume import Wanted
-from hpcmref.errors import ImageError
+from hpcmref.errors import DecodeError, ImageError
 from hpcmref.runtime.heap import no_search
 
 if TYPE_CHECKING:
@@ -83,9 +84,27 @@ def encode(
         if frame is not None:
             raise typer.BadParameter("--all-frames and --frame cannot be combined.")
         planned.jobs = each_frame(planned.jobs)
+    options.use_threads(threads)
+    if lossless and effort:
+        raise typer.BadParameter("a lossless file cannot be improved: leave out --effort.", param_hint="--effort")
+    if not lossless:
+        from hpcmref.checkpoints import find
+
+        find(model)  # an unknown one ends the run at once
+    searching = Effort.of(
+        effort, metric, max_seconds, on_interrupt, spread=jobs > 1 or ray is not None,
+        alone=len(planned.jobs) == 1, quiet=quiet or as_json,
+    )  # fmt: skip
+    encoder = _Encoder(
+        model=model, device=device.value, quality=quality, target=target, strip=strip, lossless=lossless,
+        keep_invisible=keep_invisible, frame=frame, strip_only=parts, verify=verify, measure=measure, effort=searching,
+    )  # fmt: skip
     wanted = Wanted(model, quality, target, lossless)
-    is_there = (lambda job: job.target is not None and wanted.is_there(job.target)) if resume else None
-    outputs = Outputs(force, preserve, is_there)
+
+    def is_there(job: Job) -> bool:
+        return job.target is not None and wanted.is_there(job.target) and encoder.is_near(job, job.target)
+
+    outputs = Outputs(force, preserve, is_there if resume else None)
     style = Style(quiet, as_json, verbose)
     if dry:
         dry_run(planned, outputs, style)
@@ -102,17 +121,6 @@ def encode(
         facts = _facts(job, outcome)
         return Done(_summary(job, outcome, facts, alone=len(planned.jobs) == 1), facts, len(outcome.made.data))
 
-    options.use_threads(threads)
-    if lossless and effort:
-        raise typer.BadParameter("a lossless file cannot be improved: leave out --effort.", param_hint="--effort")
-    searching = Effort.of(
-        effort, metric, max_seconds, on_interrupt, spread=jobs > 1 or ray is not None,
-        alone=len(planned.jobs) == 1, quiet=quiet or as_json,
-    )  # fmt: skip
-    encoder = _Encoder(
-        model=model, device=device.value, quality=quality, target=target, strip=strip, lossless=lossless,
-        keep_invisible=keep_invisible, frame=frame, strip_only=parts, verify=verify, measure=measure, effort=searching,
-    )  # fmt: skip
     run_spread(planned, read_input, encoder, write_output, style, jobs, ray, threads)
 
 
@@ -151,6 +159,25 @@ class _Encoder:
                 f"the encoded file is larger than the input, {len(data)} against {len(content)} bytes", stacklevel=2
             )
         return Made(data, facts, stages)
+
+    def is_near(self, job: Job, existing: Path) -> bool:
+        """Return whether an existing file is as near to the image as it has to be.
+
+        That is, whether it reaches the PSNR, or has every pixel if it must be lossless. Without either, all are near
+        enough. Standard input can be read only once, so a file of it is never near enough.
+        """
+        if "psnr" not in self.target and not self.lossless:
+            return True
+        if job.source is None:
+            return False
+        data = existing.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the encoder gives them
+            image = self._opened(job, job.read())
+            if self.lossless:
+                return _is_exact(data, image)
+            psnr = self._measured(image, data)["psnr"]
+        return psnr is not None and psnr >= float(self.target["psnr"])
 
     def _opened(self, job: Job, content: bytes) -> Image.Image:
         from hpcmref.picture import images
@@ -213,6 +240,17 @@ class _Encoder:
             from hpcmref.codec import load  # imports torch, which takes a second
 
             return load(self.model, self.device)
+
+
+def _is_exact(data: bytes, image: Image.Image) -> bool:
+    """Return whether a file has every pixel of an image, also the invisible ones."""
+    from hpcmref import lossless
+
+    try:
+        lossless.verify(data, image)
+    except DecodeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

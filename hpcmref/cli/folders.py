@@ -160,7 +160,7 @@ def _name_rivals(group: list[Source], output: Path, suffix: str) -> dict[Source,
             paths[source] = source.path
     short = {source: output / source.folder / (path.stem + suffix) for source, path in paths.items()}
     long = {source: output / source.folder / (path.name + suffix) for source, path in paths.items()}
-    free = sorted((each for each in paths if not long[each].exists()), key=lambda each: paths[each].name)
+    free = sorted((each for each in paths if not _exists(long[each])), key=lambda each: paths[each].name)
     owner = _owner(free, short[free[0]]) if free else None
     return named | {each: short[each] if each is owner else long[each] for each in paths}
 
@@ -171,7 +171,7 @@ def _owner(claimants: Sequence[Source], short: Path) -> Source:
     If a file with the short name exists, its source is found by the time of modification (equal after --preserve), or
     else it is the first source that existed before that file.
     """
-    if len(claimants) == 1 or not short.exists():
+    if len(claimants) == 1 or not _exists(short):
         return claimants[0]
     try:
         made = short.stat()
@@ -211,6 +211,14 @@ def is_same_file(one: Path, other: Path) -> bool:
 def _is_same(one: str, other: str) -> bool:
     try:
         return one == other or (_folded(one) == _folded(other) and os.path.samefile(one, other))
+    except OSError:
+        return False
+
+
+def _exists(path: Path) -> bool:
+    """Whether a file or folder exists. One that cannot be seen, or whose name is too long, counts as none."""
+    try:
+        return path.exists()
     except OSError:
         return False
 

@@ -37,7 +37,10 @@ def info(
             inputs(files, ENCODED_SUFFIXES, recursive), Job.read, work, lambda job, outcome: Done(), totals=False
         )
     finally:
-        print(json.dumps(described, indent=2) if as_json else "\n".join(_text(each, exif) for each in described))
+        if as_json:
+            print(json.dumps(described, indent=2))
+        elif described:
+            print("\n".join(_text(each, exif) for each in described))
 
 
 def _facts(job: Job, data: bytes) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -83,7 +84,7 @@ class Job:
             atomic_write(self.target, data, self.source.stat().st_mtime_ns if keep and self.source else None)
 
     def check_room(self, force: bool) -> None:
-        """Check before the work that the output can be written. force: it may replace an existing file.
+        """Check before the work that the output can be written. force: it may replace an existing file, but no input.
 
         Raises HpcmrefError, or ConfigError for standard output that is closed or a terminal.
         """
@@ -95,6 +96,8 @@ class Job:
             return
         if self.is_stream:
             return
+        if self.source is not None and is_same_file(self.target, self.source):
+            raise HpcmrefError(f"{self.target} is an input; name another output with -o")
         if not force and self.target_exists:
             raise HpcmrefError(f"{self.target} exists already (--force replaces it)")
 
@@ -107,7 +110,18 @@ class Job:
         """Make the folder of the output."""
         if self.target is not None and not self.is_stream:
             with _writing(self.target):
-                self.target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    self.target.parent.mkdir(parents=True, exist_ok=True)
+                except FileExistsError as error:
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
+
+    def check_source(self) -> None:
+        """Raise HpcmrefError if the input does not exist. It is not opened."""
+        if self.source is not None:
+            try:
+                self.source.stat()
+            except (OSError, ValueError) as error:
+                raise HpcmrefError(f"cannot read {self.name}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextlib.contextmanager
@@ -126,18 +140,24 @@ class Outputs:
     force: replace existing files. preserve: copy the time of modification.
     is_there: with --resume, a function that returns whether the existing output of a job is complete and has the wanted
         settings. It raises HpcmrefError if the output is a file of another kind. None without --resume.
+    check: raises the error of a job that the options do not allow.
     """
 
     force: bool = False
     preserve: bool = False
     is_there: Callable[[Job], bool] | None = None
+    check: Callable[[Job], None] = lambda job: None
 
     def are_wanted(self, job: Job) -> bool:
-        """Return whether a job has to be done. Raises HpcmrefError if its output cannot be written. Writes nothing."""
+        """Return whether a job has to be done. Raises HpcmrefError if it cannot be done. Writes nothing."""
+        self.check(job)
         if self.is_there is None or not job.target_exists:
             job.check_room(self.force)
             return True
-        return not self.is_there(job)
+        try:
+            return not self.is_there(job)
+        except OSError as error:
+            raise HpcmrefError(f"cannot read {error.filename or job.target}: {error.strerror or error}") from error
 
     def read_input(self, job: Job) -> bytes | None:
         """Make the folder of the output and read the input, or return None if nothing is to be done.
@@ -164,9 +184,11 @@ class Plan:
     to_stdout: bool = False
 
 
-def inputs(arguments: Sequence[str], suffixes: Collection[str], recursive: bool = True) -> Plan:
+def inputs(
+    arguments: Sequence[str], suffixes: Collection[str], recursive: bool = True, without: str | None = None
+) -> Plan:
     """Make a plan for a command that only reads. See `folders.find` for the arguments."""
-    found = find(arguments, suffixes, recursive)
+    found = find(arguments, suffixes, recursive, without)
     return Plan([Job(source.path, None) for source in found.sources], found.problems, found.describe_skipped())
 
 

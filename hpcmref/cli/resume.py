@@ -16,9 +16,10 @@ from hpcmref.format.container import MAGIC, Container, parse
 
 @dataclass(frozen=True)
 class Wanted:
-    """The settings that an encoded file should have.
+    """The settings that an encoded file should have, as far as the file shows them.
 
-    target: "size", "bpp" or "psnr" with its value, instead of a quality. lossless: instead of a quality, too.
+    target: "size", "bpp" or "psnr" with its value, instead of a quality. lossless: instead of a quality, too. Whether
+    the pixels are those of the image, or near enough for "psnr", is for the encoder to say.
     """
 
     model: str | None
@@ -58,11 +59,12 @@ class Wanted:
         return found.fingerprint, DEFAULT_QUALITY if found.qualities > 1 else 0
 
 
-def is_decoded(path: Path, form: str, source: Path | None) -> bool:
+def is_decoded(path: Path, form: str, source: Path | None, side: int | None) -> bool:
     """Return whether an image file is complete and has the width and height of the encoded file `source`.
 
-    form: the format of the image. If the result is False, the image is to be decoded again. Raises HpcmrefError if the
-    file is neither empty nor of this format.
+    form: the format of the image. side: that of the square that a thumbnail fits, or None for the whole image. If the
+    result is False, the image is to be decoded again. Raises HpcmrefError if the file is neither empty nor of this
+    format.
     """
     from hpcmref.picture.images import open_image
 
@@ -75,15 +77,18 @@ def is_decoded(path: Path, form: str, source: Path | None) -> bool:
         size = _shape_of_npy(data) if form == "NPY" else open_image(_named(data, path)).size
     except ImageError:
         return False
-    return source is None or size == _size(source)
+    return source is None or size == _size(source, side)
 
 
-def _size(source: Path) -> tuple[int, int] | None:
+def _size(source: Path, side: int | None) -> tuple[int, int] | None:
+    """The width and height that an encoded file is decoded to, or None if it cannot be read."""
+    from hpcmref.picture.images import fitting
+
     try:
         file: Container = parse(source.read_bytes(), partial=True, damaged=True)
     except (HpcmrefError, OSError):
         return None  # decoding will report the error
-    return file.width, file.height
+    return (file.width, file.height) if side is None else fitting(file.width, file.height, side)
 
 
 _BEGINNINGS = {

@@ -50,6 +50,10 @@ def verify(
     def report(job: Job, outcome: Outcome) -> Done:
         return Done(f"{job.name}: {'intact' if quick else 'decodes'}", {**outcome.made.facts, "size": outcome.size})
 
+    if model is not None:
+        from hpcmref.checkpoints import find
+
+        find(model)  # an unknown one ends the run at once
     use_threads(threads)
     planned = inputs(files, ENCODED_SUFFIXES, recursive)
     run_spread(

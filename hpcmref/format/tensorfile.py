@@ -115,14 +115,18 @@ def opened(path: Path) -> Iterator[TensorFile]:
 def _described(path: Path, stream: Any) -> TensorFile:
     """Read the header of an open file. Raises CheckpointError, OSError."""
     status = os.fstat(stream.fileno())
-    length = int.from_bytes(stream.read(_LENGTH).ljust(_LENGTH, b"\xff"), "little")
+    start = stream.read(_LENGTH)
     if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
         raise CheckpointError(f"{path} is no model file: it has more than {MAX_FILE} bytes.")
+    if len(start) < _LENGTH:
+        found = f"has only {len(start)} byte{'s' * (len(start) != 1)}" if start else "is empty"
+        raise CheckpointError(f"{path} is damaged or no safetensors file: it {found}.")
+    length = int.from_bytes(start, "little")
     data = _LENGTH + length
     if length > MAX_HEADER or data > status.st_size:
         raise CheckpointError(
             f"{path} is damaged or no safetensors file: its header says that it has {length} bytes; it may have "
-            f"{min(MAX_HEADER, max(0, status.st_size - _LENGTH))}."
+            f"{min(MAX_HEADER, status.st_size - _LENGTH)}."
         )
     try:
         metadata, entries = _parsed(strict_json(stream.read(length)), status.st_size - data)

@@ -42,7 +42,9 @@ def atomic_write(path: Path, data: bytes, modified: int | None = None) -> None:
             with open(os.dup(descriptor), "wb") as file:
                 file.write(data)
             return
-        target = path.resolve()
+        target = Path(os.path.realpath(path))
+        if target.is_symlink():  # it leads back to itself
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         if is_special(target):
             target.write_bytes(data)
         else:

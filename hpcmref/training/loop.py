@@ -247,13 +247,13 @@ def train(config: TrainingConfig, report: Callable[[Report], None] = lambda _: N
     with joined(config.device) as ranks:
         trainer = Trainer(config, ranks)
         tiles = tiles_of(config, trainer.device)
-        config.output.mkdir(parents=True, exist_ok=True)
         if has_state(config.output):
             trainer.load()
         elif config.start is not None and has_state(Path(config.start)):
             trainer.branch_off(Path(config.start))
         elif config.start is not None:
             trainer.begin_with(checkpoints.load(checkpoints.find(config.start)).model)
+        config.output.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             log = stack.enter_context(_Log(config.output / "log.jsonl", trainer, report)) if ranks.leads else None
             _run(trainer, tiles, log)
