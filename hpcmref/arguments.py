@@ -51,7 +51,10 @@ def positive(name: str, value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise wrong_type(name, value, "a number above 0")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number or a fraction that no float can hold
+        number = math.inf
     if not (0 < number < math.inf):
         raise ConfigError(f"{name} is {_short(value)}, and must be a finite number above 0")
     return number
@@ -139,11 +142,23 @@ def contents(name: str, source: Any, wanted: str) -> bytes:
         data = source.read()
     except OSError as error:
         raise HpcmrefError(f"{name} cannot be read: {_where(source)}{error.strerror or error}") from error
+    except UnicodeDecodeError:
+        raise ArgumentTypeError(f"{name} is a file that returns text: open it in binary mode") from None
     except ValueError as error:  # a closed file, or a path with a zero byte
         raise HpcmrefError(f"{name} cannot be read: {error}") from error
     if not isinstance(data, (bytes, bytearray)):
         raise ArgumentTypeError(f"{name} is a file that returns {type(data).__name__}: open it in binary mode")
+    if not data and _position(source):
+        raise HpcmrefError(f"{name} is a file of which nothing is left to read: go to its beginning with seek(0)")
     return bytes(data)
+
+
+def _position(file: Any) -> int:
+    """Return the position in a file, or 0 if it has none, as a pipe."""
+    try:
+        return int(file.tell())
+    except (AttributeError, OSError, ValueError):
+        return 0
 
 
 def _where(source: Any) -> str:

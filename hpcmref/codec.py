@@ -545,7 +545,9 @@ def load(model: str | os.PathLike[str] | None = None, device: str = "auto") -> C
     """
     arguments.model(model)
     with _loading:  # threads that ask for a codec at once get the same one
-        return _kept(checkpoints.find(model), device_of(device))
+        path = checkpoints.find(model)
+        found = path.stat()
+        return _kept(path, device_of(device), (found.st_mtime_ns, found.st_size, found.st_ino))
 
 
 def fresh(model: str | os.PathLike[str] | None = None, device: str = "auto") -> Codec:
@@ -554,7 +556,8 @@ def fresh(model: str | os.PathLike[str] | None = None, device: str = "auto") -> 
 
 
 def _made(path: Path, device: torch.device) -> Codec:
-    with safe_after_fork(device.type):
+    # Tensors that are made in the caller's inference mode could not be used by a search.
+    with safe_after_fork(device.type), torch.inference_mode(False):
         checkpoint = checkpoints.load(path)
         give_back()
         codec = Codec(checkpoint, path.stem, device)
@@ -562,7 +565,10 @@ def _made(path: Path, device: torch.device) -> Codec:
     return codec
 
 
-_kept = lru_cache(maxsize=2)(_made)
+@lru_cache(maxsize=2)
+def _kept(path: Path, device: torch.device, version: tuple[int, ...]) -> Codec:
+    """As `_made`. version: changes when the file is replaced, whose codec must not be used any more."""
+    return _made(path, device)
 
 
 def codec_for(file: Container, device: str = "auto", model: str | os.PathLike[str] | None = None) -> Codec:

@@ -114,8 +114,11 @@ def compare(data: bytes, picture: Picture) -> None:
 
 
 def _refuse_inexact(image: Image.Image | NDArray[Any]) -> None:
-    wide = isinstance(image, np.ndarray) and image.dtype not in (np.uint8, bool)
-    if wide or (isinstance(image, Image.Image) and ranges.is_wide(image)):
+    if isinstance(image, np.ndarray):
+        wide = ranges.checked_array(image).dtype not in (np.uint8, bool)
+    else:
+        wide = isinstance(image, Image.Image) and ranges.is_wide(image)
+    if wide:
         raise ImageError(
             "more than 8 bits a channel cannot be stored losslessly; leave out lossless, or use PNG or TIFF"
         )

@@ -6,6 +6,7 @@ image.save("photo.hpcm", quality=40)      writes a file; for other suffixes than
 
 from __future__ import annotations
 
+import threading
 from typing import IO, TYPE_CHECKING, Any
 
 from PIL import Image, ImageFile
@@ -19,7 +20,6 @@ FORMAT = "HPCM"
 
 _MAGIC = b"\x89HPC"
 _METADATA = ("icc_profile", "exif", "xmp", "dpi", "comment")
-_TARGETS = ("size", "bpp", "psnr")
 
 
 def register() -> None:
@@ -57,6 +57,7 @@ class HpcmImageFile(ImageFile.ImageFile):
         except HpcmrefError as error:
             raise OSError(str(error)) from error
         self._is_encoded = True
+        self._decoding = threading.Lock()
 
     def verify(self) -> None:
         """Compare the checksum of the file, and close it. Raises OSError if they differ."""
@@ -98,26 +99,32 @@ class HpcmImageFile(ImageFile.ImageFile):
     def load(self) -> Any:
         """Decode the file, unless that is done already. Raises OSError.
 
-        If Pillow's LOAD_TRUNCATED_IMAGES is set, a truncated file is decoded as far as it goes.
+        If Pillow's LOAD_TRUNCATED_IMAGES is set, a truncated file is decoded as far as it goes. If several threads load
+        the image, one of them decodes it, and the others wait.
         """
-        if self._is_encoded and self.fp is not None:
-            from hpcmref.format.container import MAX_PIXELS, parse
-
-            # Pillow has checked its own limit on pixels when the file was opened.
-            partial = bool(ImageFile.LOAD_TRUNCATED_IMAGES)
-            self.fp.seek(0)
-            data = self.fp.read()
-            try:
-                file = parse(data, partial)
-                image = _decoded(file, MAX_PIXELS, self._side)
-            except HpcmrefError as error:
-                raise OSError(str(error)) from error
-            self.im = image.im
-            self._is_encoded = False
-            if self._exclusive_fp:
-                self.fp.close()
-            self.fp = None
+        if self._is_encoded:
+            with self._decoding:
+                if self._is_encoded and self.fp is not None:  # no other thread has decoded it in the meantime
+                    self._decode(self.fp)
         return super().load()
+
+    def _decode(self, source: IO[bytes]) -> None:
+        from hpcmref.format.container import MAX_PIXELS, parse
+
+        # Pillow has checked its own limit on pixels when the file was opened.
+        partial = bool(ImageFile.LOAD_TRUNCATED_IMAGES)
+        source.seek(0)
+        data = source.read()
+        try:
+            file = parse(data, partial)
+            image = _decoded(file, MAX_PIXELS, self._side)
+        except HpcmrefError as error:
+            raise OSError(str(error)) from error
+        self.im = image.im
+        if self._exclusive_fp:
+            source.close()
+        self.fp = None
+        self._is_encoded = False  # the last step, since from now on other threads do not wait
 
 
 def _decoded(file: Container, max_pixels: int, side: int | None) -> Image.Image:
@@ -145,16 +152,18 @@ def _save_all(image: Image.Image, file: IO[bytes], filename: str | bytes) -> Non
 def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
     """Encode an image for `Image.save`.
 
-    Options: quality (0 to 63), a target (size, bpp, psnr) or lossless; keep_invisible; model and device; and the
-    metadata icc_profile, exif, xmp, dpi and comment. Metadata without an option is taken from the image, and None
-    leaves it out.
+    The options of `hpcmref.encode` mean what they mean there, and have the same errors. The metadata icc_profile, exif,
+    xmp, dpi and comment is taken from the options, and without an option from the image. None leaves it out, and
+    `strip` leaves out parts of both. Options of other formats are ignored, as in Pillow's own formats.
     """
+    import inspect
+
+    from hpcmref.api import encode
     from hpcmref.picture.images import without_exif
 
     options = image.encoderinfo
     if "exif" in options and options["exif"] is None:  # Pillow reads EXIF from several items of `info`
         image = without_exif(image)
-        image.encoderinfo = options
     if any(name in options for name in _METADATA):
         image = image.copy()
         for name in _METADATA:
@@ -163,16 +172,5 @@ def _save(image: Image.Image, file: IO[bytes], filename: str | bytes) -> None:
         overruled = {"comment": "text", "dpi": "jfif_unit"}
         for name in overruled.keys() & options.keys():
             image.info.pop(overruled[name], None)
-    if options.get("lossless"):
-        from hpcmref.lossless import encode
-
-        file.write(encode(image))
-        return
-    from hpcmref.codec import load
-
-    keep = bool(options.get("keep_invisible"))
-    codec = load(options.get("model"), options.get("device", "auto"))
-    if targets := {name: options[name] for name in _TARGETS if options.get(name) is not None}:
-        file.write(codec.encode_to(image, **targets, keep_invisible=keep, choose=True))
-    else:
-        file.write(codec.encode(image, options.get("quality"), keep_invisible=keep, choose=True))
+    known = inspect.signature(encode).parameters.keys() - {"image"}
+    file.write(encode(image, **{name: options[name] for name in known & options.keys()}))

@@ -122,7 +122,7 @@ class LinearSynthesis:
         """Measure the answers of g_s. size: the height of the impulses, in units of g_s; batch: how many at a time."""
         channels = model.config.M
         probe = next(model.g_s.parameters())
-        impulses = torch.zeros(channels, channels, 3, 3, device=probe.device)
+        impulses = torch.zeros(channels, channels, 3, 3, dtype=torch.float32, device=probe.device)
         impulses[range(channels), range(channels), 1, 1] = size
         answers = [
             F.avg_pool2d(model.g_s(part).float(), BLOCK) - F.avg_pool2d(model.g_s(-part).float(), BLOCK)

@@ -6,7 +6,7 @@ import os
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from hpcmref import arguments
-from hpcmref.errors import ConfigError, HpcmrefError, ImageError
+from hpcmref.errors import ArgumentTypeError, ConfigError, HpcmrefError, ImageError
 
 if TYPE_CHECKING:
     import torch
@@ -58,14 +58,24 @@ def _image_bytes(source: Any) -> bytes:
 
 
 def _array_of_tensor(tensor: torch.Tensor) -> NDArray[Any]:
-    """Convert a tensor (C, H, W) on any device to an array (H, W, C). Raises ImageError for other shapes and types."""
+    """Convert a tensor (C, H, W) on any device to an array (H, W, C).
+
+    Raises ImageError for other shapes and types, and ArgumentTypeError for tensors that are not dense.
+    """
+    import torch
+
+    if tensor.is_nested or tensor.layout != torch.strided:
+        layout = "nested tensor" if tensor.is_nested else f"tensor of layout {str(tensor.layout).rpartition('.')[2]}"
+        raise ArgumentTypeError(
+            f"image is a {layout}, and must be a dense tensor, which to_dense() makes of some others"
+        )
     if tensor.ndim != 3 or not 1 <= tensor.shape[0] <= 4:
         raise ImageError(f"image is a tensor of shape {tuple(tensor.shape)}, and must be one of (1 to 4, H, W)")
     if tensor.is_complex() or tensor.is_quantized:
         raise ImageError(f"image is a tensor of {tensor.dtype}, and must be one of uint8 or floats from 0 to 1")
-    if tensor.is_sparse or tensor.is_meta:
-        raise ImageError("image is a tensor whose values cannot be read (sparse, or on the device meta)")
-    tensor = tensor.detach().cpu()
+    if tensor.is_meta:
+        raise ImageError("image is a tensor on the device meta, which has no values")
+    tensor = tensor.detach().cpu().resolve_neg()
     return (tensor.float() if tensor.is_floating_point() else tensor).permute(1, 2, 0).numpy()
 
 

@@ -52,10 +52,25 @@ def truncated_image() -> Image.Image:
     return Image.open(io.BytesIO((DATA / "sample.png").read_bytes()[:20_000]))
 
 
+def text_file() -> Any:
+    """Opened in text mode, with bytes that are not UTF-8."""
+    return io.TextIOWrapper(io.BytesIO(b"\x89HPC"), "utf-8")
+
+
+def file_at_its_end() -> io.BytesIO:
+    file = io.BytesIO((DATA / "sample.png").read_bytes())
+    file.read()
+    return file
+
+
 def lazy_eps() -> Image.Image:
     eps = io.BytesIO()
     GOOD.save(eps, "EPS")
     return Image.open(io.BytesIO(eps.getvalue()))
+
+
+def nested_tensor() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(2, 4)])
 
 
 # Argument -> what it may not be. The functions make each value anew, since some can be used only once.
@@ -67,6 +82,7 @@ KINDS: dict[str, list[Callable[[], Any]]] = {
         bytes, bytearray, lambda: b"no image", lambda: (DATA / "sample.png").read_bytes()[:20_000],
         lambda: memoryview(b""), io.BytesIO, closed_file, TextFile, lambda: io.StringIO("text"),
         lambda: "", lambda: "nowhere.png", lambda: "a\0b.png", lambda: Path("nowhere.png"), lambda: DATA,
+        text_file, file_at_its_end,
     ],
     "image of Pillow": [
         closed_image, truncated_image, lazy_eps, lambda: Image.new("RGB", (0, 5)), lambda: Image.new("L", (40_000, 1)),
@@ -82,18 +98,21 @@ KINDS: dict[str, list[Callable[[], Any]]] = {
         lambda: torch.zeros(3, 0, 3), lambda: torch.zeros(5, 4, 4), lambda: torch.zeros(1, 3, 4, 4),
         lambda: torch.zeros(4, 4), lambda: torch.full((3, 4, 4), 9.0), lambda: torch.zeros(3, 4, 4, dtype=torch.int64),
         lambda: torch.zeros(3, 4, 4, dtype=torch.complex64), lambda: torch.zeros(3, 4, 4).to_sparse(),
-        lambda: torch.zeros(3, 4, 4, device="meta"),
+        lambda: torch.zeros(3, 4, 4, device="meta"), lambda: torch.zeros(3, 4, 4).to_sparse_csr(),
+        lambda: torch.zeros(3, 4, 4).to_mkldnn(), nested_tensor,
     ],
     "file": [
         lambda: None, lambda: 42, list, lambda: object(), Hostile, lambda: GOOD, bytes, lambda: b"no file",
         lambda: b"\x89HPC", lambda: b"\x89HPC\2", lambda: io.BytesIO(b""), closed_file, TextFile, lambda: "",
-        lambda: "nowhere.bin", lambda: "a\0b", lambda: DATA,
+        lambda: "nowhere.bin", lambda: "a\0b", lambda: DATA, text_file, file_at_its_end,
     ],
     "quality": [lambda: 31.5, lambda: "high", lambda: -1, lambda: 64, lambda: 10**30, lambda: True, lambda: [3],
                 lambda: float("nan"), lambda: np.array([1, 2]), lambda: torch.ones(2), Hostile],
     "size": [lambda: 0, lambda: -5, lambda: "40kB", lambda: 1.5, lambda: True, lambda: (1,)],
-    "bpp": [lambda: 0, lambda: -1, lambda: float("nan"), lambda: float("inf"), lambda: "1", lambda: True, list],
-    "psnr": [lambda: 0, lambda: -1, lambda: float("nan"), lambda: float("inf"), lambda: "30", lambda: 1j, list],
+    "bpp": [lambda: 0, lambda: -1, lambda: float("nan"), lambda: float("inf"), lambda: "1", lambda: True, list,
+            lambda: 10**400],
+    "psnr": [lambda: 0, lambda: -1, lambda: float("nan"), lambda: float("inf"), lambda: "30", lambda: 1j, list,
+             lambda: 10**400, lambda: -(10**400), lambda: 10**5000],
     "model": [lambda: 42, lambda: b"nano", list, lambda: "nowhere", lambda: "", lambda: DATA, lambda: "a\0b",
               lambda: DATA / "sample.png", Hostile],
     "device": [lambda: None, lambda: 0, lambda: "tpu", lambda: "", lambda: torch.device("cpu"), list],
@@ -211,3 +230,86 @@ def test_a_path_that_is_missing_is_named() -> None:
         hpcmref.encode("nowhere.png")
     with pytest.raises(HpcmrefError, match=r"nowhere\.bin: No such file"):
         hpcmref.decode("nowhere.bin")
+
+
+def test_a_file_that_is_open_in_text_mode_is_a_wrong_type() -> None:
+    calls: list[Callable[..., Any]] = [hpcmref.decode, hpcmref.info, hpcmref.encode]
+    for call in calls:
+        for file in (text_file(), io.StringIO("text")):
+            with pytest.raises(ArgumentTypeError, match="open it in binary mode"):
+                call(file)
+
+
+def test_a_file_that_was_read_to_its_end_must_be_rewound() -> None:
+    calls: dict[Callable[..., Any], type[HpcmrefError]] = {hpcmref.decode: HpcmrefError, hpcmref.encode: ImageError}
+    for call, error in calls.items():
+        with pytest.raises(error, match=r"nothing is left to read.*seek\(0\)"):
+            call(file_at_its_end())
+        with pytest.raises(error, match="not an"):
+            call(io.BytesIO())
+
+
+class Unseekable(io.BytesIO):
+    def tell(self) -> int:
+        raise io.UnsupportedOperation("tell")
+
+
+def test_a_stream_without_a_position_can_be_empty() -> None:
+    with pytest.raises(ImageError, match="not an image"):
+        hpcmref.encode(Unseekable())
+
+
+def test_a_number_beyond_floats_is_a_wrong_value() -> None:
+    wrong: list[dict[str, Any]] = [{"psnr": 10**400}, {"bpp": 10**400}, {"effort": 1, "max_seconds": 10**400}]
+    for options in wrong:
+        with pytest.raises(ConfigError, match="must be a finite number above 0"):
+            hpcmref.encode(GOOD, device="cpu", **options)
+
+
+def test_the_layout_of_a_tensor_is_named() -> None:
+    zeros = torch.zeros(3, 4, 4)
+    wrong = {"sparse": zeros.to_sparse(), "sparse_csr": zeros.to_sparse_csr(), "mkldnn": zeros.to_mkldnn()}
+    for layout, tensor in {**wrong, "nested": nested_tensor()}.items():
+        with pytest.raises(ArgumentTypeError, match=f"image is a .*{layout}.*dense"):
+            hpcmref.encode(tensor)
+
+
+def test_a_tensor_with_a_pending_sign_is_encoded_as_its_values() -> None:
+    values = torch.linspace(0, 1, 48).reshape(3, 4, 4)
+    negated = torch.complex(values, -values).conj().imag
+    assert negated.is_neg()
+    assert hpcmref.encode(negated, 20, device="cpu") == hpcmref.encode(values, 20, device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:16")
+@pytest.mark.parametrize("kind", ["u2", "f4", "f8"])
+def test_the_order_of_the_bytes_of_an_array_makes_no_difference(kind: str) -> None:
+    ramp = np.linspace(0, 1 if kind[0] == "f" else 65535, 12 * 9).reshape(12, 9)
+    for values in (ramp, np.stack([ramp, ramp, ramp[::-1]], axis=2)):
+        big, little = (
+            hpcmref.encode(np.ascontiguousarray(values.astype(order + kind)), 20, device="cpu") for order in "><"
+        )
+        assert big == little
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4), np.int8), np.zeros((4, 4), ">i8"), np.array([[None]]), np.array([["a"]]),
+        np.full((4, 4), np.nan), np.zeros((0, 3)), np.zeros(3), np.zeros((4, 4), complex),
+    ],
+    ids=lambda array: f"{array.dtype}-{array.shape}",
+)  # fmt: skip
+def test_lossless_says_the_same_of_an_array_that_is_no_image(array: np.ndarray[Any, Any]) -> None:
+    sentences = []
+    for lossless in (False, True):
+        with pytest.raises(ImageError) as caught:
+            hpcmref.encode(array, device="cpu", lossless=lossless)
+        sentences.append(str(caught.value))
+    assert sentences[0] == sentences[1]
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "f4"])
+def test_lossless_refuses_more_than_8_bits(dtype: str) -> None:
+    with pytest.raises(ImageError, match="more than 8 bits"):
+        hpcmref.encode(np.zeros((4, 4), dtype), lossless=True)

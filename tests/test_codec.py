@@ -546,6 +546,36 @@ def test_larger_images_than_allowed_are_refused(codec: Codec, small: Image.Image
         codec.decode(forged(data, width=1 << 14, height=(1 << 13) + 1))
 
 
+def test_a_model_file_that_is_replaced_is_loaded_anew(one_rate: Path, tmp_path: Path) -> None:
+    """Otherwise new files would need a model that is gone."""
+    path = tmp_path / "mine.safetensors"
+    shutil.copy(one_rate, path)
+    first = load(path, "cpu")
+    assert load(path, "cpu") is first
+    checkpoints.save(model_of(TINY, seed=9), path, "another", {})
+    second = load(path, "cpu")
+    assert second.fingerprint == checkpoints.info(path).fingerprint != first.fingerprint
+
+
+def test_a_codec_of_inference_mode_can_search(sample: Image.Image) -> None:
+    image = sample.crop((0, 0, 64, 64))
+    with torch.inference_mode():
+        codec = fresh(None, "cpu")
+        inside = codec.encode(image, 20, effort=1)
+    assert codec.encode(image, 20, effort=1) == inside
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_thumbnails_whatever_the_default_type(sample: Image.Image, dtype: torch.dtype) -> None:
+    data = fresh(None, "cpu").encode(sample.crop((0, 0, 256, 192)), 20)
+    expected = fresh(None, "cpu").thumbnail(data, 16)
+    torch.set_default_dtype(dtype)
+    try:
+        assert fresh(None, "cpu").thumbnail(data, 16) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_threads_that_load_a_model_at_once_load_it_once(one_rate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Path] = []
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pickle
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import containers
 import numpy as np
@@ -16,6 +20,8 @@ import pytest
 from PIL import Image, ImageFile, ImageSequence, UnidentifiedImageError
 
 import hpcmref
+from hpcmref import plugin
+from hpcmref.errors import ArgumentTypeError, ConfigError
 from hpcmref.format.container import MAGIC, Tag, parse, write
 from hpcmref.picture.images import open_image
 from hpcmref.plugin import _MAGIC, HpcmImageFile
@@ -75,6 +81,44 @@ def test_open_and_load(codec: Codec, file: Path, data: bytes, small: Image.Image
     assert pickle.loads(pickle.dumps(expected)).tobytes() == expected.tobytes()
 
 
+def test_threads_that_share_an_opened_image_decode_it_once(
+    codec: Codec, file: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[bool] = []
+    inner, all_started = plugin._decoded, threading.Barrier(4)
+
+    def counted(*arguments: Any) -> Image.Image:
+        decoded.append(True)
+        return inner(*arguments)
+
+    def pixels(image: Image.Image) -> bytes:
+        all_started.wait(60)
+        return image.tobytes()
+
+    monkeypatch.setattr(plugin, "_decoded", counted)
+    with Image.open(file) as image, ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(pixels, [image] * 4)) == {codec.decode(data).tobytes()}
+    assert len(decoded) == 1
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_opened_image_can_be_pickled_and_copied(codec: Codec, file: Path, data: bytes, loaded: bool) -> None:
+    expected = codec.decode(data)
+    duplicates: list[Callable[[Image.Image], Image.Image]] = [
+        lambda image: pickle.loads(pickle.dumps(image)),
+        copy.copy,
+        copy.deepcopy,
+        Image.Image.copy,
+    ]
+    for duplicate in duplicates:
+        with Image.open(file) as image:
+            if loaded:
+                image.load()
+            other = duplicate(image)
+        assert other.tobytes() == expected.tobytes()
+        assert (other.mode, other.size) == (expected.mode, expected.size)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "CMYK", "I;16"])
 @pytest.mark.filterwarnings("ignore:CMYK", "ignore:16-bit")
 def test_the_mode_is_known_before_the_pixels(codec: Codec, sample: Image.Image, mode: str) -> None:
@@ -120,6 +164,75 @@ def test_none_leaves_out_exif_of_every_kind_and_turns_the_picture_once(small: Im
         assert opened.size == small.size
         assert ("exif" in opened.info) == (not options)
         assert opened.getexif().get(0x0112, 1) == 1
+
+
+def saved(image: Image.Image, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "HPCM", device="cpu", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 9, "effort": 1},
+        {"bpp": 4.0, "keep_invisible": True, "verify": True},
+        {"lossless": True, "strip": ["exif", "xmp"]},
+    ],
+)
+def test_save_writes_the_same_file_as_encode(small: Image.Image, options: dict[str, Any]) -> None:
+    assert saved(small, **options) == hpcmref.encode(small, device="cpu", **options)
+
+
+def test_options_of_other_formats_are_ignored(small: Image.Image) -> None:
+    assert saved(small, lossless=True, optimize=True, subsampling=0) == hpcmref.encode(small, lossless=True)
+
+
+def test_strip_leaves_out_the_location_also_of_exif_that_the_caller_gives(small: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    exif.get_ifd(0x8825)[1] = "N"
+    own = small.copy()
+    own.info = {"exif": exif.tobytes()}
+    cases: list[tuple[Image.Image, dict[str, Any]]] = [
+        (own, {}),
+        (small, {"exif": exif}),
+        (small, {"exif": exif.tobytes()}),
+    ]
+    for image, options in cases:
+        assert "location" in hpcmref.info(saved(image, quality=0, **options)).about
+        without_location = hpcmref.info(saved(image, quality=0, strip=["location"], **options)).about
+        assert "location" not in without_location
+        assert without_location["camera"] == "Maker"
+        assert hpcmref.info(saved(image, quality=0, strip=True, **options)).metadata == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"quality": 40, "size": 1000}, ConfigError, "only one of quality and size"),
+        ({"quality": 40, "lossless": True}, ConfigError, "only one of quality and lossless"),
+        ({"psnr": 35, "lossless": True}, ConfigError, "only one of psnr and lossless"),
+        ({"lossless": True, "effort": 3}, ConfigError, "leave out effort"),
+        ({"max_seconds": 3}, ConfigError, "max_seconds"),
+        ({"metric": "ms-ssim"}, ConfigError, "metric"),
+        ({"effort": 10}, ConfigError, "effort is 10"),
+        ({"strip": ["gps"]}, ConfigError, "strip has 'gps'"),
+        ({"lossless": "no"}, ArgumentTypeError, "lossless is 'no'"),
+        ({"keep_invisible": "no"}, ArgumentTypeError, "keep_invisible is 'no'"),
+        ({"verify": 1}, ArgumentTypeError, "verify is 1"),
+        ({"strip": 1}, ArgumentTypeError, "strip is 1"),
+    ],
+)
+def test_save_refuses_what_encode_refuses(
+    small: Image.Image, options: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    file = io.BytesIO()
+    with pytest.raises(error, match=sentence):
+        small.save(file, "HPCM", **options)
+    with pytest.raises(error, match=sentence):
+        hpcmref.encode(small, **options)
+    assert not file.getvalue()
 
 
 def test_several_frames_are_refused(small: Image.Image) -> None:

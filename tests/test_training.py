@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -584,6 +585,17 @@ def test_the_recipe_for_a_gpu(tmp_path: Path, compiled: tuple[str, ...]) -> None
 # --- from photographs to a codec -----------------------------------------------------------------------------------
 
 
+def test_data_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.tar").write_bytes(b"no archive")
+    huge = tmp_path / "huge"
+    huge.mkdir()
+    Image.new("1", (20000, 20000)).save(huge / "bomb.png")
+    for source, name in ((tmp_path / "broken.tar", "broken.tar"), (huge, "bomb.png")):
+        result = CliRunner().invoke(app, ["train", str(source), "-o", str(tmp_path / "run"), "--steps", "1"])
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert f"{name} cannot be read" in result.stderr
+
+
 def test_from_the_command_line_to_an_image(tmp_path: Path, sample: Image.Image) -> None:
     """Train, resume, export: the checkpoint encodes and decodes."""
     arguments = [
@@ -600,6 +612,18 @@ def test_from_the_command_line_to_an_image(tmp_path: Path, sample: Image.Image) 
     assert (result.exit_code, result.stdout) == (0, "")
     second = checkpoints.info(path)
     assert second.fingerprint != first.fingerprint
+
+    before = path.read_bytes()
+    for option, value, why in (("--seed", "4", "--seed 3, not 4"), ("--lambda", "0.01", "--lambda None, not 0.01")):
+        result = CliRunner().invoke(app, [*arguments, "--steps", "3", option, value])
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert f"has a run with {why}" in result.stderr
+    (tmp_path / "own").mkdir()
+    own = Path(shutil.copy(path, tmp_path / "own"))
+    result = CliRunner().invoke(app, [*arguments, "--steps", "1", "-o", str(own.parent), "--from", str(own)])
+    assert result.exit_code == 2
+    assert "to continue" in result.stderr
+    assert own.read_bytes() == path.read_bytes() == before
 
     codec = load(path, "cpu")
     part = sample.crop((30, 30, 170, 130))

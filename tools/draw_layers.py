@@ -26,10 +26,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("latents", "checkpoints", "lossless"),
     ("choice", "search"),
     ("codec", "models", "training"),
-    ("plugin", "sources", "selftest"),
+    ("sources", "selftest"),
     ("many",),
     ("api",),
-    ("bench",),
+    ("bench", "plugin"),
     ("cli",),
 )
 """The parts from the bottom to the top. Parts of one layer do not import each other."""

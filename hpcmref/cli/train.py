@@ -91,6 +91,7 @@ def train(
     from hpcmref import checkpoints
     from hpcmref.training import TrainingConfig, phases_of
     from hpcmref.training import train as run
+    from hpcmref.training.state import has_state
 
     config = TrainingConfig(
         data=tuple(data), output=output, preset=preset, memory=memory, start=start, minutes=minutes, steps=steps,
@@ -101,17 +102,22 @@ def train(
     if profile:
         _profile(config)
         return
+    target = output / f"{preset}.safetensors"
+    if target.exists() and not has_state(output):
+        raise typer.BadParameter(
+            f"{target} exists already, and {output} has no run to continue; name another folder.", param_hint="-o"
+        )
     trainer = run(config, (lambda _: None) if quiet else _print)
     if not trainer.ranks.leads:
         return
     provenance = {
         "minutes": trainer.seconds / 60, "steps": trainer.step, "processes": trainer.ranks.count, "seed": seed,
-        "metric": metric, "lambda": rate, "memory": memory, "from": start, "schedule": schedule,
+        "metric": metric, "lambda": rate, "memory": memory, "from": trainer.start, "schedule": schedule,
     }  # fmt: skip
     with trainer.averaged() as model:
         made = checkpoints.save(
             model,
-            output / f"{preset}.safetensors",
+            target,
             description=f"{config.name}, {trainer.seconds / 60:.0f} minutes of training",
             provenance=provenance,
         )

@@ -62,6 +62,22 @@ def image_of_array(array: NDArray[Any]) -> Image.Image:
     The channels are grey, grey and alpha, RGB, or RGB and alpha. More than one channel of 16 bits is rounded to 8 bits,
     with a warning. Raises ImageError for any other array.
     """
+    array = checked_array(array)
+    if array.dtype.kind == "f":
+        array = np.rint(array.astype(np.float64) * 255).astype(np.uint8)
+    if array.dtype == np.uint16 and array.ndim == 3:
+        warnings.warn("16 bits a channel are rounded to 8", stacklevel=4)
+        array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if array.dtype == bool and array.ndim == 3:
+        array = array * np.uint8(255)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def checked_array(array: NDArray[Any]) -> NDArray[Any]:
+    """Check that an array is an image, as `image_of_array` describes it.
+
+    Returns it in native byte order, and without the last axis if that has one channel. Raises ImageError.
+    """
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (2, 3, 4))) or not array.size:
@@ -69,15 +85,9 @@ def image_of_array(array: NDArray[Any]) -> Image.Image:
     if array.dtype.kind == "f":
         if not ((array >= 0) & (array <= 1)).all():
             raise ImageError("an image of floating-point numbers must have them between 0 and 1")
-        array = np.rint(array.astype(np.float64) * 255).astype(np.uint8)
-    if array.dtype == np.uint16 and array.ndim == 3:
-        warnings.warn("16 bits a channel are rounded to 8", stacklevel=4)
-        array = ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if array.dtype == bool and array.ndim == 3:
-        array = array * np.uint8(255)
-    if array.dtype not in (np.uint8, np.uint16, bool):
+    elif array.dtype.newbyteorder("=") not in (np.uint8, np.uint16, bool):
         raise ImageError(f"an image is an array of bool, uint8, uint16 or floating-point numbers, not of {array.dtype}")
-    return Image.fromarray(np.ascontiguousarray(array))
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _range(image: Image.Image, tags: Any, values: NDArray[Any]) -> tuple[float, float]:

@@ -187,10 +187,13 @@ def _files(sources: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
                 if path.suffix.lower() in SUFFIXES and not hidden:
                     yield path.name, path.read_bytes()
         elif source.suffix == ".tar":
-            with tarfile.open(source) as archive:
-                for member in archive:
-                    if member.isfile() and member.name.lower().endswith(SUFFIXES):
-                        yield Path(member.name).name, archive.extractfile(member).read()  # type: ignore[union-attr]
+            try:
+                with tarfile.open(source) as archive:
+                    for member in archive:
+                        if member.isfile() and member.name.lower().endswith(SUFFIXES):
+                            yield Path(member.name).name, archive.extractfile(member).read()  # type: ignore[union-attr]
+            except tarfile.TarError as error:
+                raise ImageError(f"{source} cannot be read as a tar file: {error}.") from error
         elif source.is_file():
             yield source.name, source.read_bytes()
         else:
@@ -210,7 +213,7 @@ def _decode(name: str, data: bytes) -> Tensor:
             pixels = np.array(image.convert("RGB"))
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image.") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{name} cannot be read as an image: {error}.") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 

@@ -68,6 +68,8 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=cuda
         )
+        self.start = None if config.start is None else str(config.start)
+        """The model or run that this run began with."""
         self.step = 0
         self.skipped = 0
         self.seconds = 0.0
@@ -205,8 +207,17 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
             "clock": {"step": self.step, "skipped": self.skipped, "seconds": self.seconds},
             "preset": self.config.name,
+            "settings": self._settings,
+            "start": self.start,
         }
         write_state(self.config.output, state, f"{self.step:08d}", self.config.part_mb)
+
+    @property
+    def _settings(self) -> dict[str, str]:
+        """What a run keeps from its first step to its last, by the names of the options."""
+        config = self.config
+        kept = {"--metric": config.metric, "--lambda": config.rate, "--seed": config.seed}
+        return {name: str(value) for name, value in kept.items()}
 
     def branch_off(self, folder: Path) -> None:
         """Take over weights, average and optimiser of another run; the clock is this run's own. Raises CheckpointError.
@@ -221,17 +232,21 @@ class Trainer:
 
         folder: where `save` wrote them; by default `config.output`. Files are read with `weights_only=True`.
 
-        Raises CheckpointError if there is no such state, or if it is damaged or of another preset. The trainer may then
-        have taken over a part of the state.
+        Raises CheckpointError if there is no such state, or if it is damaged, of another preset, or a run to continue
+        that began with other settings. The trainer may then have taken over a part of the state.
         """
-        folder = folder or self.config.output
+        continues, folder = folder is None, folder or self.config.output
         state = read_state(folder, self.device)
         if (preset := state.get("preset")) != self.config.name:
             raise CheckpointError(f"{folder} has a run of {preset!r}, not of {self.config.name!r}.")
+        for name, value in state.get("settings", {}).items() if continues else ():
+            if value != self._settings.get(name):
+                raise CheckpointError(f"{folder} has a run with {name} {value}, not {self._settings.get(name)}.")
         try:
             self.model.load_state_dict(state["model"])
             _assign(self.average, state["average"])
             self.optimiser.load_state_dict(state["optimiser"])
+            self.start = state.get("start", self.start) if continues else self.start
             self.step, self.skipped, self.seconds = (state["clock"][name] for name in ("step", "skipped", "seconds"))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).split("\n")[0]
