@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hpcmref.model import HPCM, PRESETS, HPCMConfig
+from hpcmref.model import HPCM, PRESETS, HPCMConfig, rounded
 from hpcmref.model.coders import Coder, Estimator
 from hpcmref.model.config import MEMORY_BANKS
 from hpcmref.model.context import ContextModel, CrossAttentionCell, Known, SpatialPrior
@@ -80,13 +80,7 @@ class Gated(nn.Module):
             one, other = self.expand(self.spatial(x)).chunk(2, dim=1)
             residual: Tensor = self.project(one * other)
             return x + residual
-        with torch.autocast(x.device.type, torch.bfloat16):
-            mixed = self.spatial(x.bfloat16())
-        layers = (part for layer in (self.expand, self.project) for part in (layer.weight.flatten(1), layer.bias))
-        rows = (plane.permute(0, 2, 3, 1).flatten(0, 2) for plane in (x, mixed))
-        out: Tensor = _GatedBranch.apply(*rows, *layers)  # type: ignore[no-untyped-call]
-        batch, _, height, width = x.shape
-        return out.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return rounded.residual_block(self, x, torch.bfloat16, _GatedBranch)  # type: ignore[arg-type]
 
 
 class _GatedBranch(torch.autograd.Function):

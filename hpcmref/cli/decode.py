@@ -74,10 +74,7 @@ def decode(
         raise typer.BadParameter("--thumbnail and --upto cannot be combined.")
     if resume and upto != 3:
         raise typer.BadParameter("--resume and --upto cannot be combined: an image does not show how it was decoded.")
-    if model is not None:
-        from hpcmref.checkpoints import find
-
-        find(model)  # an unknown one ends the run at once
+    options.check_model(model)
     outputs = Outputs(force, preserve, is_there if resume else None, check)
     style = Style(quiet, as_json, verbose)
     if dry:

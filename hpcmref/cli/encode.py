@@ -88,9 +88,7 @@ def encode(
     if lossless and effort:
         raise typer.BadParameter("a lossless file cannot be improved: leave out --effort.", param_hint="--effort")
     if not lossless:
-        from hpcmref.checkpoints import find
-
-        find(model)  # an unknown one ends the run at once
+        options.check_model(model)
     searching = Effort.of(
         effort, metric, max_seconds, on_interrupt, spread=jobs > 1 or ray is not None,
         alone=len(planned.jobs) == 1, quiet=quiet or as_json,

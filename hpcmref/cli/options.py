@@ -112,6 +112,14 @@ JsonOption = Annotated[
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be written where, and write nothing.")]
 
 
+def check_model(model: str | None) -> None:
+    """Raise CheckpointError if there is no model of this name or path, so that a run ends before its first file."""
+    if model is not None:
+        from hpcmref.checkpoints import find
+
+        find(model)
+
+
 def check_existing(force: bool, resume: bool) -> None:
     """Raise typer.BadParameter if --force and --resume are both given."""
     if force and resume:

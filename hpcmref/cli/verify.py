@@ -21,6 +21,7 @@ from hpcmref.cli.options import (
     RecursiveOption,
     ThreadsOption,
     VerboseOption,
+    check_model,
     use_threads,
 )
 
@@ -50,10 +51,7 @@ def verify(
     def report(job: Job, outcome: Outcome) -> Done:
         return Done(f"{job.name}: {'intact' if quick else 'decodes'}", {**outcome.made.facts, "size": outcome.size})
 
-    if model is not None:
-        from hpcmref.checkpoints import find
-
-        find(model)  # an unknown one ends the run at once
+    check_model(model)
     use_threads(threads)
     planned = inputs(files, ENCODED_SUFFIXES, recursive)
     run_spread(

@@ -19,13 +19,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torc
     return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
 
 
-def residual_block(block: ResidualBlock, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As block(x) for x (B, C, H, W) float32, whose result is float32 too. Between both, all is in `dtype`."""
+def residual_block(
+    block: ResidualBlock, x: Tensor, dtype: torch.dtype, branch: type[torch.autograd.Function] | None = None
+) -> Tensor:
+    """As block(x) for x (B, C, H, W) float32, whose result is float32 too. Between both, all is in `dtype`.
+
+    branch: what computes the block from its rows and weights, for blocks with another activation.
+    """
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         mixed = block.spatial(x.to(dtype))
     layers = (part for layer in (block.expand, block.project) for part in (layer.weight.flatten(1), layer.bias))
     rows = (plane.permute(0, 2, 3, 1).flatten(0, 2) for plane in (x, mixed))
-    out: Tensor = _Branch.apply(*rows, *layers)  # type: ignore[no-untyped-call]
+    out: Tensor = (branch or _Branch).apply(*rows, *layers)
     batch, _, height, width = x.shape
     return out.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
